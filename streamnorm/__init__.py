@@ -1,0 +1,34 @@
+"""streamnorm: normalization for neural networks that learn from streams (Liao, Kawaguchi, Poggio 2016)."""
+
+from streamnorm.dau import DAU as DAU
+from streamnorm.dau import attach as attach
+from streamnorm.dau import vectorized as vectorized
+from streamnorm.layers import Affine as Affine
+from streamnorm.layers import BatchNorm as BatchNorm
+from streamnorm.layers import Norm as Norm
+from streamnorm.layers import SampleNorm as SampleNorm
+from streamnorm.layers import StreamingNorm as StreamingNorm
+from streamnorm.normop import Scale as Scale
+from streamnorm.normop import Standardize as Standardize
+from streamnorm.normref import BA1 as BA1
+from streamnorm.normref import BA2 as BA2
+from streamnorm.normref import BA3 as BA3
+from streamnorm.normref import BA4 as BA4
+from streamnorm.normref import BA5 as BA5
+from streamnorm.normref import BA6 as BA6
+from streamnorm.normref import SP1 as SP1
+from streamnorm.normref import SP2 as SP2
+from streamnorm.normref import SP3 as SP3
+from streamnorm.normref import SP4 as SP4
+from streamnorm.normref import SP5 as SP5
+from streamnorm.normref import NormRef as NormRef
+from streamnorm.normstats import DegenerateReferenceError as DegenerateReferenceError
+from streamnorm.normstats import Lp as Lp
+from streamnorm.policy import Batch as Batch
+from streamnorm.policy import Policy as Policy
+from streamnorm.policy import Sample as Sample
+from streamnorm.policy import Streaming as Streaming
+from streamnorm.stream import Exponential as Exponential
+from streamnorm.stream import LongShort as LongShort
+from streamnorm.stream import Memory as Memory
+from streamnorm.stream import Rule as Rule

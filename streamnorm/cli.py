@@ -1,0 +1,213 @@
+"""The command line: ``streamnorm compare | train | evaluate``. Flags are derived from dataclasses; nothing is computed
+here. Needs the extra ``cli``.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+try:
+    import tyro
+    from tyro.conf import OmitArgPrefixes, Positional
+except ImportError as error:
+    raise SystemExit(f"streamnorm: the command line needs {error.name}; pip install 'streamnorm[cli]'") from error
+
+from streamnorm.training.run import Run, Settings
+
+ARMS = ("none", "layer", "batch", "streaming")
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Train several normalizations side by side, with the same weights and order of data, and report what was seen."""
+
+    settings: Settings = field(default_factory=Settings)
+    arms: tuple[str, ...] = ARMS
+    """Arms to compare: none, layer, batch, streaming, instance, group, rms, or a reference such as BA6-S. An arm may
+    have its own S/B x B/U, written after a colon: batch:64x1."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds that every arm is trained with."""
+    out: Path | None = None
+    """Folder of the runs and the report; a stopped comparison goes on from there. Default: runs/compare-DATA."""
+    data_root: Path | None = None
+    """Folder of the data files; default: the environment variable STREAMNORM_DATA."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train one network; a stopped run goes on from its last checkpoint."""
+
+    run: Run = field(default_factory=Run)
+    out: Path | None = None
+    """Folder of the run. Default: runs/DATA-ARM-SEED."""
+    data_root: Path | None = None
+    """Folder of the data files; default: the environment variable STREAMNORM_DATA."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Test a trained network."""
+
+    folder: Positional[Path]
+    """Folder of a run that `streamnorm train` or `streamnorm compare` made."""
+    data_root: Path | None = None
+    """Folder of the data files; default: the environment variable STREAMNORM_DATA."""
+
+
+def arms(command: Compare) -> list[Run]:
+    """The runs of a comparison, arm by arm.
+
+    Raises:
+        ValueError: for an arm that cannot be read, is unknown or named twice.
+    """
+    from streamnorm.training.architectures import norm_factory
+
+    runs = []
+    for spec in command.arms:
+        found = re.fullmatch(r"([^:]+)(?::(\d+)x(\d+))?", spec)
+        if not found:
+            raise ValueError(f"an arm is a name, or a name with its S/B x B/U like batch:64x1, got {spec!r}")
+        values = asdict(command.settings)
+        if found[2]:
+            values |= {"samples_per_batch": int(found[2]), "batches_per_update": int(found[3])}
+        runs += [Run(**values, arm=found[1], seed=seed) for seed in command.seeds]
+        norm_factory(runs[-1])
+    if len({(run.label, run.seed) for run in runs}) < len(runs):
+        raise ValueError(f"every arm and seed once, got arms {command.arms} and seeds {command.seeds}")
+    return runs
+
+
+def compare(command: Compare) -> None:
+    """Train every run of the comparison that is not finished yet; write and show the report."""
+    from rich.console import Console
+
+    from streamnorm.training.data import load
+    from streamnorm.training.loop import train
+    from streamnorm.training.report import sentence, summarize, write_report
+
+    if not command.seeds:
+        raise ValueError("give at least one seed, for instance --seeds 0 1 2")
+    runs = arms(command)
+    console = Console()
+    settings = command.settings
+    out = command.out or Path("runs") / f"compare-{settings.data}"
+    data = load(settings.data, command.data_root, train_limit=settings.train_limit, test_limit=settings.test_limit)
+    console.print(f"{data.name}: {len(data.train_x)} to train on, {len(data.test_x)} to test; {len(runs)} runs in {out}")
+    records = []
+    with _progress(console) as bar:
+        task = bar.add_task("", total=len(runs))
+        for done, run in enumerate(runs):
+
+            def show(update: int, updates: int, done: int = done, run: Run = run) -> None:
+                bar.update(task, completed=done + update / updates, description=f"{run.label}, seed {run.seed}")
+
+            folder = out / re.sub(r"[^\w.-]+", "-", run.label) / f"seed{run.seed}"
+            records.append(train(run, data, folder, show))
+            bar.update(task, completed=done + 1)
+    title = f"{data.name}, architecture {settings.architecture}"
+    report = write_report(records, out, title)
+    rows = summarize(records)
+    console.print(_table(rows, title))
+    for row in rows:
+        if row.failed:
+            console.print(f"{row.label}: {row.failed}", highlight=False)
+    console.print(f"\n{sentence(rows)}\n", highlight=False, soft_wrap=True)
+    console.print(f"Report: {report}", soft_wrap=True)
+
+
+def train_one(command: Train) -> None:
+    """Train one run and show its epochs."""
+    from rich.console import Console
+
+    from streamnorm.training.data import load
+    from streamnorm.training.loop import train
+
+    run = command.run
+    console = Console()
+    out = command.out or Path("runs") / f"{run.data}-{run.arm}-{run.seed}"
+    data = load(run.data, command.data_root, train_limit=run.train_limit, test_limit=run.test_limit)
+    console.print(f"{run.label} on {data.name}, architecture {run.architecture}, seed {run.seed}; kept in {out}")
+    with _progress(console) as bar:
+        task = bar.add_task(run.label)
+        record = train(run, data, out, lambda done, total: bar.update(task, completed=done, total=total))
+    for line in record["metrics"]:
+        console.print(
+            f"epoch {line['epoch']:3d}   train loss {line['train_loss']:.4f} nats, error {line['train_error']:.2%}   "
+            f"test loss {line['test_loss']:.4f} nats, error {line['test_error']:.2%}",
+            highlight=False,
+        )
+    if record["failed"]:
+        raise ValueError(f"{run.label} could not train: {record['failed']}")
+
+
+def evaluate_one(command: Evaluate) -> None:
+    """Load a checkpoint and test it."""
+    from streamnorm.training import checkpoint
+    from streamnorm.training.data import load
+    from streamnorm.training.loop import Trainer, evaluate
+
+    state = checkpoint.load(command.folder / "checkpoint.safetensors")
+    run = Run.from_json(state["run"])
+    data = load(run.data, command.data_root, train_limit=run.train_limit, test_limit=run.test_limit)
+    trainer = Trainer(run, data)
+    trainer.restore(state)
+    loss, error = evaluate(trainer.model, data.test_x, data.test_y)
+    print(
+        f"{run.label} on {data.name}, after {trainer.done} of {trainer.updates} updates: "
+        f"test loss {loss:.4f} nats, error {error:.2%} of {len(data.test_x)}"
+    )
+
+
+@contextmanager
+def _progress(console: Any) -> Iterator[Any]:
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        yield bar
+
+
+def _table(rows: Any, title: str) -> Any:
+    from rich.table import Table
+
+    shown = Table("arm", "test error (%)", "train loss (nats)", "s/epoch", title=title)
+    for row in rows:
+        if row.failed:
+            shown.add_row(row.label, "could not train", "", "")
+            continue
+        error, loss = _spread(row.test_error, row.test_error_sd, 100, 2), _spread(row.train_loss, row.train_loss_sd, 1, 4)
+        shown.add_row(row.label, error, loss, f"{row.seconds_per_epoch:.2f}")
+    return shown
+
+
+def _spread(mean: float | None, sd: float | None, unit: float, places: int) -> str:
+    if mean is None:
+        return "not finite"
+    return f"{mean * unit:.{places}f}" + ("" if sd is None else f" ± {sd * unit:.{places}f}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of the command ``streamnorm``. Returns the exit status: 2 for input that cannot be used."""
+    command = tyro.cli(
+        Compare | Train | Evaluate,
+        prog="streamnorm",
+        description="Normalization for neural networks that learn from streams.",
+        args=arguments,
+        config=(OmitArgPrefixes,),
+    )
+    run = {Compare: compare, Train: train_one, Evaluate: evaluate_one}[type(command)]
+    try:
+        run(command)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"streamnorm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstreamnorm: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,288 @@
+"""Decoupled accumulation and update (paper, section 2), and the signal that a weight update happened.
+
+Gradients accumulate over n mini-batches of m samples; the weights are updated once for all of them. ``attach`` tells the
+layers of a model about the updates of an optimizer in anybody's loop; ``DAU`` is such a loop. Imports the layers.
+
+Legend: m samples per batch (S/B), n batches per update (B/U); one cycle is n mini-batches and one weight update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from streamnorm.layers import Norm, norms
+
+Warmup = int | Literal["auto"]
+AUTO_WARMUP = 4
+"""Cycles of warm-up that ``"auto"`` gives to a model with tiny references."""
+TINY = 4
+"""A reference of fewer activations than this is tiny: the first sigma taken from it may be nearly 0 by chance."""
+
+
+def has_tiny_references(layers: Iterable[Norm]) -> bool:
+    """Whether a streaming layer was last called with fewer than ``TINY`` activations in a reference."""
+    sizes = (layer.smallest_reference for layer in layers if layer.policy.uses_estimate)
+    return any(size is not None and size < TINY for size in sizes)
+
+
+class Attachment:
+    """The link between a model and its optimizer that ``attach`` makes; ``remove()`` it, or use it in a ``with``.
+
+    Attributes:
+        updates: weight updates seen, those of the warm-up included.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, warmup: Warmup) -> None:
+        if warmup != "auto" and (not isinstance(warmup, int) or isinstance(warmup, bool) or warmup < 0):
+            raise ValueError(f'warmup is a number of weight updates >= 0 or "auto", got {warmup!r}')
+        self.layers = [layer for layer in norms(model) if layer.policy.uses_estimate]
+        self.warmup: Warmup = warmup
+        self.updates = 0
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        )
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether the next weight update is one of the warm-up, which moves statistics and leaves the weights."""
+        return self.updates < self._cycles()
+
+    def _cycles(self) -> int:
+        if self.warmup != "auto":
+            return self.warmup
+        return AUTO_WARMUP if has_tiny_references(self.layers) else 0
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self.warming_up:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # A fused optimizer under a gradient scaler runs step() and skips inside its kernel; this is its own record.
+        overflow = getattr(optimizer, "found_inf", None)
+        happened = True if overflow is None else overflow == 0
+        warming = self.warming_up
+        for layer in self.layers:
+            layer.fold(happened)
+            if warming and layer.H2 is not None:
+                layer.H2.clear()
+        self.updates += 1
+
+    def remove(self) -> None:
+        """Undo ``attach``."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def state_dict(self) -> dict[str, int]:
+        """What a resumed run needs to know: how far the warm-up has come."""
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where ``state_dict()`` was taken."""
+        self.updates = state["updates"]
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def attach(model: nn.Module, optimizer: Optimizer, warmup: Warmup = "auto") -> Attachment:
+    """Tell every streaming layer of ``model`` about the weight updates of ``optimizer``.
+
+    After each ``optimizer.step()`` the layers fold: ``long <- kappa1 long + kappa2 short`` and short is emptied
+    (sections 3.3.1, 3.3.2). A step that a gradient scaler skips folds nothing. Nothing else in a training loop changes.
+
+    Args:
+        model: holds the layers; layers added later need another ``attach``.
+        optimizer: updates the weights of ``model``.
+        warmup: so many first steps move the statistics and not the weights: their gradients are dropped. A first
+            estimate of sigma from a single activation is nearly 0 and its gradient would throw the weights away.
+            ``"auto"``: 4 if a reference holds fewer than 4 activations (one to three samples a batch on a fully
+            connected layer), otherwise 0.
+
+    Returns:
+        The link; its ``state_dict()`` belongs into a checkpoint while a warm-up may be under way.
+
+    Raises:
+        ValueError: for a warmup that is not a number of steps.
+
+    >>> from streamnorm import StreamingNorm
+    >>> model = nn.Sequential(nn.Linear(4, 3, bias=False), StreamingNorm(3), nn.ReLU(), nn.Linear(3, 1))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> link = attach(model, optimizer)
+    >>> for sample in torch.randn(16, 1, 4):
+    ...     model(sample).pow(2).mean().backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    >>> model[1].H1.updates
+    tensor(16)
+    """
+    return Attachment(model, optimizer, warmup)
+
+
+@contextmanager
+def vectorized(model: nn.Module, batches: int) -> Iterator[None]:
+    """Inside, every training call of ``model`` sees its first axis as ``batches`` mini-batches in their order.
+
+    The weights are constant inside a cycle, so all its mini-batches can go through in one call: ``Norm`` layers take
+    statistics per mini-batch, and F and G see the mini-batches arrive one after another, forward and backward, exactly
+    as in a loop. The backward pass may come after the block. Costs the memory of all mini-batches together.
+
+    Raises:
+        ValueError: for ``torch.nn`` batch normalization, which would mix the mini-batches.
+
+    >>> from streamnorm import StreamingNorm
+    >>> layer = StreamingNorm(3)
+    >>> with vectorized(layer, 16):
+    ...     y = layer(torch.randn(16, 3))
+    >>> layer.H1.count
+    tensor(16)
+    """
+    if batches < 1:
+        raise ValueError(f"batches is a number of mini-batches >= 1, got {batches!r}")
+    for name, module in model.named_modules():
+        if batches > 1 and isinstance(module, _BatchNorm) and module.training:
+            raise ValueError(
+                f"{type(module).__name__} {name!r} would normalize {batches} mini-batches as one; use "
+                "streamnorm.BatchNorm in its place, or the loop over mini-batches (vectorize=False)"
+            )
+    layers: list[Norm] = list(norms(model))
+    before = [layer.steps for layer in layers]
+    try:
+        for layer in layers:
+            layer.steps = batches
+        yield
+    finally:
+        for layer, steps in zip(layers, before, strict=True):
+            layer.steps = steps
+
+
+class DAU:
+    """Decoupled accumulation and update: gradients over n mini-batches of m samples, then one weight update (section 2).
+
+    The update uses the mean of the n mini-batch gradients; the gradients are cleared after it; n = 1 is conventional
+    training. Streaming layers are folded at every update (``attach``).
+
+    Args:
+        model, optimizer: as in any loop.
+        loss_fn: ``loss_fn(output, target)``, a mean over samples.
+        samples_per_batch: m >= 1.
+        batches_per_update: n >= 1.
+        vectorize: run a whole cycle in one call, equal to the loop and faster, for the memory of m n samples. The loop
+            (False) needs the memory of m samples.
+        warmup: as for ``attach``.
+
+    >>> from streamnorm import StreamingNorm
+    >>> model = nn.Sequential(nn.Linear(4, 8, bias=False), StreamingNorm(8), nn.ReLU(), nn.Linear(8, 3))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> dau = DAU(model, optimizer, nn.functional.cross_entropy, samples_per_batch=1, batches_per_update=16)
+    >>> loss, output = dau.update(torch.randn(16, 4), torch.randint(3, (16,)))
+    >>> output.shape
+    torch.Size([16, 3])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        *,
+        samples_per_batch: int = 1,
+        batches_per_update: int = 1,
+        vectorize: bool = True,
+        warmup: Warmup = "auto",
+    ) -> None:
+        for name, value in (("samples_per_batch", samples_per_batch), ("batches_per_update", batches_per_update)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is a whole number >= 1, got {value!r}")
+        self.model = model
+        self.optimizer = optimizer
+        self.loss_fn = loss_fn
+        self.m = samples_per_batch
+        self.n = batches_per_update
+        self.vectorize = vectorize
+        self.link = attach(model, optimizer, warmup)
+        self.accumulated = 0
+
+    def accumulate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """One mini-batch ``x (m, ...)`` as it arrives; at the n-th since the last update, the weights are updated.
+
+        Returns:
+            Its mean loss and the model's output, detached.
+        """
+        output = self.model(x)
+        loss = self.loss_fn(output, y)
+        loss.backward()
+        self.accumulated += 1
+        if self.accumulated == self.n:
+            self._step()
+        return loss.detach(), output.detach()
+
+    def update(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """One whole cycle ``x (n m, ...)`` in order of arrival, and the weight update at its end.
+
+        Returns:
+            The mean loss of the cycle and the model's outputs ``(n m, ...)``, detached.
+
+        Raises:
+            ValueError: for another number of samples, or in the middle of a cycle that ``accumulate`` began.
+        """
+        if len(x) != self.m * self.n or len(y) != len(x):
+            raise ValueError(
+                f"a cycle is {self.n} mini-batches of {self.m} samples, {self.m * self.n} in all; "
+                f"got {len(x)} inputs and {len(y)} targets"
+            )
+        if self.accumulated:
+            raise ValueError(f"{self.accumulated} of {self.n} mini-batches are accumulated; finish that cycle first")
+        if not self.vectorize or self.n == 1:
+            results = [self.accumulate(a, b) for a, b in zip(x.split(self.m), y.split(self.m), strict=True)]
+            return torch.stack([loss for loss, _ in results]).mean(), torch.cat([output for _, output in results])
+        with vectorized(self.model, self.n):
+            output = self.model(x)
+        loss = self.loss_fn(output, y)
+        # Backward in the units of the loop, the sum over mini-batches of their mean losses: H2 remembers them.
+        (loss * self.n).backward()
+        self._step()
+        return loss.detach(), output.detach()
+
+    @torch.no_grad()
+    def warm_up(self, x: Tensor) -> None:
+        """A cycle of the statistics alone: forward passes over ``x (n m, ...)`` and a fold, no weight update."""
+        if self.vectorize:
+            with vectorized(self.model, self.n):
+                self.model(x)
+        else:
+            for part in x.split(self.m):
+                self.model(part)
+        for layer in self.link.layers:
+            layer.fold()
+
+    @torch.no_grad()
+    def needs_warmup(self, x: Tensor) -> bool:
+        """Whether mini-batches like ``x (m, ...)`` make references tiny. Tried on a copy of the model."""
+        copy = deepcopy(self.model)
+        copy(x)
+        return has_tiny_references(norms(copy))
+
+    def _step(self) -> None:
+        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if self.n > 1 and grads:
+            torch._foreach_div_(grads, self.n)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.accumulated = 0

@@ -1,0 +1,75 @@
+"""What every experiment is made of: named runs with paired seeds, and claims that are checked on their records.
+
+Imports the training room. A study trains what is not finished yet and goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from streamnorm.training.data import Data
+from streamnorm.training.loop import train
+from streamnorm.training.run import Run
+
+Record = dict[str, Any]
+Records = Mapping[str, Sequence[Record]]
+"""For each name the records of its seeds, in the order of the seeds."""
+
+Verdict = Literal["reproduced", "partly", "contradicted"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of the paper and how it is checked.
+
+    Attributes:
+        id: as in ``docs/results``.
+        text: the claim, in our words, with its place in the paper.
+        check: the verdict and the figures it stands on, from the records.
+    """
+
+    id: str
+    text: str
+    check: Callable[[Records], tuple[Verdict, str]]
+
+
+def carry_out(
+    runs: Mapping[str, Run], seeds: Sequence[int], data: Data, out: Path, say: Callable[[str], None] = print
+) -> dict[str, list[Record]]:
+    """Train every run with every seed, seed by seed so that a stopped study has whole pairs."""
+    records: dict[str, list[Record]] = {name: [] for name in runs}
+    for seed in seeds:
+        for name, run in runs.items():
+            record = train(replace(run, seed=seed), data, out / name.replace(" ", "-") / f"seed{seed}")
+            records[name].append({**record, "label": name})
+            last = record["metrics"][-1] if record["metrics"] else {}
+            say(f"{name}, seed {seed}: " + (record["failed"] or f"test error {last['test_error']:.3f}"))
+    return records
+
+
+def final(records: Records, name: str, key: str = "test_error") -> list[float]:
+    """The last epoch's ``key`` of each seed; a run that failed counts as nan."""
+    return [r["metrics"][-1][key] if r["metrics"] and not r["failed"] else float("nan") for r in records[name]]
+
+
+def mean(values: Sequence[float]) -> float:
+    """Over seeds."""
+    return statistics.fmean(values)
+
+
+def spread(values: Sequence[float]) -> str:
+    """``mean ± sd`` over seeds."""
+    return f"{mean(values):.4f} ± {statistics.stdev(values):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
+
+
+def judge(differences: Sequence[float], margin: float, sign_alone_is_partly: bool = True) -> Verdict:
+    """``reproduced`` if the mean of the paired differences and two thirds of the seeds reach ``margin``; ``partly`` if
+    only the sign is right."""
+    enough = sum(d >= margin for d in differences) >= 2 / 3 * len(differences)
+    if mean(differences) >= margin and enough:
+        return "reproduced"
+    return "partly" if sign_alone_is_partly and mean(differences) > 0 else "contradicted"

@@ -1,0 +1,377 @@
+"""The layers: normalization as ``torch.nn`` modules, and the gain and bias that follow them (paper, section 3).
+
+``Norm`` is the whole framework, R x S x policy; ``StreamingNorm``, ``BatchNorm`` and ``SampleNorm`` are the same layer
+with the arguments that people set. Imports the op and what stands below it.
+
+Legend: ``n`` inputs along the first axis = ``g`` mini-batches (steps of the stream) of ``m`` samples; ``c`` features;
+``place`` = x, y, z.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from streamnorm import op as _op
+from streamnorm.kernels import Definition
+from streamnorm.normop import Scale, Standardize
+from streamnorm.normref import BA1, SP2, NormRef
+from streamnorm.normstats import Center, Lp
+from streamnorm.policy import Batch, Policy, Sample, Streaming
+from streamnorm.stream import Memory
+
+
+class Affine(nn.Module):
+    """The learnable gain and bias, a layer of its own after each normalization (section 3.5).
+
+    ``y = weight x + bias``, one pair a feature; ``x (n, c, *place) -> y (n, c, *place)``.
+
+    >>> Affine(3)(torch.ones(2, 3, 4)).shape
+    torch.Size([2, 3, 4])
+    """
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+
+    def reset_parameters(self) -> None:
+        """Gain 1, bias 0."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim < 2 or x.shape[1] != self.num_features:
+            raise ValueError(f"expected (n, {self.num_features}, ...), got {tuple(x.shape)}")
+        shape = (-1, *[1] * (x.ndim - 2))
+        return torch.addcmul(self.bias.reshape(shape), x, self.weight.reshape(shape)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}"
+
+
+class Norm(nn.Module):
+    """A normalization layer: NormRef x NormStats x policy (section 3), the framework in one class.
+
+    ``y = N(x, s_hat)`` with ``s = S(R)``; the policy says what s_hat is and what its gradient is.
+
+    Args:
+        num_features: c.
+        ref: R, one of ``SP1 ... SP5``, ``BA1 ... BA6``, any ``NormRef`` or one of your own.
+        moment: S, ``Lp(p, center)`` or one of your own.
+        policy: ``Sample()``, ``Batch()``, ``Streaming()`` or one of your own with F and G.
+        affine: follow with a gain and a bias per feature (``Affine``).
+        op: N, ``Standardize()`` as in the paper, ``Scale()``, or one of your own.
+
+    Shapes: ``x (n, c)``, ``(n, c, x)``, ``(n, c, x, y)`` or ``(n, c, x, y, z)`` -> ``y`` of the same shape and dtype.
+    Statistics are kept in float32 or wider.
+
+    A layer that streams needs to be told of every weight update: ``attach(model, optimizer)``, or ``fold()`` after each
+    ``optimizer.step()``.
+
+    Raises:
+        ValueError: for a rank, feature count or map size other than the layer's, and for Setting A with a single
+            activation in a reference; no state has changed then.
+        RuntimeError: when it is tested before it was trained.
+
+    >>> layer = Norm(3, BA1, Lp(2, "estimate"), Streaming())
+    >>> y = layer(torch.randn(8, 3))
+    >>> layer.fold()
+    >>> layer.eval()(torch.randn(1, 3)).shape
+    torch.Size([1, 3])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        ref: NormRef,
+        moment: Lp,
+        policy: Policy,
+        affine: bool = False,
+        op: Standardize | Scale | None = None,
+    ) -> None:
+        super().__init__()
+        if num_features < 1:
+            raise ValueError(f"num_features is a number of features >= 1, got {num_features!r}")
+        self.num_features = num_features
+        self.definition = Definition(ref, moment, op or Standardize())
+        self.policy = policy
+        self.steps = 1
+        _check_pairing(ref, moment, policy)
+        shape = (2, ref.groups(num_features)) if ref.place == "all" and type(ref).mean is NormRef.mean else None
+        self.H1 = None if policy.F is None else Memory(policy.F, shape)
+        self.H2 = None if policy.G is None else Memory(policy.G, shape)
+        self.affine = Affine(num_features) if affine else None
+        self.smallest_reference: int | None = None
+        self._trained = False
+        self._latest: Tensor | None = None
+        self._calls = 0
+
+    @property
+    def ref(self) -> NormRef:
+        """R, the normalization reference."""
+        return self.definition.ref
+
+    @property
+    def moment(self) -> Lp:
+        """S, the statistics."""
+        return self.definition.moment
+
+    @property
+    def weight(self) -> nn.Parameter | None:
+        """The gain of ``affine``, or None."""
+        return None if self.affine is None else self.affine.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias of ``affine``, or None."""
+        return None if self.affine is None else self.affine.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.normalize(x)
+        return y if self.affine is None else self.affine(y)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """``forward`` without the gain and bias."""
+        if self.training or self.H1 is None:
+            return self._train(x)
+        view = self._view(x, steps=1)
+        if not self._trained and not bool(self.H1.seen):
+            raise RuntimeError(
+                f"{type(self).__name__} is tested (eval mode) before it has seen any training data, so there are no "
+                "statistics to normalize with; run it in train() mode first, or load a state_dict"
+            )
+        self._trained = True
+        return _op.normalize_fixed(view, self.definition, self.H1.estimate).reshape(x.shape)
+
+    def _train(self, x: Tensor) -> Tensor:
+        view = self._view(x, self.steps)
+        if view.numel():
+            count = self.ref.size(view.shape)
+            self.moment.check_size(self.ref, count)
+            self.smallest_reference = count
+        again = _recomputing()
+        streams = _op.Streams(self.H1, self.H2, self.policy.uses_estimate, self._recall() if again else None)
+        y, estimates = _op.normalize(view, self.definition, streams)
+        if not again:
+            self._latest = estimates
+            self._calls += 1
+        return y.reshape(x.shape)
+
+    def _recall(self) -> Tensor | None:
+        """The estimates of the call that activation checkpointing computes again."""
+        if self.H1 is None:
+            return None
+        if self._calls > 1:
+            raise RuntimeError(
+                f"activation checkpointing computes a {type(self).__name__} again that was called {self._calls} times "
+                "since its last backward pass, so its statistics at the first of them are gone; checkpoint a part of "
+                "the model that calls the layer once, or leave the layer out of it"
+            )
+        self._calls = 0
+        return self._latest
+
+    def fold(self, happened: Tensor | bool = True) -> None:
+        """A weight update took place: long <- kappa1 long + kappa2 short, short emptied (section 3.3.1, 3.3.2)."""
+        for memory in (self.H1, self.H2):
+            if memory is not None:
+                memory.fold(happened)
+        self._calls = 0
+
+    def _view(self, x: Tensor, steps: int) -> Tensor:
+        c = self.num_features
+        if not 2 <= x.ndim <= 5:
+            raise ValueError(
+                f"expected (n, {c}), (n, {c}, x), (n, {c}, x, y) or (n, {c}, x, y, z), got {tuple(x.shape)}"
+                + ("; for a single sample write x.unsqueeze(0)" if x.ndim == 1 else "")
+            )
+        if x.shape[1] != c:
+            raise ValueError(f"expected {c} features on axis 1, got {tuple(x.shape)}; features come second: (n, {c}, ...)")
+        if not x.is_floating_point():
+            raise ValueError(f"expected a floating dtype, got {x.dtype}; write x.float()")
+        if x.shape[0] % steps:
+            raise ValueError(f"{x.shape[0]} samples do not divide into {steps} mini-batches of equal size")
+        view = self.ref.view(x, steps)
+        memory = self.H1
+        if memory is not None and memory.shaped and self.ref.place != "all":
+            known, place = tuple(memory.estimate.shape[2:]), tuple(x.shape[2:])
+            if known != place and type(self.ref).mean is NormRef.mean:
+                raise ValueError(
+                    f"{self.ref!r} keeps statistics for every place of a map of size {known}, got {place} in "
+                    f"{tuple(x.shape)}; use a reference over all places (BA1, BA2, SP1, SP2), or a layer for each size"
+                )
+        return view
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._trained = False
+        super()._load_from_state_dict(*args)
+
+    def __repr__(self) -> str:
+        options = ", affine=True" if self.affine is not None else ""
+        if self.definition.op != Standardize():
+            options += f", op={self.definition.op!r}"
+        return f"Norm({self.num_features}, {self.ref!r}, {self.moment!r}, {self.policy!r}{options})"
+
+
+def _check_pairing(ref: NormRef, moment: Lp, policy: Policy) -> None:
+    if not policy.uses_estimate:
+        if policy.F is None and ref.samples != "one":
+            raise ValueError(f"{policy!r} looks at one sample, {ref!r} at the mini-batch; use SP1 ... SP5, or Batch()")
+        if policy.F is not None and ref.samples != "batch":
+            raise ValueError(f"{policy!r} looks at the mini-batch, {ref!r} at one sample; use BA1 ... BA6, or Sample()")
+    if policy.F is None and getattr(moment, "center", None) == "estimate":
+        raise ValueError(f'center="estimate" (Setting B) needs a running estimate and {policy!r} keeps none')
+
+
+def _recomputing() -> bool:
+    """Whether autograd is running a backward pass: a forward call inside it repeats one that has been."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class StreamingNorm(Norm):
+    """Streaming normalization (section 3.3, Algorithms 5 and 6): for one sample a batch and any other number.
+
+    ::
+
+        y = weight (x - mu_hat) / sigma_hat + bias
+        s_hat = alpha1 long + alpha2 short                  s = (mu, sigma), short the mean since the last weight update
+        g_hat = beta1 long + beta2 short + beta3 dE/ds_hat  in the place of dE/ds going back
+
+    Args:
+        num_features: c.
+        ref: the NormRef R.
+        p, center, eps: of ``Lp``: the order of the moment, Setting A ``"batch"``, B ``"estimate"`` or C ``"zero"``.
+        alpha, beta, kappa: of ``Streaming``.
+        affine: follow with a gain and a bias per feature.
+
+    Shapes: ``x (n, c, *place) -> y (n, c, *place)``, up to three axes of place.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8, bias=False), StreamingNorm(8), nn.ReLU(), nn.Linear(8, 2))
+    >>> model(torch.randn(1, 4)).shape
+    torch.Size([1, 2])
+    >>> model[1]
+    StreamingNorm(8)
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        ref: NormRef = BA1,
+        p: float = 2,
+        center: Center = "estimate",
+        alpha: tuple[float, ...] = (0.7, 0.3),
+        beta: tuple[float, ...] = (0.7, 0.3, 0.0),
+        kappa: tuple[float, ...] | None = None,
+        eps: float = 1e-5,
+        affine: bool = True,
+    ) -> None:
+        super().__init__(num_features, ref, Lp(p, center, eps), Streaming(alpha, beta, kappa), affine)
+
+    def __repr__(self) -> str:
+        policy = self.policy
+        assert isinstance(policy, Streaming)
+        return _call(
+            self,
+            ref=(self.ref, BA1),
+            p=(self.moment.p, 2),
+            center=(self.moment.center, "estimate"),
+            alpha=(policy.alpha, (0.7, 0.3)),
+            beta=(policy.beta, (0.7, 0.3, 0.0)),
+            kappa=(policy.kappa, None),
+            eps=(self.moment.eps, 1e-5),
+            affine=(self.affine is not None, True),
+        )
+
+
+class BatchNorm(Norm):
+    """General batch normalization (section 3.2, Algorithms 3 and 4); with the defaults, the original one.
+
+    ``y = weight (x - mu) / sigma + bias`` with the mini-batch's own s in training, a running estimate in testing.
+
+    Args:
+        num_features: c.
+        ref: one of ``BA1 ... BA6``.
+        p, center, eps: of ``Lp``.
+        rate: weight of the newest mini-batch in the running estimate, of mu and of sigma (torch averages the variance).
+        affine: follow with a gain and a bias per feature.
+
+    >>> BatchNorm(8, rate=0.05)
+    BatchNorm(8, rate=0.05)
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        ref: NormRef = BA1,
+        p: float = 2,
+        center: Center = "batch",
+        rate: float = 0.1,
+        eps: float = 1e-5,
+        affine: bool = True,
+    ) -> None:
+        super().__init__(num_features, ref, Lp(p, center, eps), Batch(rate), affine)
+
+    def __repr__(self) -> str:
+        policy = self.policy
+        assert isinstance(policy, Batch)
+        return _call(
+            self,
+            ref=(self.ref, BA1),
+            p=(self.moment.p, 2),
+            center=(self.moment.center, "batch"),
+            rate=(policy.rate, 0.1),
+            eps=(self.moment.eps, 1e-5),
+            affine=(self.affine is not None, True),
+        )
+
+
+class SampleNorm(Norm):
+    """Sample normalization (section 3.1, Algorithms 1 and 2); with the defaults, layer normalization.
+
+    ``y = weight (x - mu) / sigma + bias`` with s from each sample by itself, training and testing alike.
+
+    Args:
+        num_features: c.
+        ref: one of ``SP1 ... SP5`` or ``NormRef(groups, "all", "one")``.
+        p, center, eps: of ``Lp``.
+        affine: follow with a gain and a bias per feature.
+
+    >>> SampleNorm(8, ref=NormRef(2, "all", "one"))
+    SampleNorm(8, ref=NormRef(features=2, place='all', samples='one'))
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        ref: NormRef = SP2,
+        p: float = 2,
+        center: Center = "batch",
+        eps: float = 1e-5,
+        affine: bool = True,
+    ) -> None:
+        super().__init__(num_features, ref, Lp(p, center, eps), Sample(), affine)
+
+    def __repr__(self) -> str:
+        return _call(
+            self,
+            ref=(self.ref, SP2),
+            p=(self.moment.p, 2),
+            center=(self.moment.center, "batch"),
+            eps=(self.moment.eps, 1e-5),
+            affine=(self.affine is not None, True),
+        )
+
+
+def _call(layer: Norm, **arguments: tuple[Any, Any]) -> str:
+    """The constructor call that makes ``layer``: every argument whose value is not its default."""
+    given = [f"{name}={value!r}" for name, (value, default) in arguments.items() if value != default]
+    return f"{type(layer).__name__}({', '.join([str(layer.num_features), *given])})"
+
+
+def norms(model: nn.Module) -> Iterator[Norm]:
+    """Every ``Norm`` layer of a model, each once."""
+    return (module for module in model.modules() if isinstance(module, Norm))

@@ -1,0 +1,27 @@
+"""NormOP: the operation N(x, s) that a neuron's statistics are used in (paper, section 3 and 3.3.3).
+
+Two operations are built in; any object with the same ``__call__``, made of differentiable torch operations, can take
+their place. Imports torch alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Standardize:
+    """``N(x, {mu, sigma}) = (x - mu) / sigma``: the operation of the paper, of BN and of LN (sections 3, 3.3.3)."""
+
+    def __call__(self, x: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
+        return (x - mu) / sigma
+
+
+@dataclass(frozen=True)
+class Scale:
+    """``N(x, {mu, sigma}) = x / sigma``: division alone. With ``Lp(2, "zero")`` over the features this is RMSNorm."""
+
+    def __call__(self, x: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
+        return x / sigma

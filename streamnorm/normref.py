@@ -1,0 +1,168 @@
+"""NormRef: which activations a neuron is compared with (paper, section 3 and Figure 1 C, D).
+
+A reference is three choices: features (own, all, or groups) x place (here, a local window, everywhere) x samples
+(one, the mini-batch). Eleven of the twelve pairings of the paper carry names here; the twelfth, one activation of one
+sample, normalizes nothing. Imports torch alone.
+
+Legend: ``g`` steps of the stream, ``m`` samples of a mini-batch, ``c`` features, split into ``G`` groups of ``q``;
+``place`` = x, y, z.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Features = Literal["own", "all"] | int
+Place = Literal["here", "local", "all"]
+Samples = Literal["one", "batch"]
+
+
+@dataclass(frozen=True, repr=False)
+class NormRef:
+    """The set of activations R_i that the statistics of neuron i are taken from.
+
+    ``R_i = {features} x {place} x {samples}``; the statistics are ``s_i = S(R_i)`` (paper, section 3).
+
+    Args:
+        features: ``"own"`` feature of the neuron, ``"all"`` features of the layer, or an int: that many equal groups.
+        place: ``"here"`` (the neuron's own position), ``"local"`` (a window around it) or ``"all"`` positions.
+        samples: ``"one"`` sample, or all samples of the mini-batch (``"batch"``).
+        window: width of the local window, odd; positions outside the map are left out of the average.
+
+    Raises:
+        ValueError: for a choice that is not in the lists above.
+
+    >>> NormRef("own", "all", "batch")
+    BA1
+    >>> BA4.with_window(3)
+    NormRef(features='own', place='local', samples='batch', window=3)
+    """
+
+    features: Features
+    place: Place
+    samples: Samples
+    window: int = 5
+
+    def __post_init__(self) -> None:
+        groups_ok = isinstance(self.features, int) and not isinstance(self.features, bool) and self.features >= 1
+        if self.features not in ("own", "all") and not groups_ok:
+            raise ValueError(f'features is "own", "all" or a number of groups >= 1, got {self.features!r}')
+        if self.place not in ("here", "local", "all"):
+            raise ValueError(f'place is "here", "local" or "all", got {self.place!r}')
+        if self.samples not in ("one", "batch"):
+            raise ValueError(f'samples is "one" or "batch", got {self.samples!r}')
+        if not isinstance(self.window, int) or self.window < 1 or self.window % 2 == 0:
+            raise ValueError(f"window is an odd number of positions >= 1, got {self.window!r}")
+
+    def __repr__(self) -> str:
+        for name, ref in REFS.items():
+            if ref == self and type(self) is NormRef:
+                return name
+        window = f", window={self.window}" if self.place == "local" else ""
+        return (
+            f"{type(self).__name__}(features={self.features!r}, place={self.place!r}, samples={self.samples!r}{window})"
+        )
+
+    def with_window(self, window: int) -> NormRef:
+        """The same reference with a local window of another width."""
+        return replace(self, window=window)
+
+    def groups(self, num_features: int) -> int:
+        """``G``, the number of feature groups that have statistics of their own."""
+        if self.features == "own":
+            return num_features
+        if self.features == "all":
+            return 1
+        if num_features % self.features:
+            raise ValueError(
+                f"{num_features} features do not divide into {self.features} groups; choose a divisor of {num_features}"
+            )
+        return self.features
+
+    def view(self, x: Tensor, steps: int = 1) -> Tensor:
+        """The canonical view: ``x (g*m, c, *place) -> (g, m, G, q, *place)``, no copy."""
+        n, c = x.shape[:2]
+        groups = self.groups(c)
+        return x.unflatten(0, (steps, n // steps)).unflatten(2, (groups, c // groups))
+
+    def size(self, view: Sequence[int]) -> int:
+        """How many activations the smallest reference of a canonical view holds (``view`` is its shape)."""
+        _, m, _, q, *place = view
+        count = q * (m if self.samples == "batch" else 1)
+        for length in place:
+            if self.place == "all":
+                count *= length
+            elif self.place == "local":
+                count *= min(length, self.window // 2 + 1)
+        return count
+
+    @property
+    def reduces(self) -> bool:
+        """Whether the mean over the reference is a mean over whole axes (no window, no rule of a subclass)."""
+        return self.place != "local" and type(self).mean is NormRef.mean
+
+    def dims(self, ndim: int) -> tuple[int, ...]:
+        """The axes of a canonical view with ``ndim`` axes that a whole-axis reference averages over."""
+        samples = (1,) if self.samples == "batch" else ()
+        place = tuple(range(4, ndim)) if self.place == "all" else ()
+        return (*samples, 3, *place)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over each neuron's reference, broadcastable against ``x (g, m, G, q, *place)``.
+
+        To define a reference of your own, override this method (and choose ``place`` and ``samples`` so that they say
+        which axes the result keeps); everything else follows from it, the gradient included.
+        """
+        if self.place != "local":
+            dims = [dim for dim in self.dims(x.ndim) if x.shape[dim] != 1]
+            return x.mean(dims, keepdim=True) if dims else x
+        return window_mean(x.mean((1, 3) if self.samples == "batch" else (3,), keepdim=True), self.window)
+
+
+def window_mean(x: Tensor, window: int) -> Tensor:
+    """Sliding mean of width ``window`` over the place axes of ``x (g, m, G, q, *place)``, border positions averaging
+    over the part of the window inside the map."""
+    place = x.shape[4:]
+    if window == 1 or not place:
+        return x
+    pool = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[len(place)]
+    flat = x.reshape(-1, 1, *place)
+    width = [min(window, 2 * length - 1) for length in place]
+    pad = [w // 2 for w in width]
+    total = pool(F.pad(flat, [side for w in reversed(pad) for side in (w, w)]), width, 1)
+    ones = F.pad(torch.ones_like(flat[:1]), [side for w in reversed(pad) for side in (w, w)])
+    return (total / pool(ones, width, 1)).reshape(x.shape)
+
+
+SP1 = NormRef("own", "all", "one")
+SP2 = NormRef("all", "all", "one")
+SP3 = NormRef("all", "local", "one")
+SP4 = NormRef("own", "local", "one")
+SP5 = NormRef("all", "here", "one")
+BA1 = NormRef("own", "all", "batch")
+BA2 = NormRef("all", "all", "batch")
+BA3 = NormRef("all", "local", "batch")
+BA4 = NormRef("own", "local", "batch")
+BA5 = NormRef("all", "here", "batch")
+BA6 = NormRef("own", "here", "batch")
+
+REFS: dict[str, NormRef] = {
+    "SP1": SP1,
+    "SP2": SP2,
+    "SP3": SP3,
+    "SP4": SP4,
+    "SP5": SP5,
+    "BA1": BA1,
+    "BA2": BA2,
+    "BA3": BA3,
+    "BA4": BA4,
+    "BA5": BA5,
+    "BA6": BA6,
+}
+"""The eleven references of Figure 1 C and D by name."""

@@ -1,0 +1,130 @@
+"""The op: the picture of the library, drawn once forward and once backward (Algorithms 1 to 6).
+
+::
+
+    forward    x  --reduce--> s        --F(H1)--> s_hat --map--> y
+    backward   dy --reduce--> dE/ds_hat --G(H2)--> g_hat --map--> dx
+
+It joins kernels and stream and knows no module. The gradient is straight-through: g_hat takes the place of dE/ds,
+whatever share of s the estimate s_hat holds (Algorithm 6).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamnorm.kernels import Definition, Statistics, choose
+from streamnorm.normref import NormRef
+from streamnorm.stream import Memory
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What one call is given of the stream.
+
+    Attributes:
+        H1, H2: the memories of F and G, or None where the policy has none.
+        uses_estimate: normalize with s_hat (Algorithm 5), not with s (Algorithms 1, 3).
+        recall: the estimates ``(g, 2, ...)`` of the call that is being computed again, so that nothing is observed
+            twice; None for a call that happens for the first time.
+    """
+
+    H1: Memory | None
+    H2: Memory | None
+    uses_estimate: bool
+    recall: Tensor | None = None
+
+
+def pack(mu: Tensor, sigma: Tensor, ref: NormRef) -> Tensor:
+    """Statistics as what a memory is fed: ``(g, 2, G q', *place')``, row 0 the mean, row 1 sigma."""
+    return torch.stack([pack_row(mu, ref), pack_row(sigma, ref)], 1)
+
+
+def pack_row(stat: Tensor, ref: NormRef) -> Tensor:
+    """One statistic ``(g, m', G, q', *place') -> (g, G q', *place')``: the mean over the samples, and no place axes
+    where the reference covers all places."""
+    row = (stat.squeeze(1) if stat.shape[1] == 1 else stat.mean(1)).flatten(1, 2)
+    return row.flatten(1) if ref.place == "all" else row
+
+
+def unpack_row(row: Tensor, like: Tensor) -> Tensor:
+    """``(g, G q', *place')`` shaped as the statistic ``like (g, m', G, q', *place')``, with m' = 1."""
+    return row.to(like.dtype).reshape(like.shape[0], 1, *like.shape[2:])
+
+
+class _Normalize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, d: Definition, streams: Streams) -> tuple[Tensor, Tensor | None]:
+        kernel = choose(d)
+        data = x.to(torch.promote_types(x.dtype, torch.float32))
+        mu = kernel.mean(data, d)
+        center = estimate = None
+        if d.moment.center == "estimate":
+            center = _center(mu, d, streams)
+        sigma = kernel.sigma(data, d, mu, center)
+        if streams.H1 is not None:
+            estimate = streams.H1.observe(pack(mu, sigma, d.ref)) if streams.recall is None else streams.recall
+        mu_hat, sigma_hat = mu, sigma
+        if streams.uses_estimate:
+            assert estimate is not None
+            mu_hat, sigma_hat = unpack_row(estimate[:, 0], mu), unpack_row(estimate[:, 1], sigma)
+        ctx.definition, ctx.streams = d, streams
+        ctx.save_for_backward(x, mu, sigma, center, mu_hat, sigma_hat)
+        y = kernel.apply(data, d, mu_hat, sigma_hat).to(x.dtype)
+        if estimate is not None:
+            ctx.mark_non_differentiable(estimate)
+        return y, estimate
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the gradient of a streamnorm layer cannot be differentiated again; call backward without "
+                "create_graph=True, or leave the normalized part out of the penalty on the gradient"
+            )
+        d, streams = ctx.definition, ctx.streams
+        x, mu, sigma, center, mu_hat, sigma_hat = ctx.saved_tensors
+        kernel = choose(d)
+        data, grad = x.to(mu.dtype), dy.to(mu.dtype)
+        g_mu, g_sigma = kernel.stat_grads(grad, data, d, mu_hat, sigma_hat)
+        if streams.H2 is not None:
+            g_hat = streams.H2.observe(pack(g_mu, g_sigma, d.ref))
+            g_mu, g_sigma = unpack_row(g_hat[:, 0], g_mu), unpack_row(g_hat[:, 1], g_sigma)
+        # Where F took the mean over the m' samples of s, each sample's own s has an m'-th of a share in it.
+        share = mu.shape[1] // g_mu.shape[1]
+        if share > 1:
+            g_mu, g_sigma = g_mu / share, g_sigma / share
+        s = Statistics(mu, sigma, center, mu_hat, sigma_hat)
+        return kernel.input_grad(grad, data, d, s, g_mu, g_sigma).to(x.dtype), None, None
+
+
+def _center(mu: Tensor, d: Definition, streams: Streams) -> Tensor:
+    """Setting B's mu_hat, this call's mean included. F is pure and takes every statistic by itself, so it can be asked
+    for the mean before sigma exists."""
+    assert streams.H1 is not None
+    if streams.recall is not None:
+        return unpack_row(streams.recall[:, 0], mu)
+    return unpack_row(streams.H1.peek_mean(pack_row(mu, d.ref)), mu)
+
+
+def normalize(x: Tensor, definition: Definition, streams: Streams) -> tuple[Tensor, Tensor | None]:
+    """Normalize ``x (g, m, G, q, *place)`` in training.
+
+    Returns:
+        ``y`` of the shape and dtype of x, and F's estimate at each of the g steps, ``(g, 2, ...)``, or None where
+        there is no H1.
+    """
+    return _Normalize.apply(x, definition, streams)
+
+
+def normalize_fixed(x: Tensor, definition: Definition, estimate: Tensor) -> Tensor:
+    """Testing: ``y = N(x, s_hat)`` with a constant ``estimate (2, ...)`` (Algorithms 3 and 5). Plain autograd."""
+    data = x.to(torch.promote_types(x.dtype, torch.float32))
+    groups, features = x.shape[2], estimate.shape[1]
+    place = [1] * (x.ndim - 4) if definition.ref.place == "all" else estimate.shape[2:]
+    mu_hat, sigma_hat = estimate.to(data.dtype).reshape(2, 1, 1, groups, features // groups, *place).unbind(0)
+    return choose(definition).apply(data, definition, mu_hat, sigma_hat).to(x.dtype)

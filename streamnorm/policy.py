@@ -1,0 +1,106 @@
+"""Policies: who owns H1 and H2, and what a layer is normalized with (paper, sections 3.1, 3.2, 3.3).
+
+A policy is data: the rules F and G, and whether training normalizes with the mini-batch's own statistics s or with
+F's estimate s_hat. It touches no tensor. Imports the stream.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from streamnorm.stream import Exponential, LongShort, Rule
+
+
+class Policy:
+    """What a policy says; subclass it to put an F and a G of your own into a layer.
+
+    Attributes:
+        F: the rule of H1, fed with statistics; None: nothing is remembered.
+        G: the rule of H2, fed with the gradients of the statistics; None: they pass as they are.
+        uses_estimate: training normalizes with F's estimate (Algorithm 5) and not with the mini-batch's own statistics
+            (Algorithms 1 and 3).
+    """
+
+    F: Rule | None = None
+    G: Rule | None = None
+    uses_estimate: bool = False
+
+
+@dataclass(frozen=True)
+class Sample(Policy):
+    """Sample normalization: every sample by itself, training and testing alike (section 3.1, Algorithms 1 and 2)."""
+
+
+@dataclass(frozen=True)
+class Batch(Policy):
+    """General batch normalization: a mini-batch by itself in training, F's running estimate in testing
+    (section 3.2, Algorithms 3 and 4).
+
+    Args:
+        rate: weight of the newest mini-batch in the running estimate of ``(mu, sigma)``.
+    """
+
+    rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        Exponential(self.rate)
+
+    @property
+    def F(self) -> Rule:  # type: ignore[override]
+        return Exponential(self.rate)
+
+
+@dataclass(frozen=True)
+class Streaming(Policy):
+    """Streaming normalization: F's estimate in training and testing, G's estimate of its gradients
+    (section 3.3, Algorithms 5 and 6).
+
+    ::
+
+        s_hat = alpha1 long + alpha2 short             at a weight update: long <- kappa1 long + kappa2 short
+        g_hat = beta1 long + beta2 short + beta3 g     at a weight update: long <- kappa3 long + kappa4 short
+
+    Args:
+        alpha: (alpha1, alpha2), of the statistics.
+        beta: (beta1, beta2, beta3), of their gradients.
+        kappa: (kappa1, ..., kappa4); None takes the paper's rule kappa1 = kappa3 = alpha1, kappa2 = kappa4 = alpha2
+            (section 3.3.3).
+
+    Raises:
+        ValueError: for wrong lengths, values that are not finite, or alpha2 = 0 without a kappa.
+    """
+
+    alpha: tuple[float, ...] = (0.7, 0.3)
+    beta: tuple[float, ...] = (0.7, 0.3, 0.0)
+    kappa: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, length in (("alpha", 2), ("beta", 3), ("kappa", 4)):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not isinstance(value, (tuple, list)) or len(value) != length:
+                raise ValueError(f"{name} is a tuple of {length} numbers, got {value!r}")
+            if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in value):
+                raise ValueError(f"{name} holds {length} finite numbers, got {value!r}")
+            object.__setattr__(self, name, tuple(float(v) for v in value))
+        if self.kappa is None and self.alpha[1] == 0:
+            raise ValueError(
+                f"alpha={self.alpha} leaves kappa2 = alpha2 = 0, so that long would stay what the first weight update "
+                "made it; give kappa, for instance kappa=(0.9, 0.1, 0.9, 0.1)"
+            )
+
+    @property
+    def _kappa(self) -> tuple[float, ...]:
+        return self.kappa or (*self.alpha, *self.alpha)
+
+    @property
+    def F(self) -> Rule:  # type: ignore[override]
+        return LongShort((self.alpha[0], self.alpha[1], 0.0), (self._kappa[0], self._kappa[1]))
+
+    @property
+    def G(self) -> Rule:  # type: ignore[override]
+        return LongShort((self.beta[0], self.beta[1], self.beta[2]), (self._kappa[2], self._kappa[3]))
+
+    uses_estimate = True

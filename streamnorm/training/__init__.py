@@ -1,0 +1,1 @@
+"""Training: data sets, architectures and the loops of the experiments."""

@@ -1,0 +1,291 @@
+"""The training loop of a ``Run``: decoupled accumulation and update, records, checkpoints that resume bit for bit.
+
+A folder holds one run: ``run.json`` (what it is, with versions), ``metrics.jsonl`` (a line an epoch) and
+``checkpoint.safetensors``. A run killed at any moment goes on from its last checkpoint. Imports the rest of the room.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from streamnorm.dau import AUTO_WARMUP, DAU
+from streamnorm.normstats import DegenerateReferenceError
+from streamnorm.training import checkpoint
+from streamnorm.training.architectures import build
+from streamnorm.training.data import Data
+from streamnorm.training.run import Run
+
+Progress = Callable[[int, int], None]
+SECONDS_BETWEEN_CHECKPOINTS = 60.0
+EVALUATION_BATCH = 1000
+
+
+def versions() -> dict[str, str]:
+    """Of what a result depends on."""
+    from importlib.metadata import version
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "streamnorm": version("streamnorm")}
+
+
+def machine() -> dict[str, str | int]:
+    """What a result was computed on."""
+    return {"cpu": _processor(), "threads": torch.get_num_threads(), "system": platform.system()}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def learning_rate(run: Run, update: int, updates: int) -> float:
+    """The rate of weight update ``update`` of ``updates``: a tenth in the last sixth (paper, section 7.1)."""
+    return run.learning_rate * (1.0 if update < updates * 5 / 6 else 0.1)
+
+
+@lru_cache(maxsize=2)
+def order(seed: int, epoch: int, samples: int) -> Tensor:
+    """The order of the training data in an epoch: of the seed and the epoch alone, so every arm sees the same."""
+    return torch.randperm(samples, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Mean cross-entropy in nats, and the error as a fraction, in eval mode; every module's own mode is restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        loss, wrong = 0.0, 0
+        for a, b in zip(x.split(EVALUATION_BATCH), y.split(EVALUATION_BATCH), strict=True):
+            output = model(a)
+            loss += F.cross_entropy(output, b, reduction="sum").item()
+            wrong += int((output.argmax(1) != b).sum())
+    finally:
+        for module, training in modes:
+            module.training = training
+    return loss / len(x), wrong / len(x)
+
+
+class Trainer:
+    """A run under way: the model and its optimizer, the position in the data, and the metrics so far."""
+
+    def __init__(self, run: Run, data: Data) -> None:
+        size = run.samples_per_update
+        if size > len(data.train_x):
+            raise ValueError(
+                f"one update takes {run.samples_per_batch} S/B x {run.batches_per_update} B/U = {size} samples, "
+                f"{data.name} has {len(data.train_x)} to train on"
+            )
+        self.run = run
+        self.data = data
+        self.model = build(run, data.train_x[0], data.classes)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=run.learning_rate, momentum=run.momentum, weight_decay=run.weight_decay
+        )
+        self.dau = DAU(
+            self.model,
+            self.optimizer,
+            F.cross_entropy,
+            samples_per_batch=run.samples_per_batch,
+            batches_per_update=run.batches_per_update,
+            warmup=0,
+        )
+        self.per_epoch = len(data.train_x) // size
+        self.updates = self.per_epoch * run.epochs
+        self.done = 0
+        self.sums = {"loss": 0.0, "wrong": 0, "seconds": 0.0}
+        self.metrics: list[dict[str, Any]] = []
+        self.failed: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.failed is not None or self.done == self.updates
+
+    def step(self) -> None:
+        """One weight update; at the end of an epoch a line of metrics. What cannot go on says why in ``failed``."""
+        start = time.perf_counter()
+        try:
+            if self.done == 0:
+                self._warm_up()
+            x, y = self._cycle(self.done)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.run, self.done, self.updates)
+            loss, output = self.dau.update(x, y)
+        except DegenerateReferenceError as error:
+            self.failed = str(error).split(";")[0]
+            return
+        if not torch.isfinite(loss):
+            self.failed = f"diverged: the loss became {loss.item()} at update {self.done + 1}"
+            return
+        self.done += 1
+        self.sums["loss"] += loss.item()
+        self.sums["wrong"] += int((output.argmax(1) != y).sum())
+        self.sums["seconds"] += time.perf_counter() - start
+        if self.done % self.per_epoch == 0:
+            self._close_epoch()
+
+    def _warm_up(self) -> None:
+        cycles = self.run.warmup
+        if cycles is None:
+            cycles = AUTO_WARMUP if self.dau.needs_warmup(self.data.train_x[: self.run.samples_per_batch]) else 0
+        for cycle in range(cycles):
+            self.dau.warm_up(self._cycle(cycle % self.per_epoch)[0])
+
+    def _cycle(self, update: int) -> tuple[Tensor, Tensor]:
+        epoch, step = divmod(update, self.per_epoch)
+        size = self.run.samples_per_update
+        index = order(self.run.seed, epoch, len(self.data.train_x))[step * size : (step + 1) * size]
+        return self.data.train_x[index], self.data.train_y[index]
+
+    def _close_epoch(self) -> None:
+        samples = self.per_epoch * self.run.samples_per_update
+        test_loss, test_error = evaluate(self.model, self.data.test_x, self.data.test_y)
+        if not math.isfinite(test_loss):
+            self.failed = f"diverged: the test loss became {test_loss} after update {self.done}"
+            return
+        self.metrics.append(
+            {
+                "epoch": self.done // self.per_epoch,
+                "updates": self.done,
+                "samples": self.done * self.run.samples_per_update,
+                "train_loss": self.sums["loss"] / self.per_epoch,
+                "train_error": self.sums["wrong"] / samples,
+                "test_loss": test_loss,
+                "test_error": test_error,
+                "seconds": self.sums["seconds"],
+            }
+        )
+        self.sums = {"loss": 0.0, "wrong": 0, "seconds": 0.0}
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs."""
+        return {
+            "run": self.run.to_json(),
+            "model": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+            "done": self.done,
+            "sums": self.sums,
+            "metrics": self.metrics,
+            "failed": self.failed,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where ``state()`` was taken.
+
+        Raises:
+            CheckpointError: if it was taken of another run.
+        """
+        if differing := differences(state["run"], self.run.to_json()):
+            raise checkpoint.CheckpointError(f"the checkpoint is of another run: {differing}")
+        load_model(self.model, state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        self.done, self.sums, self.metrics, self.failed = (state[k] for k in ("done", "sums", "metrics", "failed"))
+
+    def record(self) -> dict[str, Any]:
+        """What a report reads."""
+        return {**description(self.run, self.data), "metrics": self.metrics, "failed": self.failed}
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """The fields in which two runs differ, in words; empty if in none."""
+    pairs = {k: (there.get(k), here.get(k)) for k in {**here, **there}}
+    return ", ".join(f"{k} {old!r} there and {new!r} here" for k, (old, new) in pairs.items() if old != new)
+
+
+def load_model(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """``model.load_state_dict``, refusing another architecture before anything is changed.
+
+    Raises:
+        CheckpointError: with the names and shapes that do not fit.
+    """
+    mine = model.state_dict()
+    missing, unknown = sorted(set(mine) - set(state)), sorted(set(state) - set(mine))
+    # A memory of streamnorm that has seen nothing yet is empty here and takes the shape that it has there.
+    shapes = [
+        f"{name} {tuple(state[name].shape)} there and {tuple(value.shape)} here"
+        for name, value in mine.items()
+        if name in state and value.numel() and state[name].shape != value.shape
+    ]
+    if missing or unknown or shapes:
+        parts = [
+            f"{title}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+            for title, names in (("missing there", missing), ("unknown here", unknown), ("of another shape", shapes))
+            if names
+        ]
+        raise checkpoint.CheckpointError(f"the checkpoint is of another architecture; {'; '.join(parts)}")
+    model.load_state_dict(state)
+
+
+def description(run: Run, data: Data) -> dict[str, Any]:
+    """What a run is, for its record."""
+    return {
+        "arm": run.arm,
+        "label": run.label,
+        "seed": run.seed,
+        "run": run.to_json(),
+        "data": data.name,
+        "source": data.source,
+        "versions": versions(),
+        "machine": machine(),
+    }
+
+
+def train(run: Run, data: Data, folder: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
+    """Train ``run`` to its end, from its last checkpoint if ``folder`` holds one.
+
+    Args:
+        folder: where the run is kept; None keeps nothing.
+        progress: called with (updates done, updates in all).
+
+    Returns:
+        The record: what was run, on what, and the metrics of every epoch. ``failed`` says in a sentence why a run
+        could not go on, or is None.
+
+    Raises:
+        CheckpointError: if the folder holds another run, or a damaged checkpoint.
+    """
+    trainer = Trainer(run, data)
+    path = folder / "checkpoint.safetensors" if folder else None
+    if path is not None and path.is_file():
+        trainer.restore(checkpoint.load(path))
+    if folder is not None:
+        checkpoint.sweep(folder)
+        checkpoint.write(folder / "run.json", json.dumps(description(run, data), indent=1))
+        _save_metrics(trainer, folder)
+    saved, epochs = time.monotonic(), len(trainer.metrics)
+    while not trainer.finished:
+        trainer.step()
+        if progress:
+            progress(trainer.done, trainer.updates)
+        late = time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS
+        if folder is not None and (late or trainer.finished or len(trainer.metrics) > epochs):
+            save(trainer, folder)
+            saved, epochs = time.monotonic(), len(trainer.metrics)
+    return trainer.record()
+
+
+def save(trainer: Trainer, folder: Path) -> None:
+    """The checkpoint, and the metrics beside it for people to read while the run goes on."""
+    checkpoint.save(folder / "checkpoint.safetensors", trainer.state())
+    _save_metrics(trainer, folder)
+
+
+def _save_metrics(trainer: Trainer, folder: Path) -> None:
+    checkpoint.write(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in trainer.metrics))

@@ -1,0 +1,61 @@
+"""Every layer against the oracle: outputs, gradients and all state, over several update cycles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import CASES, Case
+from close import assert_close
+
+from streamnorm.kernels import generic
+from streamnorm.layers import Norm
+from streamnorm.oracle import Oracle
+
+CYCLES = (2, 1, 3)
+"""Mini-batches in each update cycle: the first fold, a cycle of one, and an uneven one after it."""
+
+
+def compare_state(name: str, layer: Norm, oracle: Oracle) -> None:
+    for which in ("H1", "H2"):
+        memory, known = getattr(layer, which), getattr(oracle, which)
+        if memory is None:
+            continue
+        assert_close(f"{name} {which}.long", memory.long, known.long.reshape(memory.long.shape), 64)
+        assert int(memory.count) == known.count or which == "H1" and "Batch" in name, f"{name} {which}.count"
+        if hasattr(memory, "short"):
+            assert_close(f"{name} {which}.short", memory.short, known.short.reshape(memory.short.shape), 64)
+            assert int(memory.updates) == known.updates, f"{name} {which}.updates"
+    if layer.H1 is not None:
+        assert_close(f"{name} estimate", layer.H1.estimate, oracle.estimate.reshape(layer.H1.estimate.shape), 64)
+
+
+def follow(case: Case, layer: Norm) -> None:
+    oracle, step = case.oracle(), 0
+    for batches in CYCLES:
+        for _ in range(batches):
+            x = case.input(step).requires_grad_()
+            dy = case.input(100 + step)
+            y = layer(x)
+            name = f"{case} step {step}"
+            assert_close(f"{name} y", y.detach(), oracle.forward(x.detach()), 64)
+            (dx,) = torch.autograd.grad(y, x, dy)
+            assert_close(f"{name} dx", dx, oracle.backward(dy), 64)
+            compare_state(name, layer, oracle)
+            step += 1
+        layer.fold()
+        oracle.update()
+        compare_state(f"{case} fold", layer, oracle)
+    layer.eval()
+    x = case.input(step)
+    assert_close(f"{case} test", layer(x), oracle.evaluate(x), 64)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_oracle(case: Case) -> None:
+    follow(case, case.layer())
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.shape == "2d"], ids=str)
+def test_generic_backend_equals_the_oracle(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamnorm.op.choose", lambda definition: generic)
+    follow(case, case.layer())
