@@ -120,9 +120,22 @@ class NormRef:
         which axes the result keeps); everything else follows from it, the gradient included.
         """
         if self.place != "local":
-            dims = [dim for dim in self.dims(x.ndim) if x.shape[dim] != 1]
-            return x.mean(dims, keepdim=True) if dims else x
+            return _mean(x, [dim for dim in self.dims(x.ndim) if x.shape[dim] != 1])
         return window_mean(x.mean((1, 3) if self.samples == "batch" else (3,), keepdim=True), self.window)
+
+
+def _mean(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """The mean over ``dims`` (kept), about the first value so that a large mean costs no digits; place axes first,
+    which lie together."""
+    if not dims or not x.numel():
+        return x.mean(dims, keepdim=True) if dims else x
+    shift = x.detach()
+    for dim in dims:
+        shift = shift.narrow(dim, 0, 1)
+    total = x - shift
+    for axes in ([dim for dim in dims if dim >= 4], [dim for dim in dims if dim < 4]):
+        total = total.mean(axes, keepdim=True) if axes else total
+    return shift + total
 
 
 def window_mean(x: Tensor, window: int) -> Tensor:
