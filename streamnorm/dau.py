@@ -30,7 +30,7 @@ TINY = 4
 
 def has_tiny_references(layers: Iterable[Norm]) -> bool:
     """Whether a streaming layer was last called with fewer than ``TINY`` activations in a reference."""
-    sizes = (layer.smallest_reference for layer in layers if layer.policy.uses_estimate)
+    sizes = (layer.reference_size for layer in layers if layer.policy.uses_estimate)
     return any(size is not None and size < TINY for size in sizes)
 
 
@@ -38,7 +38,7 @@ class Attachment:
     """The link between a model and its optimizer that ``attach`` makes; ``remove()`` it, or use it in a ``with``.
 
     Attributes:
-        updates: weight updates seen, those of the warm-up included.
+        updates: weight updates seen, those of the warm-up included; once that is over, also skipped ones.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, warmup: Warmup) -> None:
@@ -77,7 +77,8 @@ class Attachment:
             layer.fold(happened)
             if warming and layer.H2 is not None:
                 layer.H2.clear()
-        self.updates += 1
+        # Asking the device whether a step happened synchronizes; the count matters during the warm-up alone.
+        self.updates += 1 if not (warming and isinstance(happened, Tensor)) else int(happened)
 
     def remove(self) -> None:
         """Undo ``attach``."""

@@ -106,7 +106,7 @@ class Norm(nn.Module):
         self.H1 = None if policy.F is None else Memory(policy.F, shape)
         self.H2 = None if policy.G is None else Memory(policy.G, shape)
         self.affine = Affine(num_features) if affine else None
-        self.smallest_reference: int | None = None
+        self.reference_size: int | None = None
         self._trained = False
         self._latest: Tensor | None = None
         self._calls = 0
@@ -153,7 +153,7 @@ class Norm(nn.Module):
         if view.numel():
             count = self.ref.size(view.shape)
             self.moment.check_size(self.ref, count)
-            self.smallest_reference = count
+            self.reference_size = count
         again = _recomputing()
         streams = _op.Streams(self.H1, self.H2, self.policy.uses_estimate, self._recall() if again else None)
         y, estimates = _op.normalize(view, self.definition, streams)

@@ -35,7 +35,7 @@ class Lp:
             estimate of the mean, this mini-batch included (Setting B), a constant in the gradient; ``"zero"``: 0
             (Setting C).
         eps: keeps sigma away from 0; enters so that ``p=2`` is ``sqrt(var + eps)`` and every p has the floor
-            ``sqrt(eps)``.
+            ``sqrt(eps)``. With 0, a reference of equal activations gives 0/0.
 
     Raises:
         ValueError: for p < 1, an unknown center or a negative eps.
@@ -78,7 +78,8 @@ class Lp:
     def sigma(self, x: Tensor, ref: NormRef, mu: Tensor, mu_hat: Tensor | None) -> Tensor:
         """``sigma`` about the center of this setting: ``mu``, the constant ``mu_hat``, or 0."""
         if self.center == "zero":
-            return self.norm(x, ref)
+            walk = ref.place == "local" and self.p not in (1, 2)
+            return self.windowed(x, ref, torch.zeros_like(x[:, :1, :, :1])) if walk else self.norm(x, ref)
         center = mu if self.center == "batch" else mu_hat
         assert center is not None
         return self.windowed(x, ref, center) if ref.place == "local" else self.norm(x - center, ref)
@@ -89,14 +90,14 @@ class Lp:
             return ref.mean(d.abs()) + self.eps**0.5
         if self.p == 2:
             return (ref.mean(d * d) + self.eps).sqrt()
-        scale = self.scale(d.abs(), ref)
+        axes = (1, 3) if ref.samples == "batch" else (3,)
+        scale = self.floor(d.abs().amax((*axes, *(() if ref.place == "here" else range(4, d.ndim))), keepdim=True))
         return scale * (ref.mean((d.abs() / scale) ** self.p) + (self.eps**0.5 / scale) ** self.p) ** (1 / self.p)
 
-    def scale(self, magnitude: Tensor, ref: NormRef) -> Tensor:
-        """A constant of the order of the largest ``|d|``, so that its powers neither overflow nor vanish."""
-        place = () if ref.place == "here" else tuple(range(4, magnitude.ndim))
-        largest = magnitude.detach().amax((*((1,) if ref.samples == "batch" else ()), 3, *place), keepdim=True)
-        return largest.clamp_min(max(self.eps**0.5, torch.finfo(magnitude.dtype).tiny))
+    def floor(self, largest: Tensor) -> Tensor:
+        """The largest ``|d|`` of each reference as the constant unit of its powers, which then neither overflow nor
+        vanish."""
+        return largest.detach().clamp_min(max(self.eps**0.5, torch.finfo(largest.dtype).tiny))
 
     def windowed(self, x: Tensor, ref: NormRef, center: Tensor) -> Tensor:
         """``sigma`` over the window of each position j, all of whose ``x_k`` are taken about the center ``c_j``.
@@ -110,22 +111,25 @@ class Lp:
             at = x.mean(shared, keepdim=True)
             spread = (x - at).square().mean(shared, keepdim=True)
             moments = [spread[there] + (at[there] - center[here]).square() for here, there, _ in offsets]
-            return (_window_total(moments, offsets) + self.eps).sqrt()
-        scale = torch.stack([self.scale((x[there] - center[here]).abs(), ref) for here, there, _ in offsets]).amax(0)
+            return (_window_mean(moments, [pad for *_, pad in offsets]) + self.eps).sqrt()
+        deviations = [(x[there] - center[here]).abs() for here, there, _ in offsets]
+        pads = [pad for *_, pad in offsets]
+        largest = [F.pad(d.detach().amax(shared, keepdim=True), pad) for d, pad in zip(deviations, pads, strict=True)]
+        scale = self.floor(torch.stack(largest).amax(0))
         moments = [
-            (((x[there] - center[here]).abs() / scale) ** self.p).mean(shared, keepdim=True)
-            for here, there, _ in offsets
+            ((d / scale[here]) ** self.p).mean(shared, keepdim=True)
+            for d, (here, *_) in zip(deviations, offsets, strict=True)
         ]
-        return scale * (_window_total(moments, offsets) + (self.eps**0.5 / scale) ** self.p) ** (1 / self.p)
+        return scale * (_window_mean(moments, pads) + (self.eps**0.5 / scale) ** self.p) ** (1 / self.p)
 
 
 Offset = tuple[tuple, tuple, list[int]]
 
 
-def _window_total(moments: Sequence[Tensor], offsets: Sequence[Offset]) -> Tensor:
-    """The mean over each position's window of what its neighbours at ``offsets`` contribute."""
-    total = torch.stack([F.pad(moment, pad) for moment, (*_, pad) in zip(moments, offsets, strict=True)]).sum(0)
-    count = sum(F.pad(torch.ones_like(m[:1, :1, :1, :1]), pad) for m, (*_, pad) in zip(moments, offsets, strict=True))
+def _window_mean(moments: Sequence[Tensor], pads: Sequence[list[int]]) -> Tensor:
+    """The mean over each position's window of what each offset contributes, padded back to its positions."""
+    total = torch.stack([F.pad(moment, pad) for moment, pad in zip(moments, pads, strict=True)]).sum(0)
+    count = sum(F.pad(torch.ones_like(m[:1, :1, :1, :1]), pad) for m, pad in zip(moments, pads, strict=True))
     return total / count
 
 

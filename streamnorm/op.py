@@ -19,7 +19,7 @@ from torch import Tensor
 
 from streamnorm.kernels import Definition, Statistics, choose
 from streamnorm.normref import NormRef
-from streamnorm.stream import Memory
+from streamnorm.stream import Memory, finite
 
 
 @dataclass(frozen=True)
@@ -62,17 +62,20 @@ class _Normalize(torch.autograd.Function):
         kernel = choose(d)
         data = x.to(torch.promote_types(x.dtype, torch.float32))
         mu = kernel.mean(data, d)
-        center = estimate = None
+        ok = center = estimate = None
         if d.moment.center == "estimate":
-            center = _center(mu, d, streams)
-        sigma = kernel.sigma(data, d, mu, center)
+            center, sigma, ok = _about_the_estimate(data, mu, d, streams)
+        else:
+            sigma = kernel.sigma(data, d, mu, None)
         if streams.H1 is not None:
-            estimate = streams.H1.observe(pack(mu, sigma, d.ref)) if streams.recall is None else streams.recall
+            s = pack(mu, sigma, d.ref)
+            ok = finite(s) if ok is None else ok
+            estimate = streams.H1.observe(s, ok) if streams.recall is None else streams.recall
         mu_hat, sigma_hat = mu, sigma
         if streams.uses_estimate:
             assert estimate is not None
             mu_hat, sigma_hat = unpack_row(estimate[:, 0], mu), unpack_row(estimate[:, 1], sigma)
-        ctx.definition, ctx.streams = d, streams
+        ctx.definition, ctx.streams, ctx.ok = d, streams, ok
         ctx.save_for_backward(x, mu, sigma, center, mu_hat, sigma_hat)
         y = kernel.apply(data, d, mu_hat, sigma_hat).to(x.dtype)
         if estimate is not None:
@@ -92,7 +95,7 @@ class _Normalize(torch.autograd.Function):
         data, grad = x.to(mu.dtype), dy.to(mu.dtype)
         g_mu, g_sigma = kernel.stat_grads(grad, data, d, mu_hat, sigma_hat)
         if streams.H2 is not None:
-            g_hat = streams.H2.observe(pack(g_mu, g_sigma, d.ref))
+            g_hat = streams.H2.observe(pack(g_mu, g_sigma, d.ref), ctx.ok)
             g_mu, g_sigma = unpack_row(g_hat[:, 0], g_mu), unpack_row(g_hat[:, 1], g_sigma)
         # Where F took the mean over the m' samples of s, each sample's own s has an m'-th of a share in it.
         share = mu.shape[1] // g_mu.shape[1]
@@ -102,13 +105,24 @@ class _Normalize(torch.autograd.Function):
         return kernel.input_grad(grad, data, d, s, g_mu, g_sigma).to(x.dtype), None, None
 
 
-def _center(mu: Tensor, d: Definition, streams: Streams) -> Tensor:
-    """Setting B's mu_hat, this call's mean included. F is pure and takes every statistic by itself, so it can be asked
-    for the mean before sigma exists."""
+def _about_the_estimate(x: Tensor, mu: Tensor, d: Definition, streams: Streams) -> tuple[Tensor, Tensor, Tensor]:
+    """Setting B: the center mu_hat, this call's mean included, sigma about it, and which of the g steps are finite.
+
+    F is pure and takes every statistic by itself, so it can be asked for the mean before sigma exists. A step whose
+    sigma overflows while its mean does not must stay out of the centers of later steps: the first such step is left
+    out and the rest computed again, which only a cycle of several steps needs, and has to ask the device for.
+    """
     assert streams.H1 is not None
-    if streams.recall is not None:
-        return unpack_row(streams.recall[:, 0], mu)
-    return unpack_row(streams.H1.peek_mean(pack_row(mu, d.ref)), mu)
+    kernel, row = choose(d), pack_row(mu, d.ref)
+    ok = finite(row)
+    while True:
+        hat = streams.H1.peek_mean(row, ok) if streams.recall is None else streams.recall[:, 0]
+        center = unpack_row(hat, mu)
+        sigma = kernel.sigma(x, d, mu, center)
+        bad = ok & ~finite(pack_row(sigma, d.ref))
+        if len(ok) == 1 or streams.recall is not None or not bad.any():
+            return center, sigma, ok & ~bad
+        ok = ok & ~(bad & (bad.cumsum(0) == 1))
 
 
 def normalize(x: Tensor, definition: Definition, streams: Streams) -> tuple[Tensor, Tensor | None]:

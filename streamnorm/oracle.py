@@ -204,12 +204,14 @@ class Oracle:
     def F(self, H1: LongShort, s: Tensor) -> tuple[LongShort, Tensor]:
         """Algorithm 5: H1 takes in s, then ``s-hat = alpha1 long + alpha2 short`` (Algorithm 3: the running mean).
 
-        An s that is not finite is not taken in: s-hat is what H1 knew before, or s if it knew nothing.
+        An s that is not finite is not taken in: s-hat is what H1 knew before; if that was nothing, s stands in
+        for it.
         """
         if is_finite(s):
             H1 = H1.arrive(s)
             H1 = H1.fold(*self.kappa[:2]) if self.policy == "batch" else H1
-        return H1, H1.mix(*self.alpha) if H1.knows else s
+        known = H1 if H1.knows else H1.arrive(s)
+        return H1, known.mix(*self.alpha)
 
     def G(self, H2: LongShort, g: Tensor) -> tuple[LongShort, Tensor]:
         """Algorithm 6: H2 takes in g, unless it is not finite, then ``g-hat = beta1 long + beta2 short + beta3 g``."""

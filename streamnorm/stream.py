@@ -39,7 +39,8 @@ class Rule(ABC):
     def observe(self, state: State, s: Tensor, ok: Tensor) -> tuple[State, Tensor]:
         """Arrivals ``s (g, 2, ...)`` in order; those where ``ok (g,)`` is false leave the state alone.
 
-        Returns the last state and every estimate ``(g, 2, ...)``.
+        Returns the last state and every estimate ``(g, 2, ...)``; at an arrival that is left out it is whatever
+        ``step`` makes of it.
         """
         estimates = []
         for now, keep in zip(s.unbind(0), ok.unbind(0), strict=True):
@@ -135,7 +136,7 @@ class LongShort(Rule):
         estimate = torch.addcmul(to_long * state["long"], to_short, short)
         if self.mix[2]:
             estimate = estimate + self.mix[2] * s
-        return {**state, "short": short[-1], "count": count[-1]}, torch.where(known, estimate, s)
+        return {**state, "short": short[-1], "count": count[-1]}, torch.where(known, estimate, sum(self.mix) * s)
 
     def fold(self, state: State) -> State:
         short, count, updates = state["short"], state["count"], state["updates"]
@@ -232,18 +233,21 @@ class Memory(nn.Module):
         return {name: self.get_buffer(name) for name in self._members}
 
     @torch.no_grad()
-    def peek_mean(self, mu: Tensor) -> Tensor:
+    def peek_mean(self, mu: Tensor, ok: Tensor) -> Tensor:
         """The estimates ``(g, ...)`` that ``observe`` would return for the row of the mean; nothing is remembered."""
         mu = mu.unsqueeze(1)
         self._shape_like(mu.expand(-1, 2, *mu.shape[2:]))
         row = {name: value[:1] if value.ndim else value for name, value in self.state().items()}
-        return self.rule.observe(row, mu, _finite(mu))[1].squeeze(1)
+        return self.rule.observe(row, mu, ok)[1].squeeze(1)
 
     @torch.no_grad()
-    def observe(self, s: Tensor) -> Tensor:
-        """Take in the arrivals ``s (g, 2, ...)`` in order and return the estimate at each, ``(g, 2, ...)``."""
+    def observe(self, s: Tensor, ok: Tensor | None = None) -> Tensor:
+        """Take in the arrivals ``s (g, 2, ...)`` in order and return the estimate at each, ``(g, 2, ...)``.
+
+        Left out and counted in ``skipped``: what is not finite, and what ``ok (g,)`` says is not to be taken in.
+        """
         self._shape_like(s)
-        ok = _finite(s)
+        ok = finite(s) if ok is None else ok & finite(s)
         new, estimates = self.rule.observe(self.state(), s, ok)
         self._write(new)
         arrived = ok.sum()
@@ -273,11 +277,15 @@ class Memory(nn.Module):
 
     @torch.no_grad()
     def merge(self, others: Sequence[Memory]) -> None:
-        """Take in what other memories of the same rule have seen."""
+        """Take in what other memories of the same rule have seen since they went separate ways.
+
+        The latest estimate becomes the mean of theirs; ``seen`` and ``skipped`` the largest, for what they have in
+        common is not known.
+        """
         self._write(self.rule.merge([self.state(), *(other.state() for other in others)]))
-        for other in others:
-            self.seen.add_(other.seen)
-            self.skipped.add_(other.skipped)
+        self.estimate.copy_(torch.stack([m.estimate for m in (self, *others)]).mean(0))
+        for counter in ("seen", "skipped"):
+            self.get_buffer(counter).copy_(torch.stack([m.get_buffer(counter) for m in (self, *others)]).amax())
 
     def _shape_like(self, s: Tensor) -> None:
         if not self.shaped:
@@ -309,6 +317,6 @@ class Memory(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _finite(s: Tensor) -> Tensor:
+def finite(s: Tensor) -> Tensor:
     """Which of the arrivals ``s (g, 2, ...)`` are finite throughout, ``(g,)``."""
     return (s * 0).flatten(1).sum(1) == 0

@@ -302,3 +302,47 @@ def test_resuming_in_the_middle_of_a_cycle_is_exact() -> None:
     second.load_state_dict(first.state_dict())
     cycle(second, range(7, 10))
     assert all(torch.equal(v, through.state_dict()[k]) for k, v in second.state_dict().items())
+
+
+def overflowing(shape: tuple[int, ...]) -> torch.Tensor:
+    """Finite, with a mean of 0 and a second moment that float32 cannot hold."""
+    x = torch.zeros(shape)
+    x[0], x[1] = 1e20, -1e20
+    return x
+
+
+def test_h2_learns_only_from_calls_that_h1_learned_from() -> None:
+    layer = trained(sn.StreamingNorm(4), 2, 4)
+    x = overflowing((2, 4)).requires_grad_()
+    layer(x).sum().backward()
+    assert layer.H1.skipped == 1
+    assert layer.H2.seen == 0
+    assert torch.equal(layer.H2.short, torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("center", ["batch", "estimate", "zero"])
+@pytest.mark.parametrize("bad", [(3,), (0, 3, 4)])
+def test_a_refused_mini_batch_does_not_touch_the_rest_of_its_cycle(center: str, bad: tuple[int, ...]) -> None:
+    cycle = draw((6, 2, 4), 0).float()
+    for step in bad:
+        cycle[step] = overflowing((2, 4))
+    cycle[1, 0, 0] = float("nan")
+    once, each = sn.StreamingNorm(4, center=center), sn.StreamingNorm(4, center=center)
+    x = cycle.flatten(0, 1).requires_grad_()
+    with sn.vectorized(once, 6):
+        once(x).square().sum().backward()
+    for part in cycle:
+        each(part.clone().requires_grad_()).square().sum().backward()
+    assert each.H1.skipped == len(bad) + 1
+    for memory in ("H1", "H2"):
+        for name, value in getattr(each, memory).state_dict().items():
+            assert_close(f"{memory}.{name}", getattr(once, memory).state_dict()[name].float(), value.float(), 64)
+
+
+@pytest.mark.parametrize("center", ["batch", "zero"])
+def test_a_quiet_window_beside_a_loud_one_keeps_its_sigma(center: str) -> None:
+    x = draw((2, 3, 9, 9), 0)
+    x[0, 0, 8, 8] = 3e4
+    layer = sn.Norm(3, sn.BA4.with_window(3), sn.Lp(7, center), sn.Batch())
+    y, want = layer(x.float()), copy.deepcopy(layer).double()(x)
+    assert_close("y", y, want.float(), 64)

@@ -20,7 +20,10 @@ REFERENCE = re.compile(r"((?:streamnorm|tests)/[\w/]+\.py)(?:::([A-Za-z_]\w*(?:\
 NAMES = [f"{kind}{i}" for kind, count in (("SP", 5), ("BA", 6)) for i in range(1, count + 1)]
 ROWS = {
     "Sections": [
-        *(f"Section {s}" for s in "2 3 3.1 3.2 3.3 3.3.1 3.3.2 3.3.3 3.3.4 3.4 3.5 7.1".split()),
+        *(
+            f"Section {s}"
+            for s in ("2", "3", "3.1", "3.2", "3.3", "3.3.1", "3.3.2", "3.3.3", "3.3.4", "3.4", "3.5", "7.1")
+        ),
         *(f"Footnote {i}" for i in (1, 2)),
     ],
     "Algorithms": [f"Algorithm {i}" for i in range(1, 7)],
@@ -38,7 +41,7 @@ ROWS = {
 }
 """Under each heading, the rows that must be there."""
 
-ANYWHERE = [f"Section {s}" for s in "4.1 4.2 4.3 5 7.2 7.3 7.4 7.5 7.6".split()]
+ANYWHERE = [f"Section {s}" for s in ("4.1", "4.2", "4.3", "5", "7.2", "7.3", "7.4", "7.5", "7.6")]
 """Rows that stand under ``Sections`` or, until there is code, under ``Not yet here``."""
 
 
@@ -79,7 +82,8 @@ def code_spans(document: Path) -> list[str]:
 
 def references(document: Path) -> list[tuple[str, str | None]]:
     return sorted(
-        {(m[1], m[2]) for span in code_spans(document) if (m := REFERENCE.fullmatch(span))}, key=lambda r: (r[0], r[1] or "")
+        {(m[1], m[2]) for span in code_spans(document) if (m := REFERENCE.fullmatch(span))},
+        key=lambda r: (r[0], r[1] or ""),
     )
 
 
@@ -119,7 +123,8 @@ def test_every_mention_of_a_file_is_a_reference(document: Path) -> None:
     assert references(document)
     odd = [span for span in code_spans(document) if ".py" in span and not REFERENCE.fullmatch(span)]
     assert not odd, f"write these as `streamnorm/file.py::Name`: {odd}"
-    assert ".py::" not in re.sub(r"`[^`\n]+`", "", document.read_text(encoding="utf-8")), "a reference without backticks"
+    bare = re.sub(r"`[^`\n]+`", "", document.read_text(encoding="utf-8"))
+    assert ".py::" not in bare, "a reference without backticks"
 
 
 @pytest.mark.parametrize("title", ROWS)
@@ -153,8 +158,9 @@ def test_tables_are_whole() -> None:
 def test_references_are_the_three_choices_that_the_code_makes() -> None:
     made = {}
     for node in ast.parse((ROOT / "streamnorm/normref.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "NormRef":
-            made[ast.unparse(node.targets[0])] = [a.value for a in node.value.args if isinstance(a, ast.Constant)]
+        match node:
+            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call(func=ast.Name(id="NormRef"), args=args)):
+                made[name] = [a.value for a in args if isinstance(a, ast.Constant)]
     header, *rows = tables()["References"]
     assert header[2:5] == ["features", "place", "samples"]
     assert {row[0]: row[2:5] for row in rows} == made

@@ -1,0 +1,42 @@
+"""The public names, each at one address, and an import that loads torch alone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import streamnorm
+
+NAMES = {
+    *("Affine", "Batch", "BatchNorm", "DAU", "DegenerateReferenceError", "Exponential", "LongShort", "Lp", "Memory"),
+    *("Norm", "NormRef", "Policy", "Rule", "Sample", "SampleNorm", "Scale", "Standardize", "Streaming"),
+    *("StreamingNorm", "attach", "vectorized"),
+    *(f"SP{i}" for i in range(1, 6)),
+    *(f"BA{i}" for i in range(1, 7)),
+}
+
+
+def test_public_names_are_pinned() -> None:
+    tree = ast.parse(Path(streamnorm.__file__).read_text())
+    exported = [alias.asname for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert sorted(exported) == sorted(NAMES)
+    assert len(set(map(id, (getattr(streamnorm, n) for n in NAMES)))) == len(NAMES), "a name stands for another"
+
+
+def test_public_objects_say_what_they_are() -> None:
+    for name in NAMES:
+        thing = getattr(streamnorm, name)
+        if callable(thing):
+            assert thing.__doc__, name
+
+
+def test_import_loads_torch_alone() -> None:
+    heavy = ["triton", "matplotlib", "datasets", "sklearn", "tyro", "rich", "safetensors", "PIL", "pandas"]
+    code = (
+        "import sys, torch; before = set(sys.modules); import streamnorm;"
+        f"print(*[m for m in {heavy} if m in set(sys.modules) - before], torch.cuda.is_initialized())"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.split() == ["False"]
