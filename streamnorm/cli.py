@@ -89,7 +89,8 @@ def compare(command: Compare) -> None:
 
     from streamnorm.training.data import load
     from streamnorm.training.loop import train
-    from streamnorm.training.report import sentence, summarize, write_report
+    from streamnorm.training.report import write_report
+    from streamnorm.training.summary import sentence, summarize
 
     if not command.seeds:
         raise ValueError("give at least one seed, for instance --seeds 0 1 2")

@@ -156,13 +156,16 @@ def vectorized(model: nn.Module, batches: int) -> Iterator[None]:
     """
     if batches < 1:
         raise ValueError(f"batches is a number of mini-batches >= 1, got {batches!r}")
-    for name, module in model.named_modules():
-        if batches > 1 and isinstance(module, _BatchNorm) and module.training:
+    layers: list[Norm] = []
+    for module in model.modules():
+        if isinstance(module, Norm):
+            layers.append(module)
+        elif batches > 1 and isinstance(module, _BatchNorm) and module.training:
+            name = next(name for name, one in model.named_modules() if one is module)
             raise ValueError(
                 f"{type(module).__name__} {name!r} would normalize {batches} mini-batches as one; use "
                 "streamnorm.BatchNorm in its place, or the loop over mini-batches (vectorize=False)"
             )
-    layers: list[Norm] = list(norms(model))
     before = [layer.steps for layer in layers]
     try:
         for layer in layers:

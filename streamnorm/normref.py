@@ -89,7 +89,7 @@ class NormRef:
         """The canonical view: ``x (g*m, c, *place) -> (g, m, G, q, *place)``, no copy."""
         n, c = x.shape[:2]
         groups = self.groups(c)
-        return x.unflatten(0, (steps, n // steps)).unflatten(2, (groups, c // groups))
+        return x.view(steps, n // steps, groups, c // groups, *x.shape[2:])
 
     def size(self, view: Sequence[int]) -> int:
         """How many activations the smallest reference of a canonical view holds (``view`` is its shape)."""

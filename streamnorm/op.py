@@ -12,6 +12,7 @@ whatever share of s the estimate s_hat holds (Algorithm 6).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -64,18 +65,18 @@ class _Normalize(torch.autograd.Function):
         mu = kernel.mean(data, d)
         ok = center = estimate = None
         if d.moment.center == "estimate":
-            center, sigma, ok = _about_the_estimate(data, mu, d, streams)
+            center, sigma, ok = _about_the_estimate(kernel, data, mu, d, streams)
         else:
             sigma = kernel.sigma(data, d, mu, None)
         if streams.H1 is not None:
             s = pack(mu, sigma, d.ref)
-            ok = finite(s) if ok is None else ok
-            estimate = streams.H1.observe(s, ok) if streams.recall is None else streams.recall
+            ok = finite(s, ok)
+            estimate = streams.H1.take(s, ok) if streams.recall is None else streams.recall
         mu_hat, sigma_hat = mu, sigma
         if streams.uses_estimate:
             assert estimate is not None
             mu_hat, sigma_hat = unpack_row(estimate[:, 0], mu), unpack_row(estimate[:, 1], sigma)
-        ctx.definition, ctx.streams, ctx.ok = d, streams, ok
+        ctx.kernel, ctx.definition, ctx.streams, ctx.ok = kernel, d, streams, ok
         ctx.save_for_backward(x, mu, sigma, center, mu_hat, sigma_hat)
         y = kernel.apply(data, d, mu_hat, sigma_hat).to(x.dtype)
         if estimate is not None:
@@ -89,13 +90,13 @@ class _Normalize(torch.autograd.Function):
                 "the gradient of a streamnorm layer cannot be differentiated again; call backward without "
                 "create_graph=True, or leave the normalized part out of the penalty on the gradient"
             )
-        d, streams = ctx.definition, ctx.streams
+        kernel, d, streams = ctx.kernel, ctx.definition, ctx.streams
         x, mu, sigma, center, mu_hat, sigma_hat = ctx.saved_tensors
-        kernel = choose(d)
         data, grad = x.to(mu.dtype), dy.to(mu.dtype)
         g_mu, g_sigma = kernel.stat_grads(grad, data, d, mu_hat, sigma_hat)
         if streams.H2 is not None:
-            g_hat = streams.H2.observe(pack(g_mu, g_sigma, d.ref), ctx.ok)
+            g = pack(g_mu, g_sigma, d.ref)
+            g_hat = streams.H2.take(g, finite(g, ctx.ok))
             g_mu, g_sigma = unpack_row(g_hat[:, 0], g_mu), unpack_row(g_hat[:, 1], g_sigma)
         # Where F took the mean over the m' samples of s, each sample's own s has an m'-th of a share in it.
         share = mu.shape[1] // g_mu.shape[1]
@@ -105,7 +106,9 @@ class _Normalize(torch.autograd.Function):
         return kernel.input_grad(grad, data, d, s, g_mu, g_sigma).to(x.dtype), None, None
 
 
-def _about_the_estimate(x: Tensor, mu: Tensor, d: Definition, streams: Streams) -> tuple[Tensor, Tensor, Tensor]:
+def _about_the_estimate(
+    kernel: ModuleType, x: Tensor, mu: Tensor, d: Definition, streams: Streams
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Setting B: the center mu_hat, this call's mean included, sigma about it, and which of the g steps are finite.
 
     F is pure and takes every statistic by itself, so it can be asked for the mean before sigma exists. A step whose
@@ -113,16 +116,21 @@ def _about_the_estimate(x: Tensor, mu: Tensor, d: Definition, streams: Streams) 
     out and the rest computed again, which only a cycle of several steps needs, and has to ask the device for.
     """
     assert streams.H1 is not None
-    kernel, row = choose(d), pack_row(mu, d.ref)
+    row = pack_row(mu, d.ref)
+    if streams.recall is not None:
+        center = unpack_row(streams.recall[:, 0], mu)
+        return center, kernel.sigma(x, d, mu, center), None
     ok = finite(row)
     while True:
-        hat = streams.H1.peek_mean(row, ok) if streams.recall is None else streams.recall[:, 0]
-        center = unpack_row(hat, mu)
+        center = unpack_row(streams.H1.peek_mean(row, ok), mu)
         sigma = kernel.sigma(x, d, mu, center)
-        bad = ok & ~finite(pack_row(sigma, d.ref))
-        if len(ok) == 1 or streams.recall is not None or not bad.any():
-            return center, sigma, ok & ~bad
-        ok = ok & ~(bad & (bad.cumsum(0) == 1))
+        if len(row) == 1:
+            return center, sigma, ok
+        good = finite(pack_row(sigma, d.ref), ok)
+        bad = None if good is None else ~good if ok is None else ok & ~good
+        if bad is None or not bad.any():
+            return center, sigma, good
+        ok = ~(bad & (bad.cumsum(0) == 1)) & (True if ok is None else ok)
 
 
 def normalize(x: Tensor, definition: Definition, streams: Streams) -> tuple[Tensor, Tensor | None]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -36,16 +37,16 @@ class Rule(ABC):
     def step(self, state: State, s: Tensor) -> tuple[State, Tensor]:
         """One arrival ``s (2, ...)``: the new state and the estimate, ``{H, s_hat} = F(H, s)``."""
 
-    def observe(self, state: State, s: Tensor, ok: Tensor) -> tuple[State, Tensor]:
-        """Arrivals ``s (g, 2, ...)`` in order; those where ``ok (g,)`` is false leave the state alone.
+    def observe(self, state: State, s: Tensor, ok: Tensor | None = None) -> tuple[State, Tensor]:
+        """Arrivals ``s (g, 2, ...)`` in order; those where ``ok (g,)`` is false leave the state alone, None: none is.
 
         Returns the last state and every estimate ``(g, 2, ...)``; at an arrival that is left out it is whatever
         ``step`` makes of it.
         """
         estimates = []
-        for now, keep in zip(s.unbind(0), ok.unbind(0), strict=True):
+        for j, now in enumerate(s.unbind(0)):
             new, estimate = self.step(state, now)
-            state = {name: torch.where(keep, new[name], old) for name, old in state.items()}
+            state = new if ok is None else {name: torch.where(ok[j], new[name], old) for name, old in state.items()}
             estimates.append(estimate)
         return state, torch.stack(estimates)
 
@@ -62,10 +63,11 @@ CHUNK = 256
 """Arrivals that a rule in closed form takes at a time: its products grow with the square."""
 
 
-def _in_chunks(rule: Rule, state: State, s: Tensor, ok: Tensor) -> tuple[State, Tensor]:
+def _in_chunks(rule: Rule, state: State, s: Tensor, ok: Tensor | None) -> tuple[State, Tensor]:
     estimates = []
-    for part, keep in zip(s.split(CHUNK), ok.split(CHUNK), strict=True):
-        state, estimate = rule.observe(state, part, keep)
+    for start in range(0, len(s), CHUNK):
+        part = slice(start, start + CHUNK)
+        state, estimate = rule.observe(state, s[part], None if ok is None else ok[part])
         estimates.append(estimate)
     return state, torch.cat(estimates)
 
@@ -116,27 +118,45 @@ class LongShort(Rule):
         }
 
     def step(self, state: State, s: Tensor) -> tuple[State, Tensor]:
-        new, estimate = self.observe(state, s.unsqueeze(0), torch.ones(1, dtype=torch.bool, device=s.device))
+        new, estimate = self.observe(state, s.unsqueeze(0))
         return new, estimate[0]
 
-    def observe(self, state: State, s: Tensor, ok: Tensor) -> tuple[State, Tensor]:
-        if len(s) > CHUNK:
+    def observe(self, state: State, s: Tensor, ok: Tensor | None = None) -> tuple[State, Tensor]:
+        g = len(s)
+        if g > CHUNK:
             return _in_chunks(self, state, s, ok)
+        if ok is None and g > 1 and s.is_cpu:
+            # A CPU tells its counters at no cost, and cycles begin alike: the weights need not be made each time.
+            share, to_long, to_short = _weights(self.mix, int(state["count"]), min(int(state["updates"]), 1), g, s.dtype)
+        else:
+            share, to_long, to_short = self.weights(state["count"], state["updates"], ok, g, s.dtype)
         # short_j = short + sum_{i<=j} (s_i - short) / (count + j), the exact mean of all arrivals, as one product.
-        count = state["count"] + ok.cumsum(0)
-        known = _column((count > 0) | (state["updates"] > 0), s)
-        share = ok.to(s.dtype).expand(len(s), -1).tril() / _column(count.clamp_min(1), ok[:, None]).to(s.dtype)
         old = state["short"].to(s.dtype)
-        surplus = torch.where(_column(ok, s), s - old, 0)
+        surplus = s - old if ok is None else torch.where(_column(ok, s), s - old, 0)
         short = torch.addmm(old.reshape(1, -1), share, surplus.flatten(1)).reshape(s.shape)
-        # Whichever of long and short is empty, the other stands in for it.
-        has_short, has_long = (count > 0).to(s.dtype), (state["updates"] > 0).to(s.dtype)
-        to_long = _column(has_long * (self.mix[0] + self.mix[1] * (1 - has_short)), s)
-        to_short = _column(has_short * (self.mix[1] + self.mix[0] * (1 - has_long)), s)
-        estimate = torch.addcmul(to_long * state["long"], to_short, short)
+        estimate = torch.addcmul(_column(to_long, s) * state["long"], short, _column(to_short, s))
         if self.mix[2]:
-            estimate = estimate + self.mix[2] * s
-        return {**state, "short": short[-1], "count": count[-1]}, torch.where(known, estimate, sum(self.mix) * s)
+            estimate = torch.add(estimate, s, alpha=self.mix[2])
+        arrived = g if ok is None else ok.sum()
+        new = {**state, "short": short[-1], "count": state["count"] + arrived}
+        if ok is None:
+            return new, estimate
+        known = (state["updates"] > 0) | (state["count"] + ok.cumsum(0) > 0)
+        return new, torch.where(_column(known, s), estimate, sum(self.mix) * s)
+
+    def weights(
+        self, count: Tensor, updates: Tensor, ok: Tensor | None, g: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What g arrivals are weighted with: the triangle ``(g, g)`` that makes short of them, and the shares of long
+        and of short in the estimate at each, ``(g,)`` or ``(1,)``. Whichever is empty, the other stands in for it."""
+        counts = count + (torch.arange(1, g + 1, device=count.device) if ok is None else ok.cumsum(0))
+        share = counts.clamp_min(1).to(dtype).reciprocal().unsqueeze(1).expand(g, g).tril()
+        has_long = (updates > 0).to(dtype).reshape(1)
+        if ok is None:
+            return share, self.mix[0] * has_long, self.mix[1] + self.mix[0] * (1 - has_long)
+        has_short = (counts > 0).to(dtype)
+        to_long = has_long * (self.mix[0] + self.mix[1] * (1 - has_short))
+        return share * ok, to_long, has_short * (self.mix[1] + self.mix[0] * (1 - has_long))
 
     def fold(self, state: State) -> State:
         short, count, updates = state["short"], state["count"], state["updates"]
@@ -164,6 +184,13 @@ class LongShort(Rule):
         }
 
 
+@lru_cache(maxsize=32)
+def _weights(
+    mix: tuple[float, float, float], count: int, updates: int, g: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    return LongShort(mix, (0, 0)).weights(torch.tensor(count), torch.tensor(updates), None, g, dtype)
+
+
 @dataclass(frozen=True)
 class Exponential(Rule):
     """A running average that starts from its first value: ``long <- (1 - rate) long + rate s`` (Algorithm 3's F).
@@ -181,12 +208,16 @@ class Exponential(Rule):
         return {"long": torch.zeros(*shape), "count": torch.zeros((), dtype=torch.int64)}
 
     def step(self, state: State, s: Tensor) -> tuple[State, Tensor]:
-        long = torch.where(state["count"] > 0, (1 - self.rate) * state["long"] + self.rate * s, s)
+        weight = self.rate + (1 - self.rate) * (state["count"] == 0).to(s.dtype)
+        long = torch.lerp(state["long"].to(s.dtype), s, weight)
         return {"long": long, "count": state["count"] + 1}, long
 
-    def observe(self, state: State, s: Tensor, ok: Tensor) -> tuple[State, Tensor]:
+    def observe(self, state: State, s: Tensor, ok: Tensor | None = None) -> tuple[State, Tensor]:
         if len(s) > CHUNK:
             return _in_chunks(self, state, s, ok)
+        if len(s) == 1 and ok is None:
+            return super().observe(state, s, ok)
+        ok = s.new_ones(len(s), dtype=torch.bool) if ok is None else ok
         # long_j = (1-r)^{k_j} long + sum_{i<=j} r (1-r)^{k_j - k_i} s_i with k the number of arrivals up to there;
         # the very first arrival of all enters with weight 1 instead of r.
         k = ok.cumsum(0)
@@ -230,31 +261,37 @@ class Memory(nn.Module):
 
     def state(self) -> State:
         """The members of H by name."""
-        return {name: self.get_buffer(name) for name in self._members}
+        buffers: dict[str, Any] = self._buffers
+        return {name: buffers[name] for name in self._members}
 
     @torch.no_grad()
-    def peek_mean(self, mu: Tensor, ok: Tensor) -> Tensor:
+    def peek_mean(self, mu: Tensor, ok: Tensor | None) -> Tensor:
         """The estimates ``(g, ...)`` that ``observe`` would return for the row of the mean; nothing is remembered."""
         mu = mu.unsqueeze(1)
         self._shape_like(mu.expand(-1, 2, *mu.shape[2:]))
         row = {name: value[:1] if value.ndim else value for name, value in self.state().items()}
         return self.rule.observe(row, mu, ok)[1].squeeze(1)
 
-    @torch.no_grad()
-    def observe(self, s: Tensor, ok: Tensor | None = None) -> Tensor:
-        """Take in the arrivals ``s (g, 2, ...)`` in order and return the estimate at each, ``(g, 2, ...)``.
+    def observe(self, s: Tensor) -> Tensor:
+        """Take in the arrivals ``s (g, 2, ...)`` in order and return the estimate at each, ``(g, 2, ...)``. What is not
+        finite is left out and counted in ``skipped``."""
+        return self.take(s, finite(s))
 
-        Left out and counted in ``skipped``: what is not finite, and what ``ok (g,)`` says is not to be taken in.
-        """
+    @torch.no_grad()
+    def take(self, s: Tensor, ok: Tensor | None) -> Tensor:
+        """``observe`` for arrivals that have been judged: left out are those where ``ok (g,)`` is false, None: none."""
         self._shape_like(s)
-        ok = finite(s) if ok is None else ok & finite(s)
         new, estimates = self.rule.observe(self.state(), s, ok)
         self._write(new)
-        arrived = ok.sum()
-        self.seen.add_(arrived)
-        self.skipped.add_(len(ok) - arrived)
         latest = estimates[-1]
-        self.estimate.copy_(torch.where(latest.isfinite().all(), latest, self.estimate))
+        if ok is None:
+            self.seen.add_(len(s))
+            self.estimate.copy_(latest)
+        else:
+            arrived = ok.sum()
+            self.seen.add_(arrived)
+            self.skipped.add_(len(ok) - arrived)
+            self.estimate.copy_(torch.where(latest.isfinite().all(), latest, self.estimate))
         return estimates
 
     @torch.no_grad()
@@ -297,8 +334,9 @@ class Memory(nn.Module):
         self.shaped = True
 
     def _write(self, new: State) -> None:
-        for name, value in new.items():
-            self.get_buffer(name).copy_(value)
+        for name, member in self.state().items():
+            if new[name] is not member:
+                member.copy_(new[name])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Memory:
         # .half() and .bfloat16() reach every floating buffer; statistics must not lose precision with the weights.
@@ -317,6 +355,11 @@ class Memory(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def finite(s: Tensor) -> Tensor:
-    """Which of the arrivals ``s (g, 2, ...)`` are finite throughout, ``(g,)``."""
-    return (s * 0).flatten(1).sum(1) == 0
+def finite(s: Tensor, ok: Tensor | None = None) -> Tensor | None:
+    """Which of the arrivals ``s (g, ...)`` are finite throughout and not refused by ``ok``, ``(g,)``; None: all.
+
+    Only a CPU is asked whether all are, where the answer costs no synchronization; elsewhere the mask is kept.
+    """
+    mine = (s * 0).flatten(1).sum(1) == 0
+    mine = mine if ok is None else mine & ok
+    return None if mine.is_cpu and bool(mine.all()) else mine

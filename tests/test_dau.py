@@ -414,6 +414,16 @@ def test_the_loop_needs_the_memory_of_one_mini_batch_whatever_the_cycle() -> Non
     assert most_saved(2, vectorize=False) == most_saved(24, vectorize=False) > 0
 
 
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_a_warm_up_cycle_keeps_no_graph(vectorize: bool) -> None:
+    cycle = dau(net("conv"), 2, 3, vectorize=vectorize)
+    gc.collect()
+    Saved.alive = Saved.most = 0
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.value):
+        cycle.warm_up(batch("conv", 6, 0)[0])
+    assert Saved.most == 0
+
+
 def test_one_call_needs_the_memory_of_all_mini_batches() -> None:
     assert most_saved(24, vectorize=True) > 8 * most_saved(2, vectorize=True)
 
@@ -453,6 +463,25 @@ def test_attached_layers_end_as_if_folded_by_hand() -> None:
         for layer in memories(by_hand):
             layer.fold()
         assert_equal(everything(attached), everything(by_hand))
+
+
+class Remembers(sn.Policy):
+    """A user's policy: batch normalization whose statistics and gradients are remembered by rules that fold."""
+
+    F = sn.LongShort((0.5, 0.5, 0.0), (0.5, 0.5))
+    G = sn.LongShort((0.5, 0.5, 0.0), (0.5, 0.5))
+
+
+@pytest.mark.xfail(strict=True, reason="attach folds layers by uses_estimate, not by whether they remember anything")
+def test_every_memory_of_an_attached_model_folds_whatever_training_normalizes_with() -> None:
+    model = net("FC", lambda c: Norm(c, sn.BA1, sn.Lp(2, "batch"), Remembers(), affine=True))
+    optimizer = sgd(model)
+    sn.attach(model, optimizer, warmup=0)
+    x, y = batch("FC", 4, 0)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert (model[1].H1.updates, model[1].H1.count) == (1, 0)
+    assert (model[1].H2.updates, model[1].H2.count) == (1, 0)
 
 
 def test_a_layer_that_stands_twice_in_a_model_folds_once() -> None:

@@ -18,7 +18,7 @@ from streamnorm.layers import Affine, Norm
 from streamnorm.normref import REFS
 from streamnorm.normstats import DegenerateReferenceError
 from streamnorm.training import loop
-from streamnorm.training.architectures import ARMS, build
+from streamnorm.training.architectures import ARMS, Block, build
 from streamnorm.training.data import Data
 from streamnorm.training.loop import Trainer, evaluate, learning_rate, order, train
 from streamnorm.training.run import Run
@@ -208,6 +208,13 @@ def test_architecture_b_halves_the_map_once_and_doubles_the_features() -> None:
             module.register_forward_hook(lambda m, x, y: shapes.append(tuple(y.shape[1:])))
     model(images(2)[0])
     assert shapes == [(8, 8, 8)] * 3 + [(16, 4, 4)] * 3
+
+
+def test_a_block_adds_to_what_came_in() -> None:
+    block = Block(4, Affine)
+    nn.init.zeros_(block.branch[-1].weight)
+    h = torch.randn(2, 4, 5, 5)
+    assert torch.equal(block(h), h)
 
 
 def norm_of(arm: str, **changes: Any) -> nn.Module:
@@ -420,7 +427,7 @@ BY_HAND = [
     ("A", "streaming", 1, 12, 4),
     ("A", "streaming", 3, 4, 0),
     ("A", "BA6-S", 3, 4, 0),
-    ("A", "batch", 3, 4, 0),
+    ("A", "batch", 6, 2, 0),
     ("A", "layer", 3, 4, 0),
     ("A", "none", 12, 1, 0),
     ("B", "streaming", 1, 12, 0),
@@ -436,17 +443,17 @@ def test_a_run_is_a_plain_loop_over_mini_batches(architecture: str, arm: str, m:
     exact, epochs = by_hand(run, data, torch.float64, warmup)
     single, _ = by_hand(run, data, torch.float32, warmup)
     # How far rounding to float32 carries this run is what the plain loop itself loses to it. Another order of the same
-    # sums rounds differently but not more: 8 times as far for the largest of all entries.
+    # sums rounds differently but not more; 30 times as far, because one run is a single draw of these roundings.
     lost = (flat(single) - flat(exact)).abs().max().item()
-    assert lost < 1e-3, "so sensitive a run says nothing"
+    assert lost < 1e-5, "so sensitive a run says nothing"
     trainer = to_the_end(Trainer(run, data))
     assert trainer.failed is None
-    assert (flat(trainer.model) - flat(exact)).abs().max() <= 8 * lost
+    assert (flat(trainer.model) - flat(exact)).abs().max() <= 30 * lost
     wide = Trainer(run, dataclasses.replace(data, train_x=data.train_x.double(), test_x=data.test_x.double()))
     wide.model.double()
     to_the_end(wide)
     finer = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    assert (flat(wide.model) - flat(exact)).abs().max() <= 8 * lost * finer
+    assert (flat(wide.model) - flat(exact)).abs().max() <= 30 * lost * finer
     for got, want in zip(wide.metrics, epochs, strict=True):
         assert got.pop("seconds") > 0
         assert list(got) == list(want)
@@ -506,6 +513,15 @@ def test_evaluation_changes_no_state(arm: str) -> None:
     assert all(p.grad is None for p in trainer.model.parameters())
     twin = steps(Trainer(small(arm=arm), toy()), 2)
     assert torch.equal(flat(steps(trainer, 1).model), flat(steps(twin, 1).model))
+
+
+def test_evaluation_keeps_no_graph() -> None:
+    grad_modes: list[bool] = []
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    model.register_forward_hook(lambda *_: grad_modes.append(torch.is_grad_enabled()))
+    data = toy()
+    evaluate(model, data.test_x, data.test_y)
+    assert grad_modes == [False]
 
 
 class Raises(nn.Module):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from streamnorm.experiments.study import Claim, Records
 from streamnorm.training.checkpoint import write
-from streamnorm.training.report import sentence, summarize, table, write_report
+from streamnorm.training.report import write_report
+from streamnorm.training.summary import sentence, summarize, table
 
 
 def write_results(records: Records, claims: Sequence[Claim], out: Path, title: str, note: str = "") -> Path:
