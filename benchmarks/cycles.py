@@ -3,8 +3,8 @@
     python benchmarks/cycles.py [--rounds 15] [--updates 20] [--threads 2]
 
 Variants of one architecture run interleaved in one process, in random order; a figure is the median over rounds of
-(variant time / torch batch normalization's time in the same round). Before any timing, a vectorized cycle is compared with
-the loop over its mini-batches, and no time is taken if they differ.
+(variant time / torch batch normalization's time in the same round). Before any timing, a vectorized cycle is compared
+with the loop over its mini-batches, and no time is taken if they differ.
 """
 
 from __future__ import annotations
@@ -51,21 +51,29 @@ def gate(network: Callable[[Make], nn.Module], norm: Make, x: Tensor, y: Tensor)
         trainer = dau(model, 1, len(x), vectorize)
         trainer.warm_up(x.double())
         trainer.update(x.double(), y)
-    worst = max((p - q).abs().max().item() for p, q in zip(one.state_dict().values(), two.state_dict().values()))
+    worst = max(
+        (p - q).abs().max().item() for p, q in zip(one.state_dict().values(), two.state_dict().values(), strict=True)
+    )
     assert worst < 1e-9, f"the vectorized cycle is off by {worst:.1e}"
 
 
-def measure(title: str, network: Callable[[Make], nn.Module], shape: tuple[int, ...], size: int, args: argparse.Namespace) -> None:
+def measure(
+    title: str, network: Callable[[Make], nn.Module], shape: tuple[int, ...], size: int, args: argparse.Namespace
+) -> None:
     x, y = torch.randn(size * args.updates, *shape), torch.randint(10, (size * args.updates,))
     torch_bn = nn.BatchNorm1d if network is a else nn.BatchNorm2d
     variants = {
         f"torch batch norm {size} x 1": dau(network(torch_bn), size, 1),
-        f"torch layer norm {size} x 1": dau(network(lambda c: nn.LayerNorm(c) if network is a else nn.GroupNorm(1, c)), size, 1),
+        f"torch layer norm {size} x 1": dau(
+            network(lambda c: nn.LayerNorm(c) if network is a else nn.GroupNorm(1, c)), size, 1
+        ),
         f"streamnorm batch {size} x 1": dau(network(sn.BatchNorm), size, 1),
         f"streaming {size} x 1": dau(network(sn.StreamingNorm), size, 1),
         f"streaming 1 x {size} vectorized": dau(network(sn.StreamingNorm), 1, size),
         f"streaming L1 1 x {size} vectorized": dau(network(lambda c: sn.StreamingNorm(c, p=1)), 1, size),
-        f"streaming L1 about 0, 1 x {size} vectorized": dau(network(lambda c: sn.StreamingNorm(c, p=1, center="zero")), 1, size),
+        f"streaming L1 about 0, 1 x {size} vectorized": dau(
+            network(lambda c: sn.StreamingNorm(c, p=1, center="zero")), 1, size
+        ),
         f"streaming 1 x {size} loop": dau(network(sn.StreamingNorm), 1, size, vectorize=False),
     }
     for norm in (sn.StreamingNorm, lambda c: sn.StreamingNorm(c, p=1, center="zero")):

@@ -28,7 +28,9 @@ def main(epochs: int = 1) -> float:
     x = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
     y = torch.tensor(digits.target)
     norm = Norm(16, Halves("own", "here", "batch"), Lp(2, "batch"), Streaming(), affine=True)
-    model = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1, bias=False), norm, nn.ReLU(), nn.Flatten(), nn.Linear(1024, 10))
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1, bias=False), norm, nn.ReLU(), nn.Flatten(), nn.Linear(1024, 10)
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     attach(model, optimizer)
     for _ in range(epochs):

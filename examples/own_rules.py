@@ -29,7 +29,10 @@ class Averages(Policy):
 def main(steps: int = 200) -> tuple[float, float]:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Linear(8, 32, bias=False), Norm(32, BA1, Lp(2, "estimate"), Averages(), affine=True), nn.ReLU(), nn.Linear(32, 1)
+        nn.Linear(8, 32, bias=False),
+        Norm(32, BA1, Lp(2, "estimate"), Averages(), affine=True),
+        nn.ReLU(),
+        nn.Linear(32, 1),
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     attach(model, optimizer)

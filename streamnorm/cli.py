@@ -99,7 +99,9 @@ def compare(command: Compare) -> None:
     settings = command.settings
     out = command.out or Path("runs") / f"compare-{settings.data}"
     data = load(settings.data, command.data_root, train_limit=settings.train_limit, test_limit=settings.test_limit)
-    console.print(f"{data.name}: {len(data.train_x)} to train on, {len(data.test_x)} to test; {len(runs)} runs in {out}")
+    console.print(
+        f"{data.name}: {len(data.train_x)} to train on, {len(data.test_x)} to test; {len(runs)} runs in {out}"
+    )
     records = []
     with _progress(console) as bar:
         task = bar.add_task("", total=len(runs))
@@ -179,10 +181,13 @@ def _table(rows: Any, title: str) -> Any:
 
     shown = Table("arm", "test error (%)", "train loss (nats)", "s/epoch", title=title)
     for row in rows:
-        if row.failed:
-            shown.add_row(row.label, "could not train", "", "")
+        if not row.counted:
+            shown.add_row(row.label, (row.failed or "").split(" because")[0], "", "")
             continue
-        error, loss = _spread(row.test_error, row.test_error_sd, 100, 2), _spread(row.train_loss, row.train_loss_sd, 1, 4)
+        error, loss = (
+            _spread(row.test_error, row.test_error_sd, 100, 2),
+            _spread(row.train_loss, row.train_loss_sd, 1, 4),
+        )
         shown.add_row(row.label, error, loss, f"{row.seconds_per_epoch:.2f}")
     return shown
 

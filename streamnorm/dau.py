@@ -1,7 +1,7 @@
 """Decoupled accumulation and update (paper, section 2), and the signal that a weight update happened.
 
-Gradients accumulate over n mini-batches of m samples; the weights are updated once for all of them. ``attach`` tells the
-layers of a model about the updates of an optimizer in anybody's loop; ``DAU`` is such a loop. Imports the layers.
+Gradients accumulate over n mini-batches of m samples; the weights are updated once for all of them. ``attach`` tells
+the layers of a model about the updates of an optimizer in anybody's loop; ``DAU`` is such a loop. Imports the layers.
 
 Legend: m samples per batch (S/B), n batches per update (B/U); one cycle is n mini-batches and one weight update.
 """
@@ -35,18 +35,15 @@ def has_tiny_references(layers: Iterable[Norm]) -> bool:
 
 
 class Attachment:
-    """The link between a model and its optimizer that ``attach`` makes; ``remove()`` it, or use it in a ``with``.
-
-    Attributes:
-        updates: weight updates seen, those of the warm-up included; once that is over, also skipped ones.
-    """
+    """The link between a model and its optimizer that ``attach`` makes; ``remove()`` it, or use it in a ``with``."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, warmup: Warmup) -> None:
         if warmup != "auto" and (not isinstance(warmup, int) or isinstance(warmup, bool) or warmup < 0):
             raise ValueError(f'warmup is a number of weight updates >= 0 or "auto", got {warmup!r}')
-        self.layers = [layer for layer in norms(model) if layer.policy.uses_estimate]
+        self.layers = [layer for layer in norms(model) if layer.H1 is not None or layer.H2 is not None]
         self.warmup: Warmup = warmup
-        self.updates = 0
+        self._steps = 0
+        self._skipped: Tensor | None = None
         self._hooks = (
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -55,18 +52,33 @@ class Attachment:
     @property
     def warming_up(self) -> bool:
         """Whether the next weight update is one of the warm-up, which moves statistics and leaves the weights."""
-        return self.updates < self._cycles()
+        cycles = self._cycles()
+        return cycles > 0 and self.updates < cycles
+
+    @property
+    def updates(self) -> int:
+        """Weight updates that happened, those of the warm-up included."""
+        return self._steps - (0 if self._skipped is None else int(self._skipped))
 
     def _cycles(self) -> int:
         if self.warmup != "auto":
             return self.warmup
         return AUTO_WARMUP if has_tiny_references(self.layers) else 0
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.warming_up:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if not self.warming_up:
+            return None
+        _drop_gradients(optimizer)
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            return None
+
+        def without_gradients() -> Any:
+            loss = closure()
+            _drop_gradients(optimizer)
+            return loss
+
+        return args[:1], {**kwargs, "closure": without_gradients}
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # A fused optimizer under a gradient scaler runs step() and skips inside its kernel; this is its own record.
@@ -75,10 +87,11 @@ class Attachment:
         warming = self.warming_up
         for layer in self.layers:
             layer.fold(happened)
-            if warming and layer.H2 is not None:
+            if warming and layer.policy.uses_estimate and layer.H2 is not None:
                 layer.H2.clear()
-        # Asking the device whether a step happened synchronizes; the count matters during the warm-up alone.
-        self.updates += 1 if not (warming and isinstance(happened, Tensor)) else int(happened)
+        self._steps += 1
+        if isinstance(happened, Tensor):
+            self._skipped = (~happened).sum() + (0 if self._skipped is None else self._skipped)
 
     def remove(self) -> None:
         """Undo ``attach``."""
@@ -91,7 +104,7 @@ class Attachment:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where ``state_dict()`` was taken."""
-        self.updates = state["updates"]
+        self._steps, self._skipped = state["updates"], None
 
     def __enter__(self) -> Attachment:
         return self
@@ -102,8 +115,15 @@ class Attachment:
         self.remove()
 
 
+def _drop_gradients(optimizer: Optimizer) -> None:
+    """Leave the optimizer nothing to do: without gradients it moves neither weights nor its own averages."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+
+
 def attach(model: nn.Module, optimizer: Optimizer, warmup: Warmup = "auto") -> Attachment:
-    """Tell every streaming layer of ``model`` about the weight updates of ``optimizer``.
+    """Tell every layer of ``model`` that remembers about the weight updates of ``optimizer``.
 
     After each ``optimizer.step()`` the layers fold: ``long <- kappa1 long + kappa2 short`` and short is emptied
     (sections 3.3.1, 3.3.2). A step that a gradient scaler skips folds nothing. Nothing else in a training loop changes.
@@ -177,7 +197,7 @@ def vectorized(model: nn.Module, batches: int) -> Iterator[None]:
 
 
 class DAU:
-    """Decoupled accumulation and update: gradients over n mini-batches of m samples, then one weight update (section 2).
+    """Decoupled accumulation and update: gradients over n mini-batches of m samples, then one update (section 2).
 
     The update uses the mean of the n mini-batch gradients; the gradients are cleared after it; n = 1 is conventional
     training. Streaming layers are folded at every update (``attach``).
@@ -284,9 +304,10 @@ class DAU:
         return has_tiny_references(norms(copy))
 
     def _step(self) -> None:
-        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if self.n > 1 and grads:
-            torch._foreach_div_(grads, self.n)
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and self.n > 1:
+                    parameter.grad.div_(self.n)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.accumulated = 0

@@ -190,7 +190,9 @@ class Norm(nn.Module):
                 + ("; for a single sample write x.unsqueeze(0)" if x.ndim == 1 else "")
             )
         if x.shape[1] != c:
-            raise ValueError(f"expected {c} features on axis 1, got {tuple(x.shape)}; features come second: (n, {c}, ...)")
+            raise ValueError(
+                f"expected {c} features on axis 1, got {tuple(x.shape)}; features come second: (n, {c}, ...)"
+            )
         if not x.is_floating_point():
             raise ValueError(f"expected a floating dtype, got {x.dtype}; write x.float()")
         if x.shape[0] % steps:
@@ -206,9 +208,9 @@ class Norm(nn.Module):
                 )
         return view
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._trained = False
-        super()._load_from_state_dict(*args)
+        super()._load_from_state_dict(*args, **kwargs)
 
     def __repr__(self) -> str:
         options = ", affine=True" if self.affine is not None else ""

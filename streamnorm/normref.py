@@ -124,7 +124,7 @@ class NormRef:
         return window_mean(x.mean((1, 3) if self.samples == "batch" else (3,), keepdim=True), self.window)
 
 
-def _mean(x: Tensor, dims: Sequence[int]) -> Tensor:
+def _mean(x: Tensor, dims: list[int]) -> Tensor:
     """The mean over ``dims`` (kept), about the first value so that a large mean costs no digits; place axes first,
     which lie together."""
     if not dims or not x.numel():

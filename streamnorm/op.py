@@ -84,12 +84,13 @@ class _Normalize(torch.autograd.Function):
         return y, estimate
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "the gradient of a streamnorm layer cannot be differentiated again; call backward without "
                 "create_graph=True, or leave the normalized part out of the penalty on the gradient"
             )
+        dy: Tensor = grads[0]
         kernel, d, streams = ctx.kernel, ctx.definition, ctx.streams
         x, mu, sigma, center, mu_hat, sigma_hat = ctx.saved_tensors
         data, grad = x.to(mu.dtype), dy.to(mu.dtype)

@@ -127,7 +127,9 @@ class LongShort(Rule):
             return _in_chunks(self, state, s, ok)
         if ok is None and g > 1 and s.is_cpu:
             # A CPU tells its counters at no cost, and cycles begin alike: the weights need not be made each time.
-            share, to_long, to_short = _weights(self.mix, int(state["count"]), min(int(state["updates"]), 1), g, s.dtype)
+            share, to_long, to_short = _weights(
+                self.mix, int(state["count"]), min(int(state["updates"]), 1), g, s.dtype
+            )
         else:
             share, to_long, to_short = self.weights(state["count"], state["updates"], ok, g, s.dtype)
         # short_j = short + sum_{i<=j} (s_i - short) / (count + j), the exact mean of all arrivals, as one product.
@@ -348,11 +350,11 @@ class Memory(nn.Module):
                 self._buffers[name] = wide.to(after.device)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         saved = state_dict.get(prefix + "estimate")
         if not self.shaped and saved is not None and saved.numel():
             self._resize(saved.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def finite(s: Tensor, ok: Tensor | None = None) -> Tensor | None:

@@ -11,7 +11,11 @@ from streamnorm import Batch, Lp, Norm, NormRef, Policy, Sample, Streaming
 from streamnorm.normref import REFS
 from streamnorm.oracle import Oracle
 
-ALL_REFS = {**{n: r.with_window(3) for n, r in REFS.items()}, "groups": NormRef(2, "all", "one"), "groups-B": NormRef(3, "all", "batch")}
+ALL_REFS = {
+    **{n: r.with_window(3) for n, r in REFS.items()},
+    "groups": NormRef(2, "all", "one"),
+    "groups-B": NormRef(3, "all", "batch"),
+}
 MOMENTS = [Lp(p, center) for p in (1, 2, 3, 1.5) for center in ("batch", "estimate", "zero")]
 MIXED = Streaming(alpha=(0.6, 0.4), beta=(0.5, 0.3, 0.2), kappa=(0.8, 0.2, 0.9, 0.1))
 SHAPES = {"fc": (4, 6), "1d": (3, 6, 5), "2d": (3, 6, 4, 5), "3d": (2, 6, 3, 2, 3)}

@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def rounding(dtype: torch.dtype, terms: int, scale: float = 1.0) -> float:
-    """Bound on the error of a quantity of size ``scale`` that took sums of ``terms`` values: each addition rounds by half
-    an eps of the running total, in the worst case all the same way; 16 for the few operations around the sums."""
+    """Bound on the error of a quantity of size ``scale`` that took sums of ``terms`` values: each addition rounds by
+    half an eps of the running total, in the worst case all the same way; 16 for the few operations around the sums."""
     return 16 * terms * torch.finfo(dtype).eps * scale
 
 

@@ -472,7 +472,6 @@ class Remembers(sn.Policy):
     G = sn.LongShort((0.5, 0.5, 0.0), (0.5, 0.5))
 
 
-@pytest.mark.xfail(strict=True, reason="attach folds layers by uses_estimate, not by whether they remember anything")
 def test_every_memory_of_an_attached_model_folds_whatever_training_normalizes_with() -> None:
     model = net("FC", lambda c: Norm(c, sn.BA1, sn.Lp(2, "batch"), Remembers(), affine=True))
     optimizer = sgd(model)
@@ -528,12 +527,9 @@ def test_a_step_that_a_gradient_scaler_skips_folds_nothing(fused: bool) -> None:
     assert counts == [(0, 1, 0, 1), (1, 1, 1, 1), (2, 1, 2, 1), (0, 2, 0, 2)]
 
 
-COUNTED = pytest.mark.xfail(strict=True, reason="Attachment counts a step whose kernel found_inf made it skip")
-
-
 @pytest.mark.parametrize(
     "fused",
-    [pytest.param(False, id="scaler skips step()"), pytest.param(True, id="the kernel skips", marks=COUNTED)],
+    [pytest.param(False, id="scaler skips step()"), pytest.param(True, id="the kernel skips")],
 )
 def test_a_step_that_a_gradient_scaler_skips_is_no_weight_update_seen(fused: bool) -> None:
     torch.manual_seed(0)
@@ -590,7 +586,6 @@ def test_a_warm_up_folds_statistics_and_leaves_weights_and_gradient_memory_alone
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-@pytest.mark.xfail(strict=True, reason="step(closure) computes its gradients after the hook that drops them")
 def test_a_warm_up_leaves_the_weights_alone_when_step_is_given_a_closure() -> None:
     model = net("FC")
     optimizer = sgd(model)

@@ -92,7 +92,12 @@ def test_training_in_the_special_case_follows_batch_norm_for_100_steps() -> None
     def net(norm) -> nn.Sequential:
         torch.manual_seed(1)
         return nn.Sequential(
-            nn.Linear(10, 16, bias=False), norm(16), nn.ReLU(), nn.Linear(16, 16, bias=False), norm(16), nn.ReLU(),
+            nn.Linear(10, 16, bias=False),
+            norm(16),
+            nn.ReLU(),
+            nn.Linear(16, 16, bias=False),
+            norm(16),
+            nn.ReLU(),
             nn.Linear(16, 3),
         )
 
@@ -169,9 +174,7 @@ def test_long_has_its_closed_form(updates: int) -> None:
         memory.observe(s)
         shorts.append(s.mean(0))
         memory.fold()
-    want = k1 ** (updates - 1) * shorts[0] + sum(
-        k2 * k1 ** (updates - 1 - u) * shorts[u] for u in range(1, updates)
-    )
+    want = k1 ** (updates - 1) * shorts[0] + sum(k2 * k1 ** (updates - 1 - u) * shorts[u] for u in range(1, updates))
     assert_close("long", memory.long, want, 64)
     assert memory.count == 0
     assert memory.updates == updates
@@ -273,8 +276,10 @@ def test_one_activation_in_setting_a_is_refused_before_any_change() -> None:
 @pytest.mark.parametrize("policy", [sn.Streaming(), "own"], ids=["streaming", "own"])
 @pytest.mark.parametrize(
     ("local", "window", "same_as"),
-    [("SP3", 1, "SP5"), ("BA3", 1, "BA5"), ("BA4", 1, "BA6")]
-    + [("SP3", 9, "SP2"), ("SP4", 9, "SP1"), ("BA3", 9, "BA2"), ("BA4", 9, "BA1")],
+    [
+        *[("SP3", 1, "SP5"), ("BA3", 1, "BA5"), ("BA4", 1, "BA6")],
+        *[("SP3", 9, "SP2"), ("SP4", 9, "SP1"), ("BA3", 9, "BA2"), ("BA4", 9, "BA1")],
+    ],
 )
 def test_windows_of_one_and_of_the_whole_map(local: str, window: int, same_as: str, policy: sn.Policy | str) -> None:
     x, dy = draw((3, 6, 4, 5), 0), draw((3, 6, 4, 5), 1)
@@ -307,9 +312,7 @@ def test_invariance_to_shift_and_scale(name: str) -> None:
     for p in (1, 2, 3):
         for center, b in (("batch", 3.0), ("zero", 0.0)):
             for policy in (sn.Sample() if ref.samples == "one" else sn.Batch(), sn.Streaming()):
-                y, z = (
-                    sn.Norm(6, ref, sn.Lp(p, center, eps=0), policy).double()(v).detach() for v in (x, 2.5 * x + b)
-                )
+                y, z = (sn.Norm(6, ref, sn.Lp(p, center, eps=0), policy).double()(v).detach() for v in (x, 2.5 * x + b))
                 # The shift costs digits: x + b is rounded relative to b, which is up to 2^2 times the spread of x.
                 assert_close(f"{p} {center} {policy}", z, y, 256)
 

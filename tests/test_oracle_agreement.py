@@ -21,7 +21,7 @@ def compare_state(name: str, layer: Norm, oracle: Oracle) -> None:
         if memory is None:
             continue
         assert_close(f"{name} {which}.long", memory.long, known.long.reshape(memory.long.shape), 64)
-        assert int(memory.count) == known.count or which == "H1" and "Batch" in name, f"{name} {which}.count"
+        assert int(memory.count) == known.count or (which == "H1" and "Batch" in name), f"{name} {which}.count"
         if hasattr(memory, "short"):
             assert_close(f"{name} {which}.short", memory.short, known.short.reshape(memory.short.shape), 64)
             assert int(memory.updates) == known.updates, f"{name} {which}.updates"

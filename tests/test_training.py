@@ -270,7 +270,7 @@ def test_architecture_b_refuses_what_is_no_image(shape: tuple[int, ...]) -> None
     ("changes", "message"),
     [
         ({"p": 0.5}, "p is a number >= 1, got 0.5"),
-        ({"center": "median"}, 'center is "batch".*got \'median\''),
+        ({"center": "median"}, "center is \"batch\".*got 'median'"),
         ({"alpha": (1.0,)}, r"alpha is a tuple of 2 numbers, got \(1.0,\)"),
         ({"kappa": (1.0, 0.0)}, r"kappa is a tuple of 4 numbers, got \(1.0, 0.0\)"),
         ({"alpha": (1.0, 0.0)}, "give kappa"),

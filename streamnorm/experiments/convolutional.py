@@ -1,9 +1,9 @@
-"""Normalizations of a feed-forward convolutional network (paper, section 7.4, the arms of Figure 6 that need no window).
+"""Normalizations of a feed-forward convolutional network (paper, section 7.4: the arms of Figure 6 without windows).
 
     python -m streamnorm.experiments.convolutional --data-root DATA --out runs/convolutional
 
-The first 10,000 images of CIFAR-10, architecture B with 16, then 32 features, 32 samples an update, 5 epochs. "Figure 6"
-is streaming with the paper's values there: L2, Setting A, alpha = beta = (.5, .5).
+The first 10,000 images of CIFAR-10, architecture B with 16, then 32 features, 32 samples an update, 5 epochs.
+"Figure 6" is streaming with the paper's values there: L2, Setting A, alpha = beta = (.5, .5).
 """
 
 from __future__ import annotations

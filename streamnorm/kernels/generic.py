@@ -49,7 +49,9 @@ def input_grad(dy: Tensor, x: Tensor, d: Definition, s: Statistics, g_mu: Tensor
 
 def _gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
-    found = torch.autograd.grad(
-        [o for o, _ in pairs], list(inputs), [g for _, g in pairs], allow_unused=True
-    ) if pairs else [None] * len(inputs)
+    found = (
+        torch.autograd.grad([o for o, _ in pairs], list(inputs), [g for _, g in pairs], allow_unused=True)
+        if pairs
+        else [None] * len(inputs)
+    )
     return [torch.zeros_like(i) if f is None else f for i, f in zip(inputs, found, strict=True)]

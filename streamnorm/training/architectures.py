@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,9 @@ ARMS: dict[str, NormRef | None] = {
     "streaming": BA1,
     **{f"{name}-{form}": ref for name, ref in REFS.items() for form in "BS"},
 }
-"""Every arm by name with its reference. ``-B`` is the batch (or sample) form of a reference, ``-S`` the streaming one."""
+"""Every arm by name with its reference.
+
+``-B`` is the batch (or sample) form of a reference, ``-S`` its streaming one."""
 
 
 def norm_factory(run: Run) -> NormFactory:
@@ -43,8 +46,8 @@ def norm_factory(run: Run) -> NormFactory:
     """
     if run.arm not in ARMS:
         near = difflib.get_close_matches(run.arm, ARMS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown arm {run.arm!r}{hint} Arms: {', '.join(ARMS)}")
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown arm {run.arm!r}; {hint}the arms are {', '.join(ARMS)}")
     ref = ARMS[run.arm]
     if ref is None:
         return Affine
@@ -67,7 +70,7 @@ class FullyConnected(nn.Sequential):
     def __init__(self, inputs: int, classes: int, norm: NormFactory, width: int, depth: int = 3) -> None:
         sizes = [inputs, *[width] * depth]
         layers: list[nn.Module] = [nn.Flatten()]
-        for before, after in zip(sizes, sizes[1:], strict=False):
+        for before, after in pairwise(sizes):
             layers += [nn.Linear(before, after, bias=False), norm(after), nn.ReLU()]
         super().__init__(*layers, nn.Linear(width, classes))
 

@@ -176,6 +176,7 @@ class Trainer:
         """Everything that a resumed run needs."""
         return {
             "run": self.run.to_json(),
+            "data": self._identity(),
             "model": dict(self.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
@@ -191,12 +192,16 @@ class Trainer:
         Raises:
             CheckpointError: if it was taken of another run.
         """
-        if differing := differences(state["run"], self.run.to_json()):
+        if differing := differences({**state["run"], **state["data"]}, {**self.run.to_json(), **self._identity()}):
             raise checkpoint.CheckpointError(f"the checkpoint is of another run: {differing}")
         load_model(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])
         self.done, self.sums, self.metrics, self.failed = (state[k] for k in ("done", "sums", "metrics", "failed"))
+
+    def _identity(self) -> dict[str, Any]:
+        sizes = {"training samples": len(self.data.train_x), "test samples": len(self.data.test_x)}
+        return {"data set": self.data.name, **sizes}
 
     def record(self) -> dict[str, Any]:
         """What a report reads."""

@@ -9,6 +9,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+
 @dataclass(frozen=True)
 class Settings:
     """What the arms of a comparison have in common.
@@ -54,15 +55,15 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("width", "samples_per_batch", "batches_per_update", "epochs"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is a whole number >= 1, got {value!r}")
         if self.architecture not in ("A", "B"):
             raise ValueError(f'architecture is "A" (fully connected) or "B" (convolutional), got {self.architecture!r}')
         for name in ("learning_rate", "momentum", "weight_decay"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is a finite number >= 0, got {value!r}")
-        if self.warmup is not None and self.warmup < 0:
+        if self.warmup is not None and (not isinstance(self.warmup, int) or self.warmup < 0):
             raise ValueError(f"warmup is a number of cycles >= 0, got {self.warmup!r}")
 
     @property
@@ -106,4 +107,5 @@ class Run(Settings):
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"a run of this version has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        fields_: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields_)
