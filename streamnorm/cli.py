@@ -144,6 +144,7 @@ def train_one(command: Train) -> None:
             f"epoch {line['epoch']:3d}   train loss {line['train_loss']:.4f} nats, error {line['train_error']:.2%}   "
             f"test loss {line['test_loss']:.4f} nats, error {line['test_error']:.2%}",
             highlight=False,
+            soft_wrap=True,
         )
     if record["failed"]:
         raise ValueError(f"{run.label} could not train: {record['failed']}")

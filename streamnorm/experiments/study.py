@@ -62,7 +62,10 @@ def mean(values: Sequence[float]) -> float:
 
 
 def spread(values: Sequence[float]) -> str:
-    """``mean ± sd`` over seeds."""
+    """``mean ± sd`` over seeds; how many could not train, if any."""
+    lost = sum(value != value for value in values)
+    if lost:
+        return f"{lost} of {len(values)} seeds could not train"
     return f"{mean(values):.4f} ± {statistics.stdev(values):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
 
 

@@ -226,7 +226,7 @@ def _identity(x: Tensor) -> str:
 
 def _file_source(paths: Sequence[Path], digests: Sequence[str], what: str) -> str:
     parts = (f"{path.name} {digest[:16]}" for path, digest in zip(paths, digests, strict=True))
-    return f"{paths[0].parent.resolve()} ({what}: {', '.join(parts)})"
+    return f"folder {paths[0].parent.resolve().name} ({what}: {', '.join(parts)})"
 
 
 def _how_to_give(name: str) -> str:

@@ -1,0 +1,117 @@
+"""The command line: its flags, what it writes, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from streamnorm.cli import Compare, arms, main
+
+QUICK = ["--epochs", "2", "--width", "16", "--batches-per-update", "16"]
+RUN_FLAGS = [
+    *("--data", "--architecture", "--width", "--p", "--center", "--alpha", "--beta", "--kappa"),
+    *("--samples-per-batch", "--batches-per-update", "--epochs", "--learning-rate", "--momentum", "--weight-decay"),
+    *("--warmup", "--train-limit", "--test-limit"),
+]
+FLAGS = {
+    "compare": ["--arms", "--seeds", "--out", "--data-root", *RUN_FLAGS],
+    "train": ["--out", "--data-root", *RUN_FLAGS, "--arm", "--seed"],
+    "evaluate": ["--data-root"],
+}
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_flags_are_pinned(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    found = re.findall(r"^\W*(?:-h, )?(--[a-z][a-z-]*)", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(found) == sorted([*FLAGS[command], "--help"])
+
+
+def test_compare_reports_and_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["compare", "--out", str(tmp_path), "--seeds", "0", "1", "--arms", "none", "batch", "streaming", *QUICK]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "batch normalization could not train" in said
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [run["seed"] for run in results["runs"]] == [0, 1] * 3
+    errors = [run["metrics"][-1]["test_error"] for run in results["runs"] if run["arm"] == "streaming"]
+    assert max(errors) < 0.5, "two epochs of digits leave chance (0.9) far behind"
+    assert "<html" in (tmp_path / "report.html").read_text()
+    checkpoints = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert len(checkpoints) == 6
+    assert main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == checkpoints
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert [run["metrics"] for run in again["runs"]] == [run["metrics"] for run in results["runs"]]
+
+
+def test_train_then_evaluate_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--out", str(tmp_path), "--arm", "streaming", *QUICK]) == 0
+    trained = capsys.readouterr().out
+    assert main(["evaluate", str(tmp_path)]) == 0
+    evaluated = capsys.readouterr().out
+    last = re.findall(r"test loss ([\d.]+) nats, error ([\d.]+%)", trained)[-1]
+    assert re.findall(r"test loss ([\d.]+) nats, error ([\d.]+%)", evaluated) == [last]
+
+
+def test_an_arm_may_have_its_own_batch() -> None:
+    runs = arms(Compare(arms=("streaming", "batch:64x1"), seeds=(3,)))
+    assert [(r.arm, r.samples_per_batch, r.batches_per_update, r.seed) for r in runs] == [
+        ("streaming", 1, 32, 3),
+        ("batch", 64, 1, 3),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["compare", "--arms", "streming"], "unknown arm 'streming'; did you mean 'streaming'?"),
+        (["compare", "--arms", "batch:64"], "an arm is a name, or a name with its S/B x B/U like batch:64x1"),
+        (["compare", "--arms", "none", "none"], "every arm and seed once"),
+        (["compare", "--seeds"], "give at least one seed"),
+        (["compare", "--data", "digit"], "digits"),
+        (["train", "--batches-per-update", "2000"], "2000 samples"),
+        (["train", "--data", "mnist", "--data-root", "nowhere"], "nowhere"),
+        (["evaluate", "nowhere"], "no checkpoint at nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    command: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("streamnorm: ")
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_other_settings_do_not_overwrite_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--out", str(tmp_path), *QUICK]) == 0
+    before = (tmp_path / "run.json").read_text()
+    assert main(["train", "--out", str(tmp_path), *QUICK, "--learning-rate", "0.05"]) == 2
+    assert "learning_rate 0.1 there and 0.05 here" in capsys.readouterr().err
+    assert (tmp_path / "run.json").read_text() == before
+
+
+def test_ctrl_c_stops_with_a_word_on_how_to_go_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import sys; from streamnorm.cli import main; sys.exit(main())"]
+    process = subprocess.Popen(
+        [*command, "train", "--out", str(tmp_path), "--epochs", "100000"], stderr=subprocess.PIPE, text=True
+    )
+    until = time.monotonic() + 60
+    while not (tmp_path / "checkpoint.safetensors").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from the last checkpoint" in said
+    assert "Traceback" not in said
