@@ -84,7 +84,11 @@ def test_an_arm_may_have_its_own_batch() -> None:
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
-    command: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(command) == 2
