@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 torch.set_num_threads(1)  # the tensors of a test are small, and workers share the cores
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _shapes() -> Iterator[None]:
+    """Shapes are checked where rooms meet, in every test."""
+    import shapes
+
+    with pytest.MonkeyPatch.context() as patch:
+        shapes.install(patch)
+        yield
 
 
 @pytest.fixture(autouse=True)
