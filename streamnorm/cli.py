@@ -4,9 +4,10 @@ here. Needs the extra ``cli``.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -77,7 +78,10 @@ def arms(command: Compare) -> list[Run]:
         if found[2]:
             values |= {"samples_per_batch": int(found[2]), "batches_per_update": int(found[3])}
         runs += [Run(**values, arm=found[1], seed=seed) for seed in command.seeds]
-        norm_factory(runs[-1])
+        try:
+            norm_factory(runs[-1])(runs[-1].width)
+        except ValueError as error:
+            raise ValueError(f"arm {spec}: {error}") from error
     if len({(run.label, run.seed) for run in runs}) < len(runs):
         raise ValueError(f"every arm and seed once, got arms {command.arms} and seeds {command.seeds}")
     return runs
@@ -92,12 +96,13 @@ def compare(command: Compare) -> None:
     from streamnorm.training.report import write_report
     from streamnorm.training.summary import sentence, summarize
 
-    if not command.seeds:
-        raise ValueError("give at least one seed, for instance --seeds 0 1 2")
+    if not command.seeds or not command.arms:
+        raise ValueError("give at least one arm and one seed, for instance --arms none streaming --seeds 0 1 2")
     runs = arms(command)
     console = Console()
     settings = command.settings
     out = command.out or Path("runs") / f"compare-{settings.data}"
+    _keep_report(out, runs)
     data = load(settings.data, command.data_root, train_limit=settings.train_limit, test_limit=settings.test_limit)
     console.print(
         f"{data.name}: {len(data.train_x)} to train on, {len(data.test_x)} to test; {len(runs)} runs in {out}"
@@ -122,6 +127,16 @@ def compare(command: Compare) -> None:
             console.print(f"{row.label}: {row.failed}", highlight=False)
     console.print(f"\n{sentence(rows)}\n", highlight=False, soft_wrap=True)
     console.print(f"Report: {report}", soft_wrap=True)
+
+
+def _keep_report(out: Path, runs: Sequence[Run]) -> None:
+    """Refuse to replace the report of runs that this comparison does not have."""
+    results = out / "results.json"
+    if results.is_file():
+        there = {(run["label"], run["seed"]) for run in json.loads(results.read_text())["runs"]}
+        if lost := sorted(there - {(run.label, run.seed) for run in runs}):
+            named = ", ".join(f"{label}, seed {seed}" for label, seed in lost[:3]) + (" ..." if lost[3:] else "")
+            raise ValueError(f"{out} has a report that also holds {named}; name those too, or another --out")
 
 
 def train_one(command: Train) -> None:
@@ -158,6 +173,8 @@ def evaluate_one(command: Evaluate) -> None:
 
     state = checkpoint.load(command.folder / "checkpoint.safetensors")
     run = Run.from_json(state["run"])
+    if state["failed"]:
+        raise ValueError(f"{command.folder} holds a run that could not train: {state['failed']}")
     data = load(run.data, command.data_root, train_limit=run.train_limit, test_limit=run.test_limit)
     trainer = Trainer(run, data)
     trainer.restore(state)

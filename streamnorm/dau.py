@@ -40,6 +40,11 @@ class Attachment:
     def __init__(self, model: nn.Module, optimizer: Optimizer, warmup: Warmup) -> None:
         if warmup != "auto" and (not isinstance(warmup, int) or isinstance(warmup, bool) or warmup < 0):
             raise ValueError(f'warmup is a number of weight updates >= 0 or "auto", got {warmup!r}')
+        if not isinstance(model, nn.Module) or not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"attach(model, optimizer) takes a module and an optimizer, got {type(model).__name__} and "
+                f"{type(optimizer).__name__}"
+            )
         self.layers = [layer for layer in norms(model) if layer.H1 is not None or layer.H2 is not None]
         self.warmup: Warmup = warmup
         self._steps = 0
@@ -200,7 +205,9 @@ class DAU:
     """Decoupled accumulation and update: gradients over n mini-batches of m samples, then one update (section 2).
 
     The update uses the mean of the n mini-batch gradients; the gradients are cleared after it; n = 1 is conventional
-    training. Streaming layers are folded at every update (``attach``).
+    training. Streaming layers are folded at every update (``attach``). To clip gradients, do it in an
+    ``optimizer.register_step_pre_hook``: they are the mean by then. A scheduler steps after ``update``, or after
+    ``accumulate`` when ``accumulated`` is 0. For a gradient scaler, use ``attach`` and a loop of your own.
 
     Args:
         model, optimizer: as in any loop.
@@ -232,7 +239,7 @@ class DAU:
         warmup: Warmup = "auto",
     ) -> None:
         for name, value in (("samples_per_batch", samples_per_batch), ("batches_per_update", batches_per_update)):
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is a whole number >= 1, got {value!r}")
         self.model = model
         self.optimizer = optimizer
@@ -248,7 +255,12 @@ class DAU:
 
         Returns:
             Its mean loss and the model's output, detached.
+
+        Raises:
+            ValueError: for another number of samples than m.
         """
+        if len(x) != self.m or len(y) != self.m:
+            raise ValueError(f"a mini-batch is {self.m} samples, got {len(x)} inputs and {len(y)} targets")
         output = self.model(x)
         loss = self.loss_fn(output, y)
         loss.backward()
@@ -269,7 +281,7 @@ class DAU:
         if len(x) != self.m * self.n or len(y) != len(x):
             raise ValueError(
                 f"a cycle is {self.n} mini-batches of {self.m} samples, {self.m * self.n} in all; "
-                f"got {len(x)} inputs and {len(y)} targets"
+                f"got {len(x)} inputs and {len(y)} targets; leave out an unfilled last cycle (drop_last=True)"
             )
         if self.accumulated:
             raise ValueError(f"{self.accumulated} of {self.n} mini-batches are accumulated; finish that cycle first")

@@ -9,6 +9,7 @@ Legend: ``n`` inputs along the first axis = ``g`` mini-batches (steps of the str
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,9 @@ from streamnorm.normref import BA1, SP2, NormRef
 from streamnorm.normstats import Center, Lp
 from streamnorm.policy import Batch, Policy, Sample, Streaming
 from streamnorm.stream import Memory
+
+FORGOTTEN = 1000
+"""Training calls without a weight update after which a streaming layer asks whether it was forgotten."""
 
 
 class Affine(nn.Module):
@@ -95,8 +99,12 @@ class Norm(nn.Module):
         op: Standardize | Scale | None = None,
     ) -> None:
         super().__init__()
-        if num_features < 1:
+        if not isinstance(num_features, int) or num_features < 1:
             raise ValueError(f"num_features is a number of features >= 1, got {num_features!r}")
+        if not isinstance(ref, NormRef):
+            raise TypeError(f"ref is a NormRef such as streamnorm.BA1, got {ref!r}")
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policy is a Policy such as streamnorm.Streaming(), got {policy!r}")
         self.num_features = num_features
         self.definition = Definition(ref, moment, op or Standardize())
         self.policy = policy
@@ -110,6 +118,7 @@ class Norm(nn.Module):
         self._trained = False
         self._latest: Tensor | None = None
         self._calls = 0
+        self._unfolded = 0
 
     @property
     def ref(self) -> NormRef:
@@ -160,6 +169,13 @@ class Norm(nn.Module):
         if not again:
             self._latest = estimates
             self._calls += 1
+            self._unfolded += 1
+            if self._unfolded == FORGOTTEN and self.policy.uses_estimate:
+                warnings.warn(
+                    f"{self!r} has seen {FORGOTTEN} training calls and no weight update; call streamnorm.attach(model, "
+                    "optimizer) once, or layer.fold() after each optimizer.step()",
+                    stacklevel=4,
+                )
         return y.reshape(x.shape)
 
     def _recall(self) -> Tensor | None:
@@ -181,6 +197,7 @@ class Norm(nn.Module):
             if memory is not None:
                 memory.fold(happened)
         self._calls = 0
+        self._unfolded = 0
 
     def _view(self, x: Tensor, steps: int) -> Tensor:
         c = self.num_features

@@ -49,7 +49,7 @@ class Lp:
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.p) and self.p >= 1):
+        if not (isinstance(self.p, (int, float)) and math.isfinite(self.p) and self.p >= 1):
             raise ValueError(f"p is a number >= 1, got {self.p!r}; p=1 is the mean absolute value, p=2 the deviation")
         if self.center not in ("batch", "estimate", "zero"):
             raise ValueError(

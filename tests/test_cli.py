@@ -76,7 +76,7 @@ def test_an_arm_may_have_its_own_batch() -> None:
         (["compare", "--arms", "streming"], "unknown arm 'streming'; did you mean 'streaming'?"),
         (["compare", "--arms", "batch:64"], "an arm is a name, or a name with its S/B x B/U like batch:64x1"),
         (["compare", "--arms", "none", "none"], "every arm and seed once"),
-        (["compare", "--seeds"], "give at least one seed"),
+        (["compare", "--seeds"], "give at least one arm and one seed"),
         (["compare", "--data", "digit"], "digits"),
         (["train", "--batches-per-update", "2000"], "2000 samples"),
         (["train", "--data", "mnist", "--data-root", "nowhere"], "nowhere"),

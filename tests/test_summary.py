@@ -89,7 +89,8 @@ def test_the_reference_is_a_label_that_trained():
 def test_sentence_of_a_clear_winner_and_a_failed_arm():
     assert said(CLEAR) == (
         "At 1 sample a batch and 32 batches an update, streaming normalization (4.20 ± 0.30 % test error, mean ± sd "
-        "over 3 seeds) was best, ahead of no normalization (6.10 ± 0.10 %), while batch normalization could not train "
+        "over 3 seeds) was best; higher than the lowest by more than the spread: no normalization (6.10 ± 0.10 %), "
+        "while batch normalization could not train "
         "because one activation in each reference gives sigma = 0."
     )
 
@@ -98,15 +99,15 @@ def test_sentence_says_level_when_the_spread_is_larger_than_the_difference():
     runs = [*runs_of("layer", 0.041, 0.043), *runs_of("streaming", 0.030, 0.050), *runs_of("none", 0.2, 0.2)]
     assert said(runs).endswith(
         "streaming normalization (4.00 ± 1.41 % test error, mean ± sd over 2 seeds) and layer normalization "
-        "(4.20 ± 0.14 %) were level, ahead of no normalization (20.00 ± 0.00 %)."
+        "(4.20 ± 0.14 %) were level; higher than the lowest by more than the spread: no normalization (20.00 ± 0.00 %)."
     )
     assert len([line for line in table(summarize(runs)).splitlines() if "**" in line]) == 2
 
 
 def test_sentence_does_not_call_the_lowest_of_single_seeds_best():
     assert said([run("none", 0, 0.2), run("layer", 0, 0.1)]).endswith(
-        "layer normalization (10.00 % test error, 1 seed) was lowest, with no spread to judge it by, "
-        "ahead of no normalization (20.00 %)."
+        "layer normalization (10.00 % test error, 1 seed) was lowest, of too few seeds to rank by (1); "
+        "higher than the lowest by more than the spread: no normalization (20.00 %)."
     )
 
 
@@ -123,7 +124,7 @@ def test_sentence_of_one_arm_names_no_winner():
 def test_sentence_takes_labels_when_the_settings_differ(other):
     found = said([*runs_of("layer", 0.1, 0.1), *runs_of("layer", 0.3, 0.3, label=other)])
     assert found.startswith("Layer 1 S/B x 32 B/U (10.00")
-    assert f"ahead of {other} (30.00" in found
+    assert f"more than the spread: {other} (30.00" in found
 
 
 def test_sentence_when_nothing_trained():

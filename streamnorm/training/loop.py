@@ -269,7 +269,12 @@ def train(run: Run, data: Data, folder: Path | None = None, progress: Progress |
     trainer = Trainer(run, data)
     path = folder / "checkpoint.safetensors" if folder else None
     if path is not None and path.is_file():
-        trainer.restore(checkpoint.load(path))
+        try:
+            trainer.restore(checkpoint.load(path))
+        except checkpoint.CheckpointError as error:
+            raise checkpoint.CheckpointError(
+                f"{error}; give another folder, or delete {folder} to start over"
+            ) from error
     if folder is not None:
         checkpoint.sweep(folder)
         checkpoint.write(folder / "run.json", json.dumps(description(run, data), indent=1))

@@ -15,7 +15,7 @@ class Settings:
     """What the arms of a comparison have in common.
 
     Attributes:
-        data: name of the data set.
+        data: digits, which needs no files, mnist or cifar10.
         architecture: A, fully connected, or B, convolutional (paper, Figure 2; ours in every number).
         width: features of the first layer; B doubles them in its second stage.
         p: order of the moment.
@@ -77,8 +77,9 @@ class Run(Settings):
     """One training run. The same seed gives the same initial weights and the same order of data to every arm.
 
     Attributes:
-        arm: the normalization: none, layer, instance, group, rms, batch, streaming, or a reference of the paper in its
-            batch or streaming form, such as SP3-B or BA6-S.
+        arm: the normalization: none, layer, instance, group, rms, batch, streaming, or a reference of the paper with
+            -S for its streaming form (BA6-S) or -B for the one without a stream (BA6-B, SP3-B). Without a map
+            (architecture A) BA1, BA4 and BA6 are one, and so are SP2, SP3 and SP5, and BA2, BA3 and BA5.
         seed: of weights and order.
 
     >>> Run(arm="batch", samples_per_batch=64, batches_per_update=1).label

@@ -146,17 +146,18 @@ def sentence(rows: Sequence[Row]) -> str:
             figures += f", {'mean ± sd over ' * (row.counted > 1)}{_count(row.counted, 'seed')}"
         return f"{names[row.label]} ({figures})"
 
+    seeds = min((row.counted for row in level + behind), default=0)
     if len(level) > 1:
         verdict = " were level"
     elif not behind:
         verdict = " trained to the end"
-    elif all(row.counted == 1 for row in level + behind):
-        verdict = " was lowest, with no spread to judge it by"
+    elif seeds < 3:
+        verdict = f" was lowest, of too few seeds to rank by ({seeds})"
     else:
         verdict = " was best"
     parts = [listed(map(told, level)) + verdict] if level else []
     if behind:
-        parts[0] += f", ahead of {listed(map(told, behind))}"
+        parts[0] += f"; higher than the lowest by more than the spread: {listed(map(told, behind))}"
     fates = dict.fromkeys(row.failed for row in lost)
     if fates:
         parts.append(", and ".join(f"{listed(told(r) for r in lost if r.failed == fate)} {fate}" for fate in fates))

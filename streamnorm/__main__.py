@@ -1,0 +1,8 @@
+"""``python -m streamnorm`` is the command ``streamnorm``."""
+
+import sys
+
+from streamnorm.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
