@@ -52,7 +52,7 @@ class Affine(nn.Module):
         if x.ndim < 2 or x.shape[1] != self.num_features:
             raise ValueError(f"expected (n, {self.num_features}, ...), got {tuple(x.shape)}")
         shape = (-1, *[1] * (x.ndim - 2))
-        return torch.addcmul(self.bias.reshape(shape), x, self.weight.reshape(shape)).to(x.dtype)
+        return (x * self.weight.reshape(shape)).add_(self.bias.reshape(shape)).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}"

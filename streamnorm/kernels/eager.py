@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from streamnorm.kernels.definition import Definition, Statistics
-from streamnorm.kernels.generic import apply, mean, sigma
+from streamnorm.kernels.generic import mean
+from streamnorm.kernels.generic import sigma as _sigma
 from streamnorm.normop import Scale, Standardize
 from streamnorm.normstats import Lp
 
@@ -27,13 +28,39 @@ def serves(d: Definition) -> bool:
     return d.ref.reduces and own_moment and type(d.op) in (Standardize, Scale)
 
 
+def sigma(x: Tensor, d: Definition, mu: Tensor, center: Tensor | None) -> Tensor:
+    """``sigma`` of every reference; squares and their sum in one pass where the reference covers a map."""
+    if d.moment.p != 2 or d.ref.place != "all" or x.ndim == 4:
+        return _sigma(x, d, mu, center)
+    about = {"batch": mu, "estimate": center, "zero": None}[d.moment.center]
+    deviation = x if about is None else x - about
+    norm = torch.linalg.vector_norm(deviation.flatten(4), dim=4)
+    rest = [dim for dim in d.ref.dims(4) if norm.shape[dim] != 1]
+    if rest:
+        norm = torch.linalg.vector_norm(norm, dim=rest, keepdim=True)
+    count = deviation.numel() // max(norm.numel(), 1)
+    return (norm.square() / count + d.moment.eps).sqrt().reshape(mu.shape)
+
+
+def apply(x: Tensor, d: Definition, mu_hat: Tensor, sigma_hat: Tensor) -> Tensor:
+    """``y = N(x, s_hat)``, with one new tensor of the size of x."""
+    return x / sigma_hat if type(d.op) is Scale else (x - mu_hat).div_(sigma_hat)
+
+
 def stat_grads(dy: Tensor, x: Tensor, d: Definition, mu_hat: Tensor, sigma_hat: Tensor) -> tuple[Tensor, Tensor]:
     """``dE/ds_hat``, summed over all activations that s_hat normalizes."""
     if type(d.op) is Scale:
-        g_sigma = -(dy * x).sum_to_size(sigma_hat.shape) / (sigma_hat * sigma_hat)
-        return torch.zeros_like(mu_hat), g_sigma
-    g_mu = -dy.sum_to_size(mu_hat.shape) / sigma_hat
-    return g_mu, -(dy * (x - mu_hat)).sum_to_size(sigma_hat.shape) / (sigma_hat * sigma_hat)
+        return torch.zeros_like(mu_hat), -_total(dy * x, sigma_hat) / (sigma_hat * sigma_hat)
+    g_mu = -_total(dy, mu_hat) / sigma_hat
+    return g_mu, -_total((x - mu_hat).mul_(dy), sigma_hat) / (sigma_hat * sigma_hat)
+
+
+def _total(values: Tensor, like: Tensor) -> Tensor:
+    """The sum of ``values`` over what shares a statistic of the shape of ``like``; place first, which lies together."""
+    shared = [dim for dim in range(values.ndim) if values.shape[dim] != like.shape[dim]]
+    for axes in ([dim for dim in shared if dim >= 4], [dim for dim in shared if dim < 4]):
+        values = values.sum(axes, keepdim=True) if axes else values
+    return values
 
 
 def input_grad(dy: Tensor, x: Tensor, d: Definition, s: Statistics, g_mu: Tensor, g_sigma: Tensor) -> Tensor:
@@ -43,15 +70,13 @@ def input_grad(dy: Tensor, x: Tensor, d: Definition, s: Statistics, g_mu: Tensor
     for dim in dims:
         size *= x.shape[dim]
     p, setting = d.moment.p, d.moment.center
-    if setting == "zero":
-        deviation = x
-    else:
-        center = s.mu if setting == "batch" else s.center
-        assert center is not None
-        deviation = x - center
+    center = {"batch": s.mu, "estimate": s.center, "zero": None}[setting]
+    deviation = x if center is None else x - center
     if p == 2:
-        return torch.addcmul(dy / s.sigma_hat, deviation, g_sigma / (size * s.sigma)).add_(g_mu / size)
-    slope = deviation.sign() if p == 1 else deviation.sign() * (deviation.abs() / s.sigma) ** (p - 1)
-    if setting == "batch":
-        g_mu = g_mu - g_sigma * slope.mean(dims, keepdim=True)
-    return torch.addcmul(dy / s.sigma_hat, slope, g_sigma / size).add_(g_mu / size)
+        slope, g_slope = deviation, g_sigma / (size * s.sigma)
+    else:
+        slope = deviation.sign() if p == 1 else deviation.sign() * (deviation.abs() / s.sigma) ** (p - 1)
+        g_slope = g_sigma / size
+        if setting == "batch":
+            g_mu = g_mu - g_sigma * slope.mean(dims, keepdim=True)
+    return (dy / s.sigma_hat).add_(g_mu, alpha=1 / size).addcmul_(slope, g_slope)
