@@ -48,6 +48,7 @@ class Attachment:
         self.layers = [layer for layer in norms(model) if layer.H1 is not None or layer.H2 is not None]
         self.warmup: Warmup = warmup
         self._steps = 0
+        self._warm = False
         self._skipped: Tensor | None = None
         self._hooks = (
             optimizer.register_step_pre_hook(self._before_step),
@@ -58,7 +59,8 @@ class Attachment:
     def warming_up(self) -> bool:
         """Whether the next weight update is one of the warm-up, which moves statistics and leaves the weights."""
         cycles = self._cycles()
-        return cycles > 0 and self.updates < cycles
+        self._warm = self._warm or (cycles > 0 and self._steps >= cycles and self.updates >= cycles)
+        return cycles > 0 and not self._warm
 
     @property
     def updates(self) -> int:
@@ -109,7 +111,7 @@ class Attachment:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where ``state_dict()`` was taken."""
-        self._steps, self._skipped = state["updates"], None
+        self._steps, self._skipped, self._warm = state["updates"], None, False
 
     def __enter__(self) -> Attachment:
         return self
@@ -131,7 +133,9 @@ def attach(model: nn.Module, optimizer: Optimizer, warmup: Warmup = "auto") -> A
     """Tell every layer of ``model`` that remembers about the weight updates of ``optimizer``.
 
     After each ``optimizer.step()`` the layers fold: ``long <- kappa1 long + kappa2 short`` and short is emptied
-    (sections 3.3.1, 3.3.2). A step that a gradient scaler skips folds nothing. Nothing else in a training loop changes.
+    (sections 3.3.1, 3.3.2). A step that a gradient scaler skips folds nothing. Nothing else in a training loop changes,
+    with two things to know: H2 remembers gradients in the units of the loss, so a gradient scaler must keep one scale
+    (``growth_interval=10**9``), and every backward pass counts, also a second one through the same forward call.
 
     Args:
         model: holds the layers; layers added later need another ``attach``.
@@ -185,7 +189,7 @@ def vectorized(model: nn.Module, batches: int) -> Iterator[None]:
     for module in model.modules():
         if isinstance(module, Norm):
             layers.append(module)
-        elif batches > 1 and isinstance(module, _BatchNorm) and module.training:
+        elif batches > 1 and isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             name = next(name for name, one in model.named_modules() if one is module)
             raise ValueError(
                 f"{type(module).__name__} {name!r} would normalize {batches} mini-batches as one; use "
@@ -298,20 +302,26 @@ class DAU:
 
     @torch.no_grad()
     def warm_up(self, x: Tensor) -> None:
-        """A cycle of the statistics alone: forward passes over ``x (n m, ...)`` and a fold, no weight update."""
-        if self.vectorize:
-            with vectorized(self.model, self.n):
-                self.model(x)
-        else:
-            for part in x.split(self.m):
-                self.model(part)
+        """A cycle of the statistics alone: training-mode forward passes over ``x (n m, ...)`` and a fold, no weight
+        update."""
+        was_training = self.model.training
+        self.model.train()
+        try:
+            if self.vectorize:
+                with vectorized(self.model, self.n):
+                    self.model(x)
+            else:
+                for part in x.split(self.m):
+                    self.model(part)
+        finally:
+            self.model.train(was_training)
         for layer in self.link.layers:
             layer.fold()
 
     @torch.no_grad()
     def needs_warmup(self, x: Tensor) -> bool:
         """Whether mini-batches like ``x (m, ...)`` make references tiny. Tried on a copy of the model."""
-        copy = deepcopy(self.model)
+        copy = deepcopy(self.model).train()
         copy(x)
         return has_tiny_references(norms(copy))
 

@@ -115,9 +115,7 @@ class Norm(nn.Module):
         self.H2 = None if policy.G is None else Memory(policy.G, shape)
         self.affine = Affine(num_features) if affine else None
         self.reference_size: int | None = None
-        self._trained = False
-        self._latest: Tensor | None = None
-        self._calls = 0
+        self._latest: tuple[int, Tensor, Tensor] | None = None
         self._unfolded = 0
 
     @property
@@ -149,26 +147,26 @@ class Norm(nn.Module):
         if self.training or self.H1 is None:
             return self._train(x)
         view = self._view(x, steps=1)
-        if not self._trained and not bool(self.H1.seen):
+        if not self.H1.known:
             raise RuntimeError(
                 f"{type(self).__name__} is tested (eval mode) before it has seen any training data, so there are no "
                 "statistics to normalize with; run it in train() mode first, or load a state_dict"
             )
-        self._trained = True
         return _op.normalize_fixed(view, self.definition, self.H1.estimate).reshape(x.shape)
 
     def _train(self, x: Tensor) -> Tensor:
-        view = self._view(x, self.steps)
-        if view.numel():
-            count = self.ref.size(view.shape)
-            self.moment.check_size(self.ref, count)
-            self.reference_size = count
-        again = _recomputing()
-        streams = _op.Streams(self.H1, self.H2, self.policy.uses_estimate, self._recall() if again else None)
-        y, estimates = _op.normalize(view, self.definition, streams)
-        if not again:
-            self._latest = estimates
-            self._calls += 1
+        again = self._latest if self.H1 is not None and _recomputing() else None
+        view = self._view(x, again[0] if again else self.steps)
+        if not view.numel():
+            return x.clone()
+        count = self.ref.size(view.shape)
+        self.moment.check_size(self.ref, count)
+        self.reference_size = count
+        recall = (again[1], again[2]) if again else None
+        streams = _op.Streams(self.H1, self.H2, self.policy.uses_estimate, recall)
+        y, estimates, s = _op.normalize(view, self.definition, streams)
+        if estimates is not None and s is not None and not again:
+            self._latest = (self.steps, s, estimates)
             self._unfolded += 1
             if self._unfolded == FORGOTTEN and self.policy.uses_estimate:
                 warnings.warn(
@@ -178,25 +176,11 @@ class Norm(nn.Module):
                 )
         return y.reshape(x.shape)
 
-    def _recall(self) -> Tensor | None:
-        """The estimates of the call that activation checkpointing computes again."""
-        if self.H1 is None:
-            return None
-        if self._calls > 1:
-            raise RuntimeError(
-                f"activation checkpointing computes a {type(self).__name__} again that was called {self._calls} times "
-                "since its last backward pass, so its statistics at the first of them are gone; checkpoint a part of "
-                "the model that calls the layer once, or leave the layer out of it"
-            )
-        self._calls = 0
-        return self._latest
-
     def fold(self, happened: Tensor | bool = True) -> None:
         """A weight update took place: long <- kappa1 long + kappa2 short, short emptied (section 3.3.1, 3.3.2)."""
         for memory in (self.H1, self.H2):
             if memory is not None:
                 memory.fold(happened)
-        self._calls = 0
         self._unfolded = 0
 
     def _view(self, x: Tensor, steps: int) -> Tensor:
@@ -225,9 +209,8 @@ class Norm(nn.Module):
                 )
         return view
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._trained = False
-        super()._load_from_state_dict(*args, **kwargs)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_latest": None}
 
     def __repr__(self) -> str:
         options = ", affine=True" if self.affine is not None else ""
@@ -242,6 +225,8 @@ def _check_pairing(ref: NormRef, moment: Lp, policy: Policy) -> None:
             raise ValueError(f"{policy!r} looks at one sample, {ref!r} at the mini-batch; use SP1 ... SP5, or Batch()")
         if policy.F is not None and ref.samples != "batch":
             raise ValueError(f"{policy!r} looks at the mini-batch, {ref!r} at one sample; use BA1 ... BA6, or Sample()")
+    elif policy.F is None:
+        raise ValueError(f"{policy!r} trains with F's estimate (uses_estimate) and has no F")
     if policy.F is None and getattr(moment, "center", None) == "estimate":
         raise ValueError(f'center="estimate" (Setting B) needs a running estimate and {policy!r} keeps none')
 

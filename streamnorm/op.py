@@ -30,14 +30,14 @@ class Streams:
     Attributes:
         H1, H2: the memories of F and G, or None where the policy has none.
         uses_estimate: normalize with s_hat (Algorithm 5), not with s (Algorithms 1, 3).
-        recall: the estimates ``(g, 2, ...)`` of the call that is being computed again, so that nothing is observed
-            twice; None for a call that happens for the first time.
+        recall: s and the estimates, each ``(g, 2, ...)``, of the call that is being computed again, so that nothing is
+            observed twice; None for a call that happens for the first time.
     """
 
     H1: Memory | None
     H2: Memory | None
     uses_estimate: bool
-    recall: Tensor | None = None
+    recall: tuple[Tensor, Tensor] | None = None
 
 
 def pack(mu: Tensor, sigma: Tensor, ref: NormRef) -> Tensor:
@@ -59,19 +59,19 @@ def unpack_row(row: Tensor, like: Tensor) -> Tensor:
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, d: Definition, streams: Streams) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Any, x: Tensor, d: Definition, streams: Streams) -> tuple[Tensor, Tensor | None, Tensor | None]:
         kernel = choose(d)
         data = x.to(torch.promote_types(x.dtype, torch.float32))
         mu = kernel.mean(data, d)
-        ok = center = estimate = None
-        if d.moment.center == "estimate":
+        ok = center = estimate = s = None
+        if getattr(d.moment, "center", None) == "estimate":
             center, sigma, ok = _about_the_estimate(kernel, data, mu, d, streams)
         else:
             sigma = kernel.sigma(data, d, mu, None)
         if streams.H1 is not None:
             s = pack(mu, sigma, d.ref)
             ok = finite(s, ok)
-            estimate = streams.H1.take(s, ok) if streams.recall is None else streams.recall
+            estimate = streams.H1.take(s, ok) if streams.recall is None else _recalled(s, streams.recall)
         mu_hat, sigma_hat = mu, sigma
         if streams.uses_estimate:
             assert estimate is not None
@@ -80,8 +80,8 @@ class _Normalize(torch.autograd.Function):
         ctx.save_for_backward(x, mu, sigma, center, mu_hat, sigma_hat)
         y = kernel.apply(data, d, mu_hat, sigma_hat).to(x.dtype)
         if estimate is not None:
-            ctx.mark_non_differentiable(estimate)
-        return y, estimate
+            ctx.mark_non_differentiable(estimate, s)
+        return y, estimate, s
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
@@ -119,7 +119,7 @@ def _about_the_estimate(
     assert streams.H1 is not None
     row = pack_row(mu, d.ref)
     if streams.recall is not None:
-        center = unpack_row(streams.recall[:, 0], mu)
+        center = unpack_row(streams.recall[1][:, 0], mu)
         return center, kernel.sigma(x, d, mu, center), None
     ok = finite(row)
     while True:
@@ -134,12 +134,24 @@ def _about_the_estimate(
         ok = ~(bad & (bad.cumsum(0) == 1)) & (True if ok is None else ok)
 
 
-def normalize(x: Tensor, definition: Definition, streams: Streams) -> tuple[Tensor, Tensor | None]:
+def _recalled(s: Tensor, recall: tuple[Tensor, Tensor]) -> Tensor:
+    """The estimates of the call that is computed again, if ``s`` shows that it is that call."""
+    before, estimates = recall
+    # The same operations on the same numbers: what differs is at most the rounding of another thread count.
+    if s.shape != before.shape or not torch.allclose(s, before, rtol=1e-3, atol=1e-6, equal_nan=True):
+        raise RuntimeError(
+            "activation checkpointing computes a normalization again that was called once more since, so that its "
+            "statistics are gone; checkpoint a part of the model that calls the layer once, or leave it out"
+        )
+    return estimates
+
+
+def normalize(x: Tensor, definition: Definition, streams: Streams) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Normalize ``x (g, m, G, q, *place)`` in training.
 
     Returns:
-        ``y`` of the shape and dtype of x, and F's estimate at each of the g steps, ``(g, 2, ...)``, or None where
-        there is no H1.
+        ``y`` of the shape and dtype of x; F's estimate at each of the g steps and what F was given, ``(g, 2, ...)``,
+        or None where there is no H1.
     """
     return _Normalize.apply(x, definition, streams)
 

@@ -191,7 +191,8 @@ class LongShort(Rule):
 def _weights(
     mix: tuple[float, float, float], count: int, updates: int, g: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return LongShort(mix, (0, 0)).weights(torch.tensor(count), torch.tensor(updates), None, g, dtype)
+    with torch.device("cpu"):
+        return LongShort(mix, (0, 0)).weights(torch.tensor(count), torch.tensor(updates), None, g, dtype)
 
 
 @dataclass(frozen=True)
@@ -257,8 +258,9 @@ class Memory(nn.Module):
         state = rule.empty(tuple(shape or (2, 0)))
         self._members = tuple(state)
         for name, value in state.items():
-            self.register_buffer(name, value)
-        self.register_buffer("estimate", torch.zeros(*(shape or (2, 0))))
+            self.register_buffer(name, _wide(value))
+        self.register_buffer("estimate", _wide(torch.zeros(*(shape or (2, 0)))))
+        self._known = False
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
 
@@ -314,6 +316,15 @@ class Memory(nn.Module):
         self._write(self.rule.empty(tuple(self.estimate.shape)))
         for extra in (self.estimate, self.seen, self.skipped):
             extra.zero_()
+        self._known = False
+
+    reset_parameters = clear
+
+    @property
+    def known(self) -> bool:
+        """Whether there is an estimate. The device is asked until there is one, and not again."""
+        self._known = self._known or bool(self.seen)
+        return self._known
 
     @torch.no_grad()
     def merge(self, others: Sequence[Memory]) -> None:
@@ -332,7 +343,9 @@ class Memory(nn.Module):
             self._resize(s.shape[1:])
 
     def _resize(self, shape: Sequence[int]) -> None:
-        for name, value in {**self.rule.empty(tuple(shape)), "estimate": torch.zeros(*shape)}.items():
+        with self.estimate.device:
+            empty = {**self.rule.empty(tuple(shape)), "estimate": torch.zeros(*shape)}
+        for name, value in empty.items():
             self.get_buffer(name).resize_(value.shape).copy_(value)
         self.shaped = True
 
@@ -356,6 +369,15 @@ class Memory(nn.Module):
         if not self.shaped and saved is not None and saved.numel():
             self._resize(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._known = False
+        for name, value in self._buffers.items():
+            if value is not None:
+                self._buffers[name] = _wide(value)
+
+
+def _wide(value: Tensor) -> Tensor:
+    """``value`` in float32 if it is narrower."""
+    return value.float() if value.is_floating_point() and value.itemsize < 4 else value
 
 
 def finite(s: Tensor, ok: Tensor | None = None) -> Tensor | None:

@@ -24,7 +24,7 @@ def install(patch: pytest.MonkeyPatch) -> None:
     @checked
     def checked_normalize(
         x: Float[Tensor, "g m G q *place"], definition: Any, streams: Any
-    ) -> tuple[Float[Tensor, "g m G q *place"], Float[Tensor, "g 2 *stat"] | None]:
+    ) -> tuple[Float[Tensor, "g m G q *place"], Float[Tensor, "g 2 *stat"] | None, Float[Tensor, "g 2 *stat"] | None]:
         return normalize(x, definition, streams)
 
     @checked

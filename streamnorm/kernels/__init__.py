@@ -11,7 +11,6 @@ neither policy nor stream. ``choose`` picks the fastest backend that serves a de
 
 from __future__ import annotations
 
-from functools import lru_cache
 from types import ModuleType
 
 from streamnorm.kernels import eager, generic
@@ -23,7 +22,6 @@ BACKENDS: dict[str, ModuleType] = {"eager": eager, "generic": generic}
 """Every backend by name, fastest first."""
 
 
-@lru_cache(maxsize=256)
 def choose(definition: Definition) -> ModuleType:
     """The fastest backend that serves this definition."""
     return eager if eager.serves(definition) else generic
