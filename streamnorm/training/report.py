@@ -150,8 +150,8 @@ src="data:image/png;base64,$light">
 </picture></div>
 <h2>How to read this</h2>
 <p>S/B is samples per batch, B/U batches per weight update. Figures are the mean over seeds ± the sample standard
-deviation at each run&rsquo;s last epoch; &ldquo;lowest&rdquo; is the best of any epoch and seed, picked on the test set
-and so too good. In bold: the lowest test error and all that are level with it, nearer than the larger of the two
+deviation at each run&rsquo;s last epoch; &ldquo;lowest&rdquo; is the best of any epoch and seed, chosen on the test
+set, hence optimistic. In bold: the lowest test error and all that are level with it, nearer than the larger of the two
 deviations; an arm which lost a seed is not ranked. Differences pair runs of the same seed, at the last epoch both have;
 below zero is better than the reference. In the picture a line is the mean over seeds, its band from the lowest seed to
 the highest.</p>

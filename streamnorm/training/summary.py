@@ -157,7 +157,8 @@ def sentence(rows: Sequence[Row]) -> str:
         verdict = " was best"
     parts = [listed(map(told, level)) + verdict] if level else []
     if behind:
-        parts[0] += f"; higher than the lowest by more than the spread: {listed(map(told, behind))}"
+        spread = " than the lowest by more than the spread" if seeds > 1 else ""
+        parts[0] += f"; higher{spread}: {listed(map(told, behind))}"
     fates = dict.fromkeys(row.failed for row in lost)
     if fates:
         parts.append(", and ".join(f"{listed(told(r) for r in lost if r.failed == fate)} {fate}" for fate in fates))
