@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 import streamnorm as sn
 from streamnorm.training.architectures import Convolutional, FullyConnected
-from streamnorm.training.loop import machine, versions
+from streamnorm.training.data import Data
+from streamnorm.training.loop import Trainer, machine, versions
+from streamnorm.training.run import Run
 
 Make = Callable[[int], nn.Module]
 
@@ -97,6 +99,32 @@ def measure(
         )
 
 
+def epochs(args: argparse.Namespace) -> None:
+    """A whole epoch of the training loop, with its access to the data and its metrics, its test of 640 samples too."""
+    x, y = torch.randn(6400, 3072), torch.randint(10, (6400,))
+    data = Data("noise", x, y, x[:640], y[:640], 10, "torch.randn")
+    arms = {"torch batch norm 64 x 1": ("batch", 64, 1), "streaming 1 x 64 vectorized": ("streaming", 1, 64)}
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for round_ in range(args.rounds + 1):
+        for name in random.sample(list(arms), len(arms)):
+            arm, m, n = arms[name]
+            run = Run(arm=arm, width=256, samples_per_batch=m, batches_per_update=n, epochs=1, learning_rate=0.01)
+            trainer = Trainer(run, data)
+            if arm == "batch":
+                trainer.model = a(nn.BatchNorm1d)
+                trainer.dau = dau(trainer.model, m, n)
+            start = time.perf_counter()
+            while not trainer.finished:
+                trainer.step()
+            if round_:
+                times[name].append(time.perf_counter() - start)
+    ratios = [s / t for t, s in zip(*times.values(), strict=True)]
+    print("\nAn epoch of the training loop, architecture A, 6,400 samples\n\n| variant | s an epoch |\n|---|---|")
+    for name, taken in times.items():
+        print(f"| {name} | {statistics.median(taken):.3f} |")
+    print(f"\nRatio, median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
@@ -105,6 +133,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"{versions()}, {machine()}; {args.rounds} rounds of {args.updates} updates")
+    epochs(args)
     measure("Architecture A, 3 x 256, 64 samples an update", a, (3072,), 64, args)
     measure("Architecture B, 16 then 32 features, 32 images an update", b, (3, 32, 32), 32, args)
 
