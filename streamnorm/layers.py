@@ -110,7 +110,7 @@ class Norm(nn.Module):
         self.policy = policy
         self.steps = 1
         _check_pairing(ref, moment, policy)
-        shape = (2, ref.groups(num_features)) if ref.place == "all" and type(ref).mean is NormRef.mean else None
+        shape = (2, ref.groups(num_features)) if ref.place == "all" and ref.is_built_in else None
         self.H1 = None if policy.F is None else Memory(policy.F, shape)
         self.H2 = None if policy.G is None else Memory(policy.G, shape)
         self.affine = Affine(num_features) if affine else None
@@ -156,7 +156,8 @@ class Norm(nn.Module):
 
     def _train(self, x: Tensor) -> Tensor:
         again = self._latest if self.H1 is not None and _recomputing() else None
-        view = self._view(x, again[0] if again else self.steps)
+        # A sample is normalized by itself, however the first axis is cut; a recomputed call is cut as it was.
+        view = self._view(x, 1 if self.H1 is None else again[0] if again else self.steps)
         if not view.numel():
             return x.clone()
         count = self.ref.size(view.shape)
@@ -202,7 +203,7 @@ class Norm(nn.Module):
         memory = self.H1
         if memory is not None and memory.shaped and self.ref.place != "all":
             known, place = tuple(memory.estimate.shape[2:]), tuple(x.shape[2:])
-            if known != place and type(self.ref).mean is NormRef.mean:
+            if known != place and self.ref.is_built_in:
                 raise ValueError(
                     f"{self.ref!r} keeps statistics for every place of a map of size {known}, got {place} in "
                     f"{tuple(x.shape)}; use a reference over all places (BA1, BA2, SP1, SP2), or a layer for each size"

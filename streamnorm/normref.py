@@ -103,9 +103,14 @@ class NormRef:
         return count
 
     @property
+    def is_built_in(self) -> bool:
+        """Whether the mean is the one that the three choices say, not a subclass's own."""
+        return type(self).mean is NormRef.mean
+
+    @property
     def reduces(self) -> bool:
         """Whether the mean over the reference is a mean over whole axes (no window, no rule of a subclass)."""
-        return self.place != "local" and type(self).mean is NormRef.mean
+        return self.place != "local" and self.is_built_in
 
     def dims(self, ndim: int) -> tuple[int, ...]:
         """The axes of a canonical view with ``ndim`` axes that a whole-axis reference averages over."""
