@@ -11,17 +11,47 @@ neither policy nor stream. ``choose`` picks the fastest backend that serves a de
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
-from streamnorm.kernels import eager, generic
+from torch import Tensor
+
+from streamnorm.kernels import cpu, eager, generic
 from streamnorm.kernels.definition import Definition, Statistics
 
-__all__ = ["BACKENDS", "Definition", "Statistics", "choose", "eager", "generic"]
+__all__ = ["BACKENDS", "Definition", "Statistics", "choose", "cpu", "eager", "generic", "may_use", "using"]
 
-BACKENDS: dict[str, ModuleType] = {"eager": eager, "generic": generic}
-"""Every backend by name, fastest first."""
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "eager": eager, "generic": generic}
+"""Every backend by name, fastest first: compiled, in torch operations, by autograd."""
+
+_fastest = "cpu"
 
 
-def choose(definition: Definition) -> ModuleType:
-    """The fastest backend that serves this definition."""
-    return eager if eager.serves(definition) else generic
+@contextmanager
+def using(name: str | None) -> Iterator[None]:
+    """Inside, no backend faster than ``name`` is used, to compare or to find a fault; None: the fastest.
+
+    Raises:
+        ValueError: for a name that is none.
+    """
+    global _fastest
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backends are {', '.join(BACKENDS)}, got {name!r}")
+    before, _fastest = _fastest, name or "cpu"
+    try:
+        yield
+    finally:
+        _fastest = before
+
+
+def may_use(name: str) -> bool:
+    """Whether ``using`` allows this backend."""
+    return list(BACKENDS).index(name) >= list(BACKENDS).index(_fastest)
+
+
+def choose(definition: Definition, x: Tensor | None = None) -> ModuleType:
+    """The fastest backend that serves this definition, for an input like ``x``, or (None) for any input."""
+    if x is not None and _fastest == "cpu" and cpu.takes(x) and cpu.serves(definition):
+        return cpu
+    return eager if _fastest != "generic" and eager.serves(definition) else generic

@@ -6,20 +6,26 @@
     dx = dy / sigma_hat + g_mu / N + g_sigma / N sign(d) (|d| / sigma)^(p-1)           with d = x - c
 
 In Setting A, c = mu moves with x: g_mu gains ``-g_sigma mean(sign(d) (|d| / sigma)^(p-1))``, which is 0 for p = 2 only.
+
+Where every feature of one mini-batch has statistics of its own (BA1), torch's batch normalization in its testing mode
+is the fastest map there is, its backward pass the fastest pair of sums, and the gain and bias come with them.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from streamnorm.kernels import generic
 from streamnorm.kernels.definition import Definition, Statistics
-from streamnorm.kernels.generic import mean
-from streamnorm.kernels.generic import sigma as _sigma
 from streamnorm.normop import Scale, Standardize
 from streamnorm.normstats import Lp
 
-__all__ = ["apply", "input_grad", "mean", "serves", "sigma", "stat_grads"]
+__all__ = ["apply", "input_grad", "joins", "mean", "serves", "sigma", "stat_grads"]
+
+CANCELS = 100
+"""How much larger than a moment about its center one about 0 may be, where the one is computed from the other."""
 
 
 def serves(d: Definition) -> bool:
@@ -28,31 +34,81 @@ def serves(d: Definition) -> bool:
     return d.ref.reduces and own_moment and type(d.op) in (Standardize, Scale)
 
 
+def joins(x: Tensor, d: Definition) -> bool:
+    """Whether ``apply`` and ``input_grad`` take the gain and bias that follow along."""
+    return _features(x, d) is not None and type(d.op) is Standardize
+
+
+def mean(x: Tensor, d: Definition) -> Tensor:
+    """``mu`` of every reference."""
+    if d.moment.p != 2 or d.ref.place != "all" or x.ndim == 4 or not x.is_contiguous() or not x.numel():
+        return generic.mean(x, d)  # about the first value, to the last digit of a large mean
+    return _mean_of_maps(x.flatten(4).sum(4) / x[0, 0, 0, 0].numel(), x, d)
+
+
 def sigma(x: Tensor, d: Definition, mu: Tensor, center: Tensor | None) -> Tensor:
     """``sigma`` of every reference; squares and their sum in one pass where the reference covers a map."""
-    if d.moment.p != 2 or d.ref.place != "all" or x.ndim == 4:
-        return _sigma(x, d, mu, center)
+    if d.moment.p != 2 or d.ref.place != "all" or x.ndim == 4 or not x.is_contiguous():
+        return generic.sigma(x, d, mu, center)
     about = {"batch": mu, "estimate": center, "zero": None}[d.moment.center]
-    deviation = x if about is None else x - about
-    norm = torch.linalg.vector_norm(deviation.flatten(4), dim=4)
-    rest = [dim for dim in d.ref.dims(4) if norm.shape[dim] != 1]
-    if rest:
-        norm = torch.linalg.vector_norm(norm, dim=rest, keepdim=True)
-    count = deviation.numel() // max(norm.numel(), 1)
-    return (norm.square() / count + d.moment.eps).sqrt().reshape(mu.shape)
+    moment = square = _square(x, d)
+    if about is not None:
+        moment = square - about * (2 * mu - about)
+        if not (square <= CANCELS * moment).all():
+            moment = _square(x - about, d)
+    return (moment + d.moment.eps).sqrt()
 
 
-def apply(x: Tensor, d: Definition, mu_hat: Tensor, sigma_hat: Tensor) -> Tensor:
-    """``y = N(x, s_hat)``, with one new tensor of the size of x."""
-    return x / sigma_hat if type(d.op) is Scale else (x - mu_hat).div_(sigma_hat)
+def _square(x: Tensor, d: Definition) -> Tensor:
+    norm = torch.linalg.vector_norm(x.flatten(4), dim=4)
+    return _mean_of_maps(norm.square() / x[0, 0, 0, 0].numel(), x, d)
+
+
+def _mean_of_maps(each: Tensor, x: Tensor, d: Definition) -> Tensor:
+    """The mean over a reference of what is known of each map, ``(g, m, G, q)``, shaped as a statistic."""
+    rest = [dim for dim in d.ref.dims(4) if each.shape[dim] != 1]
+    whole = each.mean(rest, keepdim=True) if rest else each
+    return whole.reshape(*whole.shape, *[1] * (x.ndim - 4))
+
+
+def apply(
+    x: Tensor,
+    d: Definition,
+    mu_hat: Tensor,
+    sigma_hat: Tensor,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """``y = N(x, s_hat)`` with one new tensor of the size of x; ``gain`` and ``shift (c,)`` where ``joins`` holds."""
+    flat = _features(x, d)
+    if flat is None or type(d.op) is Scale:
+        return x / sigma_hat if type(d.op) is Scale else (x - mu_hat).div_(sigma_hat)
+    deviation = sigma_hat.flatten()
+    return F.batch_norm(flat, mu_hat.flatten(), deviation * deviation, gain, shift, False, 0.0, 0.0).view(x.shape)
 
 
 def stat_grads(dy: Tensor, x: Tensor, d: Definition, mu_hat: Tensor, sigma_hat: Tensor) -> tuple[Tensor, Tensor]:
     """``dE/ds_hat``, summed over all activations that s_hat normalizes."""
     if type(d.op) is Scale:
         return torch.zeros_like(mu_hat), -_total(dy * x, sigma_hat) / (sigma_hat * sigma_hat)
-    g_mu = -_total(dy, mu_hat) / sigma_hat
-    return g_mu, -_total((x - mu_hat).mul_(dy), sigma_hat) / (sigma_hat * sigma_hat)
+    flat = _features(x, d)
+    if flat is None:
+        g_mu = -_total(dy, mu_hat) / sigma_hat
+        return g_mu, -_total((x - mu_hat).mul_(dy), sigma_hat) / (sigma_hat * sigma_hat)
+    deviation = sigma_hat.flatten()
+    _, scaled, plain = torch.ops.aten.native_batch_norm_backward(
+        dy.reshape(flat.shape),
+        flat,
+        torch.ones_like(deviation),
+        mu_hat.flatten(),
+        deviation * deviation,
+        None,
+        None,
+        False,
+        0.0,
+        [False, True, True],
+    )
+    return -plain.reshape(mu_hat.shape) / sigma_hat, -scaled.reshape(mu_hat.shape) / sigma_hat
 
 
 def _total(values: Tensor, like: Tensor) -> Tensor:
@@ -63,14 +119,23 @@ def _total(values: Tensor, like: Tensor) -> Tensor:
     return values
 
 
-def input_grad(dy: Tensor, x: Tensor, d: Definition, s: Statistics, g_mu: Tensor, g_sigma: Tensor) -> Tensor:
-    """``dx = (dN/dx)' dy + (dS/dx)' g_hat``; the center of Setting B is a constant."""
+def input_grad(
+    dy: Tensor, x: Tensor, d: Definition, s: Statistics, g_mu: Tensor, g_sigma: Tensor, gain: Tensor | None = None
+) -> Tensor:
+    """``dx = (dN/dx)' dy + (dS/dx)' g_hat``; the center of Setting B is a constant. ``gain`` as in ``apply``."""
     dims = d.ref.dims(x.ndim)
     size = 1
     for dim in dims:
         size *= x.shape[dim]
     p, setting = d.moment.p, d.moment.center
     center = {"batch": s.mu, "estimate": s.center, "zero": None}[setting]
+    flat = _features(x, d) if p == 2 else None
+    if flat is not None:
+        about = torch.zeros_like(s.mu) if center is None else center
+        slope, level = (g_sigma / (size * s.sigma)).flatten(), (g_mu / size).flatten()
+        dx = F.batch_norm(flat, about.flatten(), torch.ones_like(slope), slope, level, False, 0.0, 0.0)
+        scale = s.sigma_hat.reciprocal() if gain is None else gain.reshape(s.sigma_hat.shape) / s.sigma_hat
+        return dx.view(x.shape).addcmul_(dy, scale)
     deviation = x if center is None else x - center
     if p == 2:
         slope, g_slope = deviation, g_sigma / (size * s.sigma)
@@ -79,4 +144,14 @@ def input_grad(dy: Tensor, x: Tensor, d: Definition, s: Statistics, g_mu: Tensor
         g_slope = g_sigma / size
         if setting == "batch":
             g_mu = g_mu - g_sigma * slope.mean(dims, keepdim=True)
-    return (dy / s.sigma_hat).add_(g_mu, alpha=1 / size).addcmul_(slope, g_slope)
+    scaled = dy / s.sigma_hat if gain is None else dy * (gain.reshape(s.sigma_hat.shape) / s.sigma_hat)
+    return scaled.add_(g_mu, alpha=1 / size).addcmul_(slope, g_slope)
+
+
+def _features(x: Tensor, d: Definition) -> Tensor | None:
+    """``x`` as ``(n, c, *place)``, if each feature has one statistic over all of it (BA1 with one step)."""
+    if d.ref.samples != "batch" or len(x) != 1 or x.shape[3] != 1 or not x.is_cpu or not x.numel():
+        return None
+    if d.ref.place != "all" and x[0, 0, 0, 0].numel() > 1:
+        return None
+    return x[0].flatten(1, 2) if d.ref.groups(x.shape[2]) == x.shape[2] else None

@@ -1,0 +1,94 @@
+// Normalization of a tensor whose references are whole axes: what the passes over the data share.
+//
+// Memory is a set of rows of L values that lie together. Rows are counted by two kept indices (k0: steps of the stream or
+// samples; k1) and two reduced ones (r0, r1). A *slot* is one statistic. Two kinds of layout follow, and all references
+// and memory formats are one of them:
+//
+//     Rows     a row belongs to one slot               maps of (n, c, x, y): BA1, SP1, SP2, groups; (n, c): SP2
+//     Columns  element i of a row belongs to slot i    channels_last and (n, c): BA1, SP1; maps: SP5, BA6
+//
+// What is computed on slots (statistics, F, G) is the same for both and lies in slots.h.
+#pragma once
+#include "parallel.h"
+#include "vec.h"
+
+// Constant for a layer and a shape of input; mirrored by `Plan` in kernels/cpu.py.
+struct sn_plan {
+    int64_t k0, k1, r0, r1, L;         // numbers of rows, length of a row
+    int64_t xk0, xk1, xr0, xr1;        // from one row to the next, in elements
+    int32_t columns;                   // the kind
+    int32_t p, center;                 // the order of the moment, 1 or 2; Setting 0 = A, 1 = B, 2 = C
+    int32_t uses_estimate, scale;      // normalize with F's estimate; N is x / sigma
+    double eps;
+};
+
+// H1 or H2 with its rule; mirrored by `MemoryPointers` in kernels/cpu.py. Tables (2, slots) of float, or double for double.
+struct sn_memory {
+    void *long_, *short_, *estimate;
+    int64_t *count, *updates, *seen;
+    double mix[3], rate;               // rate > 0: Exponential, else LongShort
+};
+
+namespace {
+
+constexpr int TILE = 512;              // slots that are worked on together
+constexpr int64_t SLAB = 256 << 10;    // bytes that stay in a core's cache between two passes
+constexpr int64_t PAST_CACHES = 6 << 20;  // outputs of so many bytes are stored past the caches
+constexpr int64_t SERIAL = 32 << 10;   // elements that are not worth a second thread
+constexpr int FLUSH = 4096;            // values that are summed in A before the sum goes on in double
+
+template <class T> using A_ = acc<T>;
+
+// How a vector at the end of a row is to be taken.
+enum Span { FULL, LAST, PART };        // all lanes; the last k lanes are new; only the first k lanes exist
+
+template <class T, int span> SN_INLINE vec<A_<T>> take(const T *p, int k) {
+    return span == PART ? load_part(p, k) : load(p);
+}
+template <class T, int span, bool past> SN_INLINE void put(T *p, int k, vec<A_<T>> v) {
+    if (span == PART) store_part(p, k, v);
+    else if (past && span == FULL) stream(p, v);
+    else store(p, v);
+}
+template <class A, int span> SN_INLINE vec<A> only(vec<A> v, int k) {  // zero where the lane is not a new value
+    if (span == FULL) return v;
+    mask<A> first = before<A>(span == PART ? k : lanes<A>::W - k);
+    return (vec<A>)((mask<A>)v & (span == PART ? first : ~first));
+}
+
+// f<span, u>(i, k) over a row; u numbers the accumulator, four at a time so that additions overlap.
+template <class A, class F> SN_INLINE void along(int64_t begin, int64_t end, bool is_last, int64_t L, const F &f) {
+    constexpr int W = lanes<A>::W;
+    int64_t i = begin;
+    for (; i + 4 * W <= end; i += 4 * W) {
+        f.template operator()<FULL, 0>(i, W);
+        f.template operator()<FULL, 1>(i + W, W);
+        f.template operator()<FULL, 2>(i + 2 * W, W);
+        f.template operator()<FULL, 3>(i + 3 * W, W);
+    }
+    for (; i + W <= end; i += W) f.template operator()<FULL, 0>(i, W);
+    if (is_last && i < L) {
+        if (L >= W) f.template operator()<LAST, 0>(L - W, (int)(L - i));
+        else f.template operator()<PART, 0>(i, (int)(L - i));
+    }
+}
+
+// What the passes give to and take from the slots, arrays over the slots at hand.
+template <class A> struct Work {
+    alignas(64) A s1[TILE], s2[TILE];              // sums
+    alignas(64) A k1[TILE], k2[TILE];              // what they are taken about
+    alignas(64) A m[TILE], a[TILE], b[TILE];       // y = (x - m) a + b;  dx = a dy + gs slope(x - c) + gm
+    alignas(64) A c[TILE], gs[TILE], gm[TILE];
+};
+
+// Sums over the data: of x - k1; and of nothing, |x - k2|, (x - k2)^2, or |x - k2| with sign(x - k2) in the place of x - k1.
+enum Moment { MEAN_ONLY = 0, ABS = 1, SQUARE = 2, SIGN = 3 };
+
+template <class A, int P> SN_INLINE void moments(vec<A> x, vec<A> k1, vec<A> k2, vec<A> &d1, vec<A> &d2) {
+    vec<A> d = x - k2;
+    d1 = P == SIGN ? sign_of<A>(d) : x - k1;
+    d2 = P == SQUARE ? d * d : P == MEAN_ONLY ? vec<A>{} : absolute<A>(d);
+}
+template <class A, int p> SN_INLINE vec<A> slope(vec<A> d) { return p == 2 ? d : sign_of<A>(d); }
+
+}  // namespace

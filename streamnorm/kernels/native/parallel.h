@@ -1,0 +1,40 @@
+// Parallel loops on the threads that torch already has. The library links to no OpenMP runtime: Python hands it the entry
+// points of torch's own (`streamnorm_use`), or nulls, with which every loop runs serially (also in a forked child, whose
+// runtime has lost its threads).
+#pragma once
+#include "isa.h"
+
+extern "C" {
+typedef void (*sn_gomp_parallel)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+typedef int (*sn_gomp_number)(void);
+extern sn_gomp_parallel sn_parallel_;
+extern sn_gomp_number sn_thread_, sn_threads_;
+}
+
+namespace {  // nothing here may be shared between instruction sets by the linker
+
+template <class Body>
+struct sn_region {
+    const Body *body;
+    int64_t tasks;
+    static void run(void *self) {
+        auto *region = static_cast<sn_region *>(self);
+        // A runtime may give fewer threads than it was asked for: tasks are dealt out to those that are there.
+        for (int64_t t = sn_thread_(); t < region->tasks; t += sn_threads_()) (*region->body)(t);
+    }
+};
+
+// body(0) ... body(tasks - 1), each once, on at most `threads` threads. What a task computes may depend on its number and
+// never on the thread, so that results are the same run after run.
+template <class Body>
+SN_INLINE void parallel(int64_t tasks, int threads, const Body &body) {
+    if (tasks < threads) threads = (int)tasks;
+    if (threads > 1 && sn_parallel_) {
+        sn_region<Body> region{&body, tasks};
+        sn_parallel_(&sn_region<Body>::run, &region, (unsigned)threads, 0);
+        return;
+    }
+    for (int64_t t = 0; t < tasks; t++) body(t);
+}
+
+}  // namespace

@@ -1,0 +1,321 @@
+// What is computed on slots: statistics from sums, F and G, and what the passes need next. The same for every layout.
+#pragma once
+#include "norm.h"
+
+namespace {
+
+// One call: where everything lies. Tables hold k0 steps of S slots.
+template <class T> struct Job {
+    typedef A_<T> A;
+    sn_plan p;
+    const sn_memory *h;                 // H1 going forward, H2 going back, or null
+    int64_t S;                          // slots of a step
+    A count;                            // activations in a reference
+    const T *x, *dy;
+    T *y, *dx;
+    const A *weight, *bias;             // (S), or null
+    A *mu, *sigma, *est_mu, *est_sigma, *tilt;
+    A *fresh;                           // (2, S): the memory after this call, written back if all is finite
+    A *last;                            // (2, S): G's latest estimate
+    A *dweight, *dbias;                 // (S), or null
+    bool past;                          // store past the caches
+    bool once;                          // the estimates are known ahead: one pass over the data does
+};
+
+// The shares of the memory's members in what step j makes of an arrival s:  m <- m + r (s - m),
+// estimate = lng long + mem m + own s.  m is short, or the running average itself for Exponential.
+struct Shares { double r, lng, mem, own; };
+
+SN_INLINE Shares shares(const sn_memory &h, int64_t j) {
+    if (h.rate > 0) return {*h.count == 0 && j == 0 ? 1.0 : h.rate, 0, 1, 0};
+    double has_long = *h.updates > 0;
+    return {1.0 / (double)(*h.count + j + 1), h.mix[0] * has_long, h.mix[1] + h.mix[0] * (1 - has_long), h.mix[2]};
+}
+// Whether estimates do not depend on what arrives: the one-pass corner.
+SN_INLINE bool ahead(const sn_memory *h) {
+    if (!h || h->rate > 0) return false;
+    Shares s = shares(*h, 0);
+    return s.mem == 0 && s.own == 0;
+}
+
+// f(i, k) over n slots, a vector at a time; tables end where they end, work arrays are whole vectors.
+template <class A, class F> SN_INLINE void slots(int64_t n, const F &f) {
+    constexpr int W = lanes<A>::W;
+    int64_t i = 0;
+    for (; i + W <= n; i += W) f(i, W);
+    if (i < n) f(i, (int)(n - i));
+}
+template <class A> SN_INLINE vec<A> table(const A *p, int k) { return k == lanes<A>::W ? load(p) : load_part(p, k); }
+template <class A> SN_INLINE void keep(A *p, int k, vec<A> v) {
+    if (k == lanes<A>::W) store(p, v);
+    else store_part(p, k, v);
+}
+template <class A> SN_INLINE mask<A> not_finite(vec<A> v) { return ~(mask<A>)(v - v == vec<A>{}); }
+template <class A> SN_INLINE bool any(mask<A> m, int k) {
+    m &= before<A>(k);
+    bool found = false;
+    for (int i = 0; i < lanes<A>::W; i++) found |= m[i] != 0;
+    return found;
+}
+
+// The memory takes in `s` at step j, for slots a .. a+n of one row of its tables (0: of the mean, 1: of sigma).
+template <class A>
+void observe(const sn_memory &h, int row, int64_t S, int64_t a, int64_t n, int64_t j, const A *s, A *fresh, A *estimate) {
+    Shares share = shares(h, j);
+    const A *lng = (const A *)h.long_ + row * S + a;
+    const A *old = j > 0 ? fresh + row * S + a : h.rate > 0 ? lng : (const A *)h.short_ + row * S + a;
+    A *out = fresh + row * S + a;
+    vec<A> r = all((A)share.r), L = all((A)share.lng), M = all((A)share.mem), O = all((A)share.own);
+    slots<A>(n, [&](int64_t i, int k) {
+        vec<A> now = load(s + i), m = table(old + i, k);
+        m += r * (now - m);
+        keep(out + i, k, m);
+        store(estimate + i, L * table(lng + i, k) + M * m + O * now);
+    });
+}
+template <class A> void predict(const sn_memory &h, int row, int64_t S, int64_t a, int64_t n, A *estimate) {
+    vec<A> L = all((A)shares(h, 0).lng);
+    const A *lng = (const A *)h.long_ + row * S + a;
+    slots<A>(n, [&](int64_t i, int k) { store(estimate + i, L * table(lng + i, k)); });
+}
+template <class A> void commit(const sn_memory &h, int64_t S, int64_t steps, const A *fresh, const A *mean, const A *sigma) {
+    memcpy(h.rate > 0 ? h.long_ : h.short_, fresh, 2 * S * sizeof(A));
+    memcpy(h.estimate, mean, S * sizeof(A));
+    memcpy((A *)h.estimate + S, sigma, S * sizeof(A));
+    *h.count += steps;
+    *h.seen += steps;
+}
+
+// A weight update: long <- keep1 long + keep2 short, the first makes it what short is; short emptied.
+template <class A> void fold(const sn_memory &h, int64_t S, double keep1, double keep2) {
+    if (*h.count == 0) return;
+    A *lng = (A *)h.long_, *brief = (A *)h.short_;
+    vec<A> old = all((A)(*h.updates > 0 ? keep1 : 0)), now = all((A)(*h.updates > 0 ? keep2 : 1));
+    slots<A>(2 * S, [&](int64_t i, int k) {
+        keep(lng + i, k, old * table(lng + i, k) + now * table(brief + i, k));
+        keep(brief + i, k, vec<A>{});
+    });
+    *h.count = 0;
+    *h.updates += 1;
+}
+
+// One step of the stream on n slots, forward: statistics, F, map. `e` runs the passes over the data.
+template <class T, class E> bool forward_step(const Job<T> &J, int64_t j, int64_t a, int64_t n, E &e) {
+    typedef A_<T> A;
+    constexpr int W = lanes<A>::W;
+    const sn_plan &p = J.p;
+    alignas(64) A mu[TILE], sigma[TILE], est_mu[TILE], est_sigma[TILE];
+    Work<A> &w = e.w;
+    const int64_t at = j * J.S + a;
+    const bool about_zero = p.center == 2;
+    const bool known = J.once;
+    const bool one_value = J.count == 1 && !known;  // of which k1 is the value itself
+    const vec<A> per = all((A)1 / J.count), none{};
+    bool fine = true;
+
+    auto ready = [&](const A *center, const A *spread) {  // y = (x - m) a + b
+        slots<A>(n, [&](int64_t i, int k) {
+            vec<A> gain = J.weight ? table(J.weight + a + i, k) : all((A)1);
+            store(w.m + i, p.scale ? none : load(center + i));
+            store(w.a + i, gain / load(spread + i));
+            store(w.b + i, J.bias ? table(J.bias + a + i, k) : none);
+        });
+    };
+    if (known) {
+        predict(*J.h, 0, J.S, a, n, est_mu);
+        predict(*J.h, 1, J.S, a, n, est_sigma);
+        ready(est_mu, est_sigma);
+        memcpy(w.k1, est_mu, sizeof est_mu);
+    } else e.first(n, w.k1);
+    slots<A>(n, [&](int64_t i, int) { store(w.k2 + i, about_zero ? none : load(w.k1 + i)); });
+
+    if (known) p.p == 2 ? e.template moments<SQUARE, true>(n) : e.template moments<ABS, true>(n);
+    else if (one_value) {
+        memset(w.s1, 0, sizeof w.s1);
+        slots<A>(n, [&](int64_t i, int) {
+            vec<A> d = load(w.k1 + i) - load(w.k2 + i);
+            store(w.s2 + i, p.p == 2 ? d * d : absolute<A>(d));
+        });
+    } else if (p.p == 2) e.template moments<SQUARE, false>(n);
+    else if (about_zero) e.template moments<ABS, false>(n);
+    else e.template moments<MEAN_ONLY, false>(n);
+
+    slots<A>(n, [&](int64_t i, int k) {
+        vec<A> m = load(w.k1 + i) + load(w.s1 + i) * per;
+        store(mu + i, m);
+        keep(J.mu + at + i, k, m);
+    });
+    if (J.h) observe(*J.h, 0, J.S, a, n, j, mu, J.fresh, est_mu);
+    const A *center = p.center == 0 ? mu : est_mu;
+
+    // The moment about the center from the sums about k2; where nearly all of it cancels, from the data once more.
+    mask<A> lost{};
+    slots<A>(n, [&](int64_t i, int k) {
+        vec<A> s2 = load(w.s2 + i) * per, value = s2;
+        if (!about_zero && (p.p == 2 || one_value)) {
+            vec<A> d = load(center + i) - load(w.k1 + i);
+            value = p.p == 2 ? s2 - d * (2 * per * load(w.s1 + i) - d) : absolute<A>(d);
+            mask<A> bad = (mask<A>)(s2 > 64 * value);
+            if (p.p == 2) lost |= bad & before<A>(k);
+        }
+        store(sigma + i, value);
+    });
+    const bool again = p.p == 1 && !about_zero && !one_value && !(known && p.center == 1);
+    if (again || any<A>(lost, W)) {
+        memcpy(w.k1, center, sizeof mu);
+        memcpy(w.k2, center, sizeof mu);
+        if (p.p == 2) e.template moments<SQUARE, false>(n);
+        else if (p.center == 0) e.template moments<SIGN, false>(n);
+        else e.template moments<ABS, false>(n);
+        slots<A>(n, [&](int64_t i, int) { store(sigma + i, load(w.s2 + i) * per); });
+    }
+    if (p.p == 1 && p.center == 0)
+        slots<A>(n, [&](int64_t i, int k) { keep(J.tilt + at + i, k, load(w.s1 + i) * per); });
+
+    vec<A> eps = all((A)p.eps), floor = all((A)sqrt(p.eps));
+    mask<A> wrong{};
+    slots<A>(n, [&](int64_t i, int k) {
+        vec<A> v = load(sigma + i);
+        v = p.p == 2 ? root<A>(choose<A>((mask<A>)(v < none), none, v) + eps) : v + floor;
+        store(sigma + i, v);
+        keep(J.sigma + at + i, k, v);
+        wrong |= (not_finite<A>(v) | not_finite<A>(load(mu + i))) & before<A>(k);
+    });
+    fine = !any<A>(wrong, W);
+    if (J.h) {
+        observe(*J.h, 1, J.S, a, n, j, sigma, J.fresh, est_sigma);
+        slots<A>(n, [&](int64_t i, int k) {
+            keep(J.est_mu + at + i, k, load(est_mu + i));
+            keep(J.est_sigma + at + i, k, load(est_sigma + i));
+        });
+    }
+    if (J.y && !known) {
+        p.uses_estimate ? ready(est_mu, est_sigma) : ready(mu, sigma);
+        e.map(n);
+    }
+    return fine;
+}
+
+// One step of the stream on n slots, backward: gradients of the statistics, G, gradient of the input.
+template <class T, class E> bool backward_step(const Job<T> &J, int64_t j, int64_t a, int64_t n, E &e) {
+    typedef A_<T> A;
+    constexpr int W = lanes<A>::W;
+    const sn_plan &p = J.p;
+    alignas(64) A g_mu[TILE], g_sigma[TILE], hat_mu[TILE], hat_sigma[TILE];
+    Work<A> &w = e.w;
+    const int64_t at = j * J.S + a;
+    const vec<A> per = all((A)1 / J.count), none{};
+    const bool known = J.once;
+    const A *used_mu = p.uses_estimate ? J.est_mu : J.mu, *used_sigma = p.uses_estimate ? J.est_sigma : J.sigma;
+
+    slots<A>(n, [&](int64_t i, int k) {
+        vec<A> gain = J.weight ? table(J.weight + a + i, k) : all((A)1);
+        store(w.m + i, p.scale ? none : table(used_mu + at + i, k));
+        store(w.a + i, gain / table(used_sigma + at + i, k));
+    });
+    auto ready = [&](const A *mean, const A *sigma) {  // dx = a dy + gs slope(x - c) + gm
+        const A *center = p.center == 0 ? J.mu : J.est_mu;
+        slots<A>(n, [&](int64_t i, int k) {
+            vec<A> gs = load(sigma + i) * per, gm = load(mean + i) * per;
+            if (p.p == 2) gs /= table(J.sigma + at + i, k);
+            else if (p.center == 0) gm -= gs * table(J.tilt + at + i, k);
+            store(w.c + i, p.center == 2 ? none : table(center + at + i, k));
+            store(w.gs + i, gs);
+            store(w.gm + i, gm);
+        });
+    };
+    if (known) {
+        predict(*J.h, 0, J.S, a, n, hat_mu);
+        predict(*J.h, 1, J.S, a, n, hat_sigma);
+        ready(hat_mu, hat_sigma);
+        p.p == 2 ? e.template grads<2, true>(n) : e.template grads<1, true>(n);
+    } else e.template grads<0, true>(n);
+
+    mask<A> wrong{};
+    slots<A>(n, [&](int64_t i, int k) {
+        vec<A> inv = all((A)1) / table(used_sigma + at + i, k), s1 = load(w.s1 + i), s2 = load(w.s2 + i) * inv;
+        vec<A> scale = load(w.a + i), gm = p.scale ? none : -s1 * scale, gs = -s2 * scale;
+        store(g_mu + i, gm);
+        store(g_sigma + i, gs);
+        wrong |= (not_finite<A>(gm) | not_finite<A>(gs)) & before<A>(k);
+        if (J.dweight) keep(J.dweight + a + i, k, j ? table(J.dweight + a + i, k) + s2 : s2);
+        if (J.dbias) keep(J.dbias + a + i, k, j ? table(J.dbias + a + i, k) + s1 : s1);
+    });
+    if (J.h) {
+        observe(*J.h, 0, J.S, a, n, j, g_mu, J.fresh, hat_mu);
+        observe(*J.h, 1, J.S, a, n, j, g_sigma, J.fresh, hat_sigma);
+        if (j == p.k0 - 1) slots<A>(n, [&](int64_t i, int k) {
+            keep(J.last + a + i, k, load(hat_mu + i));
+            keep(J.last + J.S + a + i, k, load(hat_sigma + i));
+        });
+    }
+    if (J.dx && !known) {
+        J.h ? ready(hat_mu, hat_sigma) : ready(g_mu, g_sigma);
+        p.p == 2 ? e.template grads<2, false>(n) : e.template grads<1, false>(n);
+    }
+    return !any<A>(wrong, W);
+}
+
+// --- the four functions by themselves, for rules that only Python knows; tables are given whole, (k0, S) ---
+
+// out = the mean of x, or with a center the mean of |x - c|^p.
+template <class T, class E>
+bool moments_step(const Job<T> &J, int64_t j, int64_t a, int64_t n, E &e, const A_<T> *center, A_<T> *out) {
+    typedef A_<T> A;
+    Work<A> &w = e.w;
+    const int64_t at = j * J.S + a;
+    const vec<A> per = all((A)1 / J.count);
+    if (center) slots<A>(n, [&](int64_t i, int k) { store(w.k1 + i, table(center + at + i, k)); });
+    else e.first(n, w.k1);
+    memcpy(w.k2, w.k1, sizeof w.k1);
+    if (!center) e.template moments<MEAN_ONLY, false>(n);
+    else if (J.p.p == 2) e.template moments<SQUARE, false>(n);
+    else e.template moments<ABS, false>(n);
+    slots<A>(n, [&](int64_t i, int k) {
+        keep(out + at + i, k, center ? load(w.s2 + i) * per : load(w.k1 + i) + load(w.s1 + i) * per);
+    });
+    return true;
+}
+// y = (x - m) a
+template <class T, class E>
+bool map_step(const Job<T> &J, int64_t j, int64_t a, int64_t n, E &e, const A_<T> *m, const A_<T> *scale) {
+    typedef A_<T> A;
+    const int64_t at = j * J.S + a;
+    slots<A>(n, [&](int64_t i, int k) {
+        store(e.w.m + i, m ? table(m + at + i, k) : vec<A>{});
+        store(e.w.a + i, table(scale + at + i, k));
+        store(e.w.b + i, vec<A>{});
+    });
+    e.map(n);
+    return true;
+}
+// s1 = sum of dy, s2 = sum of dy (x - m)
+template <class T, class E>
+bool sums_step(const Job<T> &J, int64_t j, int64_t a, int64_t n, E &e, const A_<T> *m, A_<T> *s1, A_<T> *s2) {
+    typedef A_<T> A;
+    const int64_t at = j * J.S + a;
+    slots<A>(n, [&](int64_t i, int k) { store(e.w.m + i, m ? table(m + at + i, k) : vec<A>{}); });
+    e.template grads<0, true>(n);
+    slots<A>(n, [&](int64_t i, int k) {
+        keep(s1 + at + i, k, load(e.w.s1 + i));
+        keep(s2 + at + i, k, load(e.w.s2 + i));
+    });
+    return true;
+}
+// dx = a dy + gs slope(x - c) + gm
+template <class T, class E>
+bool input_step(const Job<T> &J, int64_t j, int64_t a, int64_t n, E &e, const A_<T> *scale, const A_<T> *c,
+                const A_<T> *gs, const A_<T> *gm) {
+    typedef A_<T> A;
+    const int64_t at = j * J.S + a;
+    slots<A>(n, [&](int64_t i, int k) {
+        store(e.w.a + i, table(scale + at + i, k));
+        store(e.w.c + i, c ? table(c + at + i, k) : vec<A>{});
+        store(e.w.gs + i, table(gs + at + i, k));
+        store(e.w.gm + i, table(gm + at + i, k));
+    });
+    J.p.p == 2 ? e.template grads<2, false>(n) : e.template grads<1, false>(n);
+    return true;
+}
+
+}  // namespace
