@@ -58,8 +58,10 @@ class Attachment:
     @property
     def warming_up(self) -> bool:
         """Whether the next weight update is one of the warm-up, which moves statistics and leaves the weights."""
+        if self._warm:
+            return False
         cycles = self._cycles()
-        self._warm = self._warm or (cycles > 0 and self._steps >= cycles and self.updates >= cycles)
+        self._warm = cycles > 0 and self._steps >= cycles and self.updates >= cycles
         return cycles > 0 and not self._warm
 
     @property

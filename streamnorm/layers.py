@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from streamnorm import kernels
 from streamnorm import op as _op
-from streamnorm.kernels import Definition
+from streamnorm.fused import Fused
+from streamnorm.kernels import Definition, cpu
 from streamnorm.normop import Scale, Standardize
 from streamnorm.normref import BA1, SP2, NormRef
 from streamnorm.normstats import Center, Lp
@@ -56,6 +59,24 @@ class Affine(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_features}"
+
+
+@dataclass(slots=True)
+class Calls:
+    """What a layer remembers of its training calls beside the stream; nothing of it is saved.
+
+    Attributes:
+        reference_size: activations in the smallest reference of the latest call.
+        unfolded: calls since the last weight update.
+        latest: how the latest call was cut, its s and its estimates, for a call that is computed again; or what its
+            compiled kernel was told and has left.
+        fused: the layer's compiled calls, False if there are none for it, None if nobody has asked.
+    """
+
+    reference_size: int | None = None
+    unfolded: int = 0
+    latest: Any = None
+    fused: Any = None
 
 
 class Norm(nn.Module):
@@ -114,9 +135,7 @@ class Norm(nn.Module):
         self.H1 = None if policy.F is None else Memory(policy.F, shape)
         self.H2 = None if policy.G is None else Memory(policy.G, shape)
         self.affine = Affine(num_features) if affine else None
-        self.reference_size: int | None = None
-        self._latest: tuple[int, Tensor, Tensor] | None = None
-        self._unfolded = 0
+        self._calls = Calls()
 
     @property
     def ref(self) -> NormRef:
@@ -138,15 +157,30 @@ class Norm(nn.Module):
         """The bias of ``affine``, or None."""
         return None if self.affine is None else self.affine.bias
 
+    @property
+    def reference_size(self) -> int | None:
+        """How many activations the smallest reference of the latest training call held."""
+        return self._calls.reference_size
+
     def forward(self, x: Tensor) -> Tensor:
-        y = self.normalize(x)
-        return y if self.affine is None else self.affine(y)
+        return self._normalize(x, self._modules.get("affine"))
 
     def normalize(self, x: Tensor) -> Tensor:
         """``forward`` without the gain and bias."""
+        return self._normalize(x, None)
+
+    def _normalize(self, x: Tensor, affine: nn.Module | None) -> Tensor:
         if self.training or self.H1 is None:
-            return self._train(x)
+            y = self._fused(x, affine)
+            if y is not None:
+                return y
+            return self._train(x, affine)
+        y = self._test(x)
+        return y if affine is None else affine(y)
+
+    def _test(self, x: Tensor) -> Tensor:
         view = self._view(x, steps=1)
+        assert self.H1 is not None
         if not self.H1.known:
             raise RuntimeError(
                 f"{type(self).__name__} is tested (eval mode) before it has seen any training data, so there are no "
@@ -154,35 +188,90 @@ class Norm(nn.Module):
             )
         return _op.normalize_fixed(view, self.definition, self.H1.estimate).reshape(x.shape)
 
-    def _train(self, x: Tensor) -> Tensor:
-        again = self._latest if self.H1 is not None and _recomputing() else None
+    def _fused(self, x: Tensor, affine: nn.Module | None) -> Tensor | None:
+        """A training call by one compiled kernel, or None where that cannot be."""
+        calls = self._calls
+        fused = calls.fused
+        if fused is None:
+            fused = calls.fused = self._fuse()
+        H1 = self._modules.get("H1")
+        if fused is False or not cpu.takes(x) or not kernels.may_use("cpu"):
+            return None
+        if H1 is not None and _recomputing():
+            return self._fused_again(x, affine)
+        steps = 1 if H1 is None else self.steps
+        told = fused.told(x, steps, self._check)
+        if told is None:
+            return None
+        gains = _gains(affine) if told.has_gains else None
+        joined = gains is not None
+        done = fused.normalize(x, told, *(gains or (None, None)))
+        if done is None:
+            return None
+        y, tables = done
+        if H1 is not None:
+            self._count(calls, (steps, fused, told, tables, joined))
+        return y if affine is None or joined else affine(y)
+
+    def _fused_again(self, x: Tensor, affine: nn.Module | None) -> Tensor | None:
+        """The latest call once more, if it was one by a compiled kernel: activation checkpointing repeats it."""
+        latest = self._calls.latest
+        if latest is None or len(latest) == 3:
+            return None
+        _, fused, told, tables, joined = latest
+        y = fused.again(x, told, tables, *((_gains(affine) if joined else None) or (None, None)))
+        return y if affine is None or joined else affine(y)
+
+    def _check(self, x: Tensor, steps: int) -> Tensor:
+        """The canonical view of a training input that the layer does not refuse."""
+        view = self._view(x, steps)
+        if view.numel():
+            count = self.ref.size(view.shape)
+            self.moment.check_size(self.ref, count)
+            self._calls.reference_size = count
+        return view
+
+    def _fuse(self) -> Fused | Literal[False]:
+        H1, H2 = self.H1, self.H2
+        if not Fused.serves(self.definition, H1, H2):
+            return False
+        return Fused(self.definition, self.policy.uses_estimate, H1, H2)
+
+    def _count(self, calls: Calls, latest: Any) -> None:
+        calls.latest = latest
+        calls.unfolded += 1
+        if calls.unfolded == FORGOTTEN and self.policy.uses_estimate:
+            warnings.warn(
+                f"{self!r} has seen {FORGOTTEN} training calls and no weight update; call streamnorm.attach(model, "
+                "optimizer) once, or layer.fold() after each optimizer.step()",
+                stacklevel=5,
+            )
+
+    def _train(self, x: Tensor, affine: nn.Module | None) -> Tensor:
+        gains = _gains(affine)
+        latest = self._calls.latest
+        again = latest if self.H1 is not None and latest and len(latest) == 3 and _recomputing() else None
         # A sample is normalized by itself, however the first axis is cut; a recomputed call is cut as it was.
-        view = self._view(x, 1 if self.H1 is None else again[0] if again else self.steps)
+        view = self._check(x, 1 if self.H1 is None else again[0] if again else self.steps)
         if not view.numel():
             return x.clone()
-        count = self.ref.size(view.shape)
-        self.moment.check_size(self.ref, count)
-        self.reference_size = count
         recall = (again[1], again[2]) if again else None
         streams = _op.Streams(self.H1, self.H2, self.policy.uses_estimate, recall)
-        y, estimates, s = _op.normalize(view, self.definition, streams)
+        joined = gains is not None and _op.joins(view, self.definition)
+        y, estimates, s = _op.normalize(view, self.definition, streams, *(gains if joined and gains else ()))
         if estimates is not None and s is not None and not again:
-            self._latest = (self.steps, s, estimates)
-            self._unfolded += 1
-            if self._unfolded == FORGOTTEN and self.policy.uses_estimate:
-                warnings.warn(
-                    f"{self!r} has seen {FORGOTTEN} training calls and no weight update; call streamnorm.attach(model, "
-                    "optimizer) once, or layer.fold() after each optimizer.step()",
-                    stacklevel=4,
-                )
-        return y.reshape(x.shape)
+            self._count(self._calls, (self.steps, s, estimates))
+        y = y.reshape(x.shape)
+        return y if affine is None or joined else affine(y)
 
     def fold(self, happened: Tensor | bool = True) -> None:
         """A weight update took place: long <- kappa1 long + kappa2 short, short emptied (section 3.3.1, 3.3.2)."""
-        for memory in (self.H1, self.H2):
-            if memory is not None:
-                memory.fold(happened)
-        self._unfolded = 0
+        calls = self._calls
+        if not (happened is True and calls.fused and calls.fused.fold()):
+            for memory in (self.H1, self.H2):
+                if memory is not None:
+                    memory.fold(happened)
+        calls.unfolded = 0
 
     def _view(self, x: Tensor, steps: int) -> Tensor:
         c = self.num_features
@@ -211,7 +300,7 @@ class Norm(nn.Module):
         return view
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_latest": None}
+        return {**self.__dict__, "_calls": Calls(reference_size=self.reference_size)}
 
     def __repr__(self) -> str:
         options = ", affine=True" if self.affine is not None else ""
@@ -230,6 +319,16 @@ def _check_pairing(ref: NormRef, moment: Lp, policy: Policy) -> None:
         raise ValueError(f"{policy!r} trains with F's estimate (uses_estimate) and has no F")
     if policy.F is None and getattr(moment, "center", None) == "estimate":
         raise ValueError(f'center="estimate" (Setting B) needs a running estimate and {policy!r} keeps none')
+
+
+def _gains(affine: nn.Module | None) -> tuple[Tensor, Tensor] | None:
+    """Gain and bias of a layer that does nothing else and that nobody has put a hook on."""
+    if type(affine) is not Affine or (
+        affine._forward_hooks or affine._forward_pre_hooks or affine._backward_hooks or affine._backward_pre_hooks
+    ):
+        return None
+    parameters: Any = affine._parameters
+    return parameters["weight"], parameters["bias"]
 
 
 def _recomputing() -> bool:

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from streamnorm.kernels import Definition, Statistics, choose
+from streamnorm.kernels import Definition, Statistics, choose, eager
 from streamnorm.normref import NormRef
 from streamnorm.stream import Memory, finite
 
@@ -59,8 +59,10 @@ def unpack_row(row: Tensor, like: Tensor) -> Tensor:
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, d: Definition, streams: Streams) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        kernel = choose(d)
+    def forward(
+        ctx: Any, x: Tensor, gain: Tensor | None, shift: Tensor | None, d: Definition, streams: Streams
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        kernel = choose(d, x)
         data = x.to(torch.promote_types(x.dtype, torch.float32))
         mu = kernel.mean(data, d)
         ok = center = estimate = s = None
@@ -77,24 +79,30 @@ class _Normalize(torch.autograd.Function):
             assert estimate is not None
             mu_hat, sigma_hat = unpack_row(estimate[:, 0], mu), unpack_row(estimate[:, 1], sigma)
         ctx.kernel, ctx.definition, ctx.streams, ctx.ok = kernel, d, streams, ok
-        ctx.save_for_backward(x, mu, sigma, center, mu_hat, sigma_hat)
-        y = kernel.apply(data, d, mu_hat, sigma_hat).to(x.dtype)
+        ctx.save_for_backward(x, gain, mu, sigma, center, mu_hat, sigma_hat)
+        joined = {} if gain is None else {"gain": gain.to(mu.dtype), "shift": shift.to(mu.dtype)}  # type: ignore[union-attr]
+        y = kernel.apply(data, d, mu_hat, sigma_hat, **joined).to(x.dtype)
         if estimate is not None:
             ctx.mark_non_differentiable(estimate, s)
         return y, estimate, s
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the gradient of a streamnorm layer cannot be differentiated again; call backward without "
-                "create_graph=True, or leave the normalized part out of the penalty on the gradient"
-            )
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         dy: Tensor = grads[0]
         kernel, d, streams = ctx.kernel, ctx.definition, ctx.streams
-        x, mu, sigma, center, mu_hat, sigma_hat = ctx.saved_tensors
+        x, gain, mu, sigma, center, mu_hat, sigma_hat = ctx.saved_tensors
         data, grad = x.to(mu.dtype), dy.to(mu.dtype)
         g_mu, g_sigma = kernel.stat_grads(grad, data, d, mu_hat, sigma_hat)
+        dgain = dshift = None
+        joined = {}
+        if gain is not None:
+            # Each statistic belongs to one feature: its gradients hold the sums that the gain and bias ask for.
+            dgain, dshift = (-(g * sigma_hat).flatten().to(gain.dtype) for g in (g_sigma, g_mu))
+            joined["gain"] = gain.to(mu.dtype)
+            g_mu, g_sigma = (g * joined["gain"].reshape(g.shape) for g in (g_mu, g_sigma))
+        if not ctx.needs_input_grad[0]:
+            return None, dgain, dshift, None, None
         if streams.H2 is not None:
             g = pack(g_mu, g_sigma, d.ref)
             g_hat = streams.H2.take(g, finite(g, ctx.ok))
@@ -104,7 +112,16 @@ class _Normalize(torch.autograd.Function):
         if share > 1:
             g_mu, g_sigma = g_mu / share, g_sigma / share
         s = Statistics(mu, sigma, center, mu_hat, sigma_hat)
-        return kernel.input_grad(grad, data, d, s, g_mu, g_sigma).to(x.dtype), None, None
+        return kernel.input_grad(grad, data, d, s, g_mu, g_sigma, **joined).to(x.dtype), dgain, dshift, None, None
+
+
+def refuse_second_derivative() -> None:
+    """Raise if the backward pass that is running is to be differentiated itself."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the gradient of a streamnorm layer cannot be differentiated again; call backward without "
+            "create_graph=True, or leave the normalized part out of the penalty on the gradient"
+        )
 
 
 def _about_the_estimate(
@@ -137,23 +154,48 @@ def _about_the_estimate(
 def _recalled(s: Tensor, recall: tuple[Tensor, Tensor]) -> Tensor:
     """The estimates of the call that is computed again, if ``s`` shows that it is that call."""
     before, estimates = recall
-    # The same operations on the same numbers: what differs is at most the rounding of another thread count.
-    if s.shape != before.shape or not torch.allclose(s, before, rtol=1e-3, atol=1e-6, equal_nan=True):
-        raise RuntimeError(
-            "activation checkpointing computes a normalization again that was called once more since, so that its "
-            "statistics are gone; checkpoint a part of the model that calls the layer once, or leave it out"
-        )
+    expect_the_same(s, before)
     return estimates
 
 
-def normalize(x: Tensor, definition: Definition, streams: Streams) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def expect_the_same(s: Tensor, before: Tensor) -> None:
+    """Raise unless statistics that are computed again are those of before."""
+    # The same operations on the same numbers: what differs is at most the rounding of another thread count.
+    if s.shape != before.shape or not torch.allclose(s, before, rtol=1e-3, atol=1e-6, equal_nan=True):
+        raise_forgotten()
+
+
+def raise_forgotten() -> NoReturn:
+    """A call cannot be computed again."""
+    raise RuntimeError(
+        "activation checkpointing computes a normalization again that was called once more since, so that its "
+        "statistics are gone; checkpoint a part of the model that calls the layer once, or leave it out"
+    )
+
+
+def normalize(
+    x: Tensor,
+    definition: Definition,
+    streams: Streams,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Normalize ``x (g, m, G, q, *place)`` in training.
+
+    Args:
+        gain, shift: ``(c,)`` of the layer that follows, where ``joins`` says that they may be given.
 
     Returns:
         ``y`` of the shape and dtype of x; F's estimate at each of the g steps and what F was given, ``(g, 2, ...)``,
         or None where there is no H1.
     """
-    return _Normalize.apply(x, definition, streams)
+    return _Normalize.apply(x, gain, shift, definition, streams)
+
+
+def joins(x: Tensor, definition: Definition) -> bool:
+    """Whether ``normalize`` takes the gain and bias along."""
+    kernel = choose(definition, x)
+    return kernel is eager and eager.joins(x, definition)
 
 
 def normalize_fixed(x: Tensor, definition: Definition, estimate: Tensor) -> Tensor:
@@ -162,4 +204,4 @@ def normalize_fixed(x: Tensor, definition: Definition, estimate: Tensor) -> Tens
     groups, features = x.shape[2], estimate.shape[1]
     place = [1] * (x.ndim - 4) if definition.ref.place == "all" else estimate.shape[2:]
     mu_hat, sigma_hat = estimate.to(data.dtype).reshape(2, 1, 1, groups, features // groups, *place).unbind(0)
-    return choose(definition).apply(data, definition, mu_hat, sigma_hat).to(x.dtype)
+    return choose(definition, None).apply(data, definition, mu_hat, sigma_hat).to(x.dtype)

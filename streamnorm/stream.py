@@ -296,7 +296,7 @@ class Memory(nn.Module):
             arrived = ok.sum()
             self.seen.add_(arrived)
             self.skipped.add_(len(ok) - arrived)
-            self.estimate.copy_(torch.where(latest.isfinite().all(), latest, self.estimate))
+            self.estimate.copy_(torch.where((arrived > 0) & latest.isfinite().all(), latest, self.estimate))
         return estimates
 
     @torch.no_grad()

@@ -23,9 +23,13 @@ def install(patch: pytest.MonkeyPatch) -> None:
 
     @checked
     def checked_normalize(
-        x: Float[Tensor, "g m G q *place"], definition: Any, streams: Any
+        x: Float[Tensor, "g m G q *place"],
+        definition: Any,
+        streams: Any,
+        gain: Float[Tensor, " c"] | None = None,
+        shift: Float[Tensor, " c"] | None = None,
     ) -> tuple[Float[Tensor, "g m G q *place"], Float[Tensor, "g 2 *stat"] | None, Float[Tensor, "g 2 *stat"] | None]:
-        return normalize(x, definition, streams)
+        return normalize(x, definition, streams, gain, shift)
 
     @checked
     def checked_fixed(

@@ -7,7 +7,7 @@ import torch
 from cases import CASES, Case
 from close import assert_close
 
-from streamnorm.kernels import generic
+from streamnorm.kernels import using
 from streamnorm.layers import Norm
 from streamnorm.oracle import Oracle
 
@@ -55,7 +55,8 @@ def test_equals_the_oracle(case: Case) -> None:
     follow(case, case.layer())
 
 
+@pytest.mark.parametrize("backend", ["eager", "generic"])
 @pytest.mark.parametrize("case", [c for c in CASES if c.shape == "2d"], ids=str)
-def test_generic_backend_equals_the_oracle(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamnorm.op.choose", lambda definition: generic)
-    follow(case, case.layer())
+def test_slower_backends_equal_the_oracle(case: Case, backend: str) -> None:
+    with using(backend):
+        follow(case, case.layer())

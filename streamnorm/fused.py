@@ -1,0 +1,297 @@
+"""The op in one compiled call: statistics, F, map and the gain and bias that follow, and the same going back.
+
+What ``op`` composes of a backend's functions and the stream, a kernel on a CPU does here while the data are in the
+cache, for the rules and references that it knows. It is a short cut and nothing else: whatever it does not know, and
+every call in which something is not finite, is left to ``op``, with the memories as they were. Imports the op and what
+stands below it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamnorm.kernels import cpu, eager
+from streamnorm.kernels.definition import Definition, Statistics
+from streamnorm.op import expect_the_same, pack, raise_forgotten, refuse_second_derivative, unpack_row
+from streamnorm.stream import Exponential, LongShort, Memory, finite
+
+CPU = torch.device("cpu")
+TABLES = 5
+"""What a kernel keeps of each step for the way back: mu, sigma, their estimates, and the mean slope."""
+
+
+class Native:
+    """A memory as a kernel sees it: where its members lie, and its rule in numbers."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        rule: Any = memory.rule
+        self.folds = type(rule) is LongShort
+        self.keep = rule.keep if self.folds else (1.0, 0.0)
+        self._mix, self._rate = (rule.mix, 0.0) if self.folds else ((0.0,) * 3, rule.rate)
+        self._short, self._updates = ("short", "updates") if self.folds else ("long", "seen")
+        self._addresses: tuple[int, ...] = ()
+        self._where: int | None = None
+        self.dtype: torch.dtype | None = None
+
+    @staticmethod
+    def serves(memory: Memory | None) -> bool:
+        """Whether a kernel knows the rule of this memory."""
+        return memory is None or type(memory.rule) in (LongShort, Exponential)
+
+    def address(self, dtype: torch.dtype) -> int | None:
+        """Where the pointers to the members lie, or None if those are not of ``dtype`` in the memory of the CPU.
+
+        Buffers move (``.to()``, ``share_memory()``, assignments), so each is looked at every time.
+        """
+        buffers: Any = self.memory._buffers
+        addresses = (
+            buffers["long"].data_ptr(),
+            buffers[self._short].data_ptr(),
+            buffers["estimate"].data_ptr(),
+            buffers["count"].data_ptr(),
+            buffers[self._updates].data_ptr(),
+            buffers["seen"].data_ptr(),
+        )
+        if addresses != self._addresses:
+            self._addresses = addresses
+            self._pointers = cpu.MemoryPointers(*addresses, (ctypes.c_double * 3)(*self._mix), self._rate)
+            usable = all(member.is_cpu and member.is_contiguous() for member in buffers.values())
+            self._where = ctypes.addressof(self._pointers) if usable else None
+            self.dtype = buffers["estimate"].dtype
+        return self._where if self.dtype is dtype else None
+
+
+class Told:
+    """What the kernels are told about one shape of input, and how they are called for it."""
+
+    __slots__ = (
+        "address",
+        "backward",
+        "dtype",
+        "fold",
+        "forward",
+        "has_gains",
+        "plan",
+        "size",
+        "slots",
+        "steps",
+        "x_dtype",
+        "x_shape",
+    )
+
+    def __init__(self, plan: cpu.Plan, x: Tensor, steps: int, has_gains: bool) -> None:
+        self.plan = plan
+        self.address = ctypes.addressof(plan)
+        self.steps = steps
+        self.slots = plan.slots
+        self.size = plan.k0 * plan.slots
+        self.x_dtype, self.x_shape = x.dtype, x.shape
+        self.dtype = cpu.wide(x.dtype)
+        self.forward, self.backward = (cpu.kernel(name, x.dtype) for name in ("forward", "backward"))
+        self.fold = cpu.fold(self.dtype)
+        self.has_gains = has_gains
+
+
+class Fused:
+    """The compiled calls of one layer.
+
+    Args:
+        definition: R, S and N of the layer.
+        uses_estimate: of its policy.
+        H1, H2: its memories, or None.
+    """
+
+    def __init__(self, definition: Definition, uses_estimate: bool, H1: Memory | None, H2: Memory | None) -> None:
+        self.definition = definition
+        self.uses_estimate = uses_estimate
+        self.H1 = None if H1 is None else Native(H1)
+        self.H2 = None if H2 is None else Native(H2)
+        kappa = *(self.H1.keep if self.H1 else (1.0, 0.0)), *(self.H2.keep if self.H2 else (1.0, 0.0))
+        self._keep = (ctypes.c_double * 4)(*kappa)
+        self._key: Any = None
+        self._told: Told | None = None
+
+    @staticmethod
+    def serves(definition: Definition, H1: Memory | None, H2: Memory | None) -> bool:
+        """Whether there are compiled calls for such a layer; ``told`` says for which inputs."""
+        whole = definition.ref.samples == ("one" if H1 is None else "batch")
+        return whole and Native.serves(H1) and Native.serves(H2) and cpu.serves(definition)
+
+    def told(self, x: Tensor, steps: int, check: Callable[[Tensor, int], object]) -> Told | None:
+        """What the kernels are told about such an input; None: there are no kernels for it.
+
+        ``check(x, steps)`` is asked for every new kind of input and raises for those that the layer refuses.
+        """
+        key = (x.shape, x.stride(), x.dtype, steps)
+        if key == self._key:
+            return self._told
+        check(x, steps)
+        plan = cpu.plan(self.definition, steps, tuple(x.shape), x.stride(), self.uses_estimate)
+        memories = [native.memory for native in (self.H1, self.H2) if native is not None]
+        if plan is not None and any(memory.estimate.numel() != 2 * plan.slots for memory in memories):
+            return None  # a memory that gets its shape from this very call
+        own = self.definition.ref.groups(x.shape[1]) == x.shape[1]
+        has_gains = plan is not None and self.H1 is not None and own and plan.slots == x.shape[1]
+        self._key, self._told = key, None if plan is None else Told(plan, x, steps, has_gains)
+        return self._told
+
+    def normalize(
+        self, x: Tensor, told: Told, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """``y`` and the tables of this call, or None if it has to be done otherwise.
+
+        ``weight`` and ``bias`` only where ``told.has_gains``.
+        """
+        dtype = told.dtype
+        h1 = None
+        if self.H1 is not None and (h1 := self.H1.address(dtype)) is None:
+            return None
+        gain = None if weight is None else _as(weight, dtype)
+        shift = None if bias is None else _as(bias, dtype)
+        y = torch.empty_like(x)
+        size = TABLES * told.size
+        tables = torch.empty(size + 4 * told.slots, dtype=dtype, device=CPU)
+        where = tables.data_ptr()
+        failed = told.forward(
+            told.address,
+            h1,
+            x.data_ptr(),
+            None if gain is None else gain.data_ptr(),
+            None if shift is None else shift.data_ptr(),
+            y.data_ptr(),
+            where,
+            where + size * dtype.itemsize,
+            torch.get_num_threads(),
+        )
+        if failed:
+            return None
+        if torch.is_grad_enabled():
+            y = _Fused.apply(x, weight, bias, (self, told, y, tables))
+        return y, tables
+
+    def fold(self) -> bool:
+        """The weight update of both memories in one call; False: it has to be done otherwise."""
+        H1, H2, told = self.H1, self.H2, self._told
+        if told is None or H1 is None:
+            return False
+        if not H1.folds:
+            return H2 is None  # a weight update means nothing to a running average
+        h1, h2 = H1.address(told.dtype), None if H2 is None else H2.address(told.dtype)
+        if h1 is None or (H2 is not None and (h2 is None or not H2.folds)):
+            return False
+        told.fold(h1, h2, told.slots, self._keep)
+        return True
+
+    def again(self, x: Tensor, told: Told, tables: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """``y`` of the call that left ``tables``, computed once more, so that nothing is observed twice.
+
+        Raises:
+            RuntimeError: if ``x`` is not the input of that call.
+        """
+        shape, d = _stat_shape(x, told, self.definition), self.definition
+        if shape is None:
+            raise_forgotten()
+        mu, sigma, est_mu, est_sigma = (table.reshape(shape) for table in tables[: 4 * told.size].chunk(4))
+        view = d.ref.view(x.detach(), told.steps)
+        data = view.to(told.dtype)
+        expect_the_same(eager.mean(data, d), mu)
+        y = eager.apply(data, d, *((est_mu, est_sigma) if self.uses_estimate else (mu, sigma)))
+        if weight is not None and bias is not None:
+            per_feature = (-1, *[1] * (y.ndim - 3))
+            y = y * weight.detach().reshape(per_feature) + bias.detach().reshape(per_feature)
+        y = torch.empty_like(x).copy_(y.reshape(x.shape))
+        return _Fused.apply(x, weight, bias, (self, told, y, tables)) if torch.is_grad_enabled() else y
+
+
+def _stat_shape(x: Tensor, told: Told, d: Definition) -> list[int] | None:
+    """The shape of a statistic beside the canonical view of ``x``, if that is what the kernels were told."""
+    if x.shape != told.x_shape or x.dtype != told.x_dtype:
+        return None
+    view = d.ref.view(x, told.steps)
+    whole = d.ref.dims(view.ndim)
+    return [1 if axis in whole else size for axis, size in enumerate(view.shape)]
+
+
+def _as(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gain or bias as the kernels read it."""
+    if parameter.dtype is dtype and parameter.is_contiguous():
+        return parameter
+    return parameter.detach().to(dtype).contiguous()
+
+
+class _Fused(torch.autograd.Function):
+    """The way back of a call that has been computed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Any) -> Tensor:
+        fused, told, y, tables = call
+        ctx.save_for_backward(x, weight, tables)
+        ctx.call = fused, told
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        x, weight, tables = ctx.saved_tensors
+        fused, told = ctx.call
+        dtype, slots = told.dtype, told.slots
+        # G is about the gradient of the input: where nobody wants that, nothing is remembered.
+        H2 = fused.H2 if ctx.needs_input_grad[0] else None
+        h2 = None if H2 is None else H2.address(dtype)
+        if cpu.unseen() or (H2 is not None and h2 is None):
+            return *_composed(grads[0], x, weight, tables, fused, told, H2), None
+        dy = cpu.like(grads[0], x)
+        gain = None if weight is None else _as(weight, dtype)
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        dweight = torch.empty(slots, dtype=dtype, device=CPU) if ctx.needs_input_grad[1] else None
+        dbias = torch.empty(slots, dtype=dtype, device=CPU) if ctx.needs_input_grad[2] else None
+        where = tables.data_ptr()
+        failed = told.backward(
+            told.address,
+            h2,
+            x.data_ptr(),
+            None if gain is None else gain.data_ptr(),
+            dy.data_ptr(),
+            where,
+            where + TABLES * told.size * dtype.itemsize,
+            None if dx is None else dx.data_ptr(),
+            None if dweight is None else dweight.data_ptr(),
+            None if dbias is None else dbias.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if failed:
+            return *_composed(dy, x, weight, tables, fused, told, H2), None
+        return dx, dweight, dbias, None
+
+
+def _composed(
+    dy: Tensor, x: Tensor, weight: Tensor | None, tables: Tensor, fused: Fused, told: Told, H2: Native | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The way back by torch operations, for what is not finite and for who is watching."""
+    d = fused.definition
+    data, grad = (d.ref.view(t.to(told.dtype), told.steps) for t in (x, dy))
+    shape = _stat_shape(x, told, d)
+    assert shape is not None
+    mu, sigma, est_mu, est_sigma = (table.reshape(shape) for table in tables[: 4 * told.size].chunk(4))
+    mu_hat, sigma_hat = (est_mu, est_sigma) if fused.uses_estimate else (mu, sigma)
+    dweight = dbias = None
+    if weight is not None:
+        rest = [axis for axis in range(data.ndim) if axis != 2]
+        dweight = (grad * eager.apply(data, d, mu_hat, sigma_hat)).sum(rest)
+        dbias = grad.sum(rest)
+        grad = grad * weight.to(told.dtype).reshape(-1, *[1] * (data.ndim - 3))
+    g_mu, g_sigma = eager.stat_grads(grad, data, d, mu_hat, sigma_hat)
+    if H2 is not None:
+        g = pack(g_mu, g_sigma, d.ref)
+        g_hat = H2.memory.take(g, finite(g))
+        g_mu, g_sigma = unpack_row(g_hat[:, 0], g_mu), unpack_row(g_hat[:, 1], g_sigma)
+    center = est_mu if d.moment.center == "estimate" else None
+    s = Statistics(mu, sigma, center, mu_hat, sigma_hat)
+    dx = eager.input_grad(grad, data, d, s, g_mu, g_sigma)
+    return dx.reshape(x.shape).to(x.dtype), dweight, dbias
