@@ -24,6 +24,7 @@ from streamnorm.normref import SP5 as SP5
 from streamnorm.normref import NormRef as NormRef
 from streamnorm.normstats import DegenerateReferenceError as DegenerateReferenceError
 from streamnorm.normstats import Lp as Lp
+from streamnorm.online import OnlineTrainer as OnlineTrainer
 from streamnorm.policy import Batch as Batch
 from streamnorm.policy import Policy as Policy
 from streamnorm.policy import Sample as Sample

@@ -11,7 +11,18 @@ import streamnorm
 
 NAMES = {
     *("Affine", "Batch", "BatchNorm", "DAU", "DegenerateReferenceError", "Exponential", "LongShort", "Lp", "Memory"),
-    *("Norm", "NormRef", "Policy", "Rule", "Sample", "SampleNorm", "Scale", "Standardize", "Streaming"),
+    *(
+        "Norm",
+        "NormRef",
+        "OnlineTrainer",
+        "Policy",
+        "Rule",
+        "Sample",
+        "SampleNorm",
+        "Scale",
+        "Standardize",
+        "Streaming",
+    ),
     *("StreamingNorm", "attach", "vectorized"),
     *(f"SP{i}" for i in range(1, 6)),
     *(f"BA{i}" for i in range(1, 7)),
