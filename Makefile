@@ -1,13 +1,16 @@
 # make demo    sets up everything, then trains on scanned digits one sample at a time, with and without normalization
 # make test    sets up everything, then runs all tests
 # make check   linters, types, import contract, docs map
+# make build   compiles the kernels again if their sources changed; without a C++ compiler there are none
+# make bench   times the layers beside their peers, each way to keep memory; takes a while
+# make sanitize  tests the compiled kernels under address and undefined-behavior sanitizers; needs gcc
 # PYTHON is any Python >= 3.11; the environment is made once in .venv and reused.
 
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test check setup clean
+.PHONY: demo test check setup build bench sanitize clean
 .DEFAULT_GOAL := test
 
 setup: .venv/ready
@@ -20,11 +23,24 @@ setup: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: .venv/ready
+build: .venv/ready
+	$(BIN)/python hatch_build.py
+
+demo: build
 	$(BIN)/streamnorm compare --out runs/demo
 
-test: .venv/ready
+test: build
 	$(BIN)/python -m pytest -n 2
+
+bench: build
+	$(BIN)/streamnorm bench
+
+# The sanitizers' own libraries have to be loaded before Python; what Python and torch leave to the exit is no leak.
+sanitize: .venv/ready
+	CXX=g++ $(BIN)/python hatch_build.py --sanitize
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  STREAMNORM_LIBRARY=build/sanitize/_native.so STREAMNORM_ISA=base \
+	  $(BIN)/python -m pytest -n 2 tests/test_native.py -k "not every_instruction_set and (not large_tensors or 300)"
 
 check: .venv/ready
 	$(BIN)/ruff check .
@@ -34,4 +50,4 @@ check: .venv/ready
 	$(BIN)/python -m pytest tests/test_paper_map.py tests/test_public_api.py
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs build streamnorm/kernels/_native.*

@@ -1,5 +1,5 @@
-"""The command line: ``streamnorm compare | train | evaluate``. Flags are derived from dataclasses; nothing is computed
-here. Needs the extra ``cli``.
+"""The command line: ``streamnorm compare | train | evaluate | bench | doctor``. Flags are derived from dataclasses;
+nothing is computed here. Needs the extra ``cli``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ try:
 except ImportError as error:
     raise SystemExit(f"streamnorm: the command line needs {error.name}; pip install 'streamnorm[cli]'") from error
 
+from streamnorm.bench.settings import Bench
 from streamnorm.training.run import Run, Settings
 
 ARMS = ("none", "layer", "batch", "streaming")
@@ -59,6 +60,11 @@ class Evaluate:
     """Folder of a run that `streamnorm train` or `streamnorm compare` made."""
     data_root: Path | None = None
     """Folder of the data files; default: the environment variable STREAMNORM_DATA."""
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Tell versions, machine, compiled kernels, and which backend serves which layer; for a report of an error."""
 
 
 def arms(command: Compare) -> list[Run]:
@@ -185,6 +191,23 @@ def evaluate_one(command: Evaluate) -> None:
     )
 
 
+def time_layers(command: Bench) -> None:
+    """Time the layers beside their peers; write the record and say how the targets were met."""
+    from streamnorm.bench.run import bench
+
+    path, verdicts = bench(command)
+    for line in verdicts:
+        print(line)
+    print(f"Record: {path}")
+
+
+def examine(command: Doctor) -> None:
+    """Print what ``streamnorm.doctor`` finds."""
+    from streamnorm.doctor import report
+
+    print(report())
+
+
 @contextmanager
 def _progress(console: Any) -> Iterator[Any]:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -219,19 +242,21 @@ def _spread(mean: float | None, sd: float | None, unit: float, places: int) -> s
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the command ``streamnorm``. Returns the exit status: 2 for input that cannot be used."""
     command = tyro.cli(
-        Compare | Train | Evaluate,
+        Compare | Train | Evaluate | Bench | Doctor,
         prog="streamnorm",
         description="Normalization for neural networks that learn from streams.",
         args=arguments,
         config=(OmitArgPrefixes,),
     )
-    run = {Compare: compare, Train: train_one, Evaluate: evaluate_one}[type(command)]
+    commands = {Compare: compare, Train: train_one, Evaluate: evaluate_one, Bench: time_layers, Doctor: examine}
+    run = commands[type(command)]
     try:
         run(command)
     except (ValueError, OSError, ImportError) as error:
         print(f"streamnorm: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstreamnorm: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        again = "with --resume goes on" if isinstance(command, Bench) else "goes on from the last checkpoint"
+        print(f"\nstreamnorm: stopped; the same command {again}", file=sys.stderr)
         return 130
     return 0

@@ -24,6 +24,8 @@ FLAGS = {
     "compare": ["--arms", "--seeds", "--out", "--data-root", *RUN_FLAGS],
     "train": ["--out", "--data-root", *RUN_FLAGS, "--arm", "--seed"],
     "evaluate": ["--data-root"],
+    "bench": ["--groups", "--rounds", "--threads", "--out", "--allocator", "--quick", "--compile", "--resume"],
+    "doctor": [],
 }
 
 
@@ -60,6 +62,13 @@ def test_train_then_evaluate_agree(tmp_path: Path, capsys: pytest.CaptureFixture
     evaluated = capsys.readouterr().out
     last = re.findall(r"test loss ([\d.]+) nats, error ([\d.]+%)", trained)[-1]
     assert re.findall(r"test loss ([\d.]+) nats, error ([\d.]+%)", evaluated) == [last]
+
+
+def test_doctor_tells_what_serves_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"\n  {name}  " in said for name in ("torch", "processor", "library"))
+    assert re.search(r"^  StreamingNorm\(64\) +\w+ +\w+ +\w+ +\w+$", said, re.MULTILINE)
 
 
 def test_an_arm_may_have_its_own_batch() -> None:

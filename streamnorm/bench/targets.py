@@ -1,0 +1,71 @@
+"""What the layers aim at: ratios of forward and backward together, at two threads, with memory kept by the process.
+
+Imports the standard library.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+THREADS = 2
+"""The targets are for this many."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """At most so many times the reference's time.
+
+    Attributes:
+        group: of the cases; ``cases`` says which of them, a part of their names.
+        variant, reference: the ratio of these two.
+        mean: for the geometric mean over cases.
+        worst: for each case.
+        words: what is shown in the place of the ratio.
+    """
+
+    group: str
+    variant: str
+    reference: str
+    mean: float
+    worst: float | None = None
+    cases: str = ""
+    words: str = ""
+
+    def __str__(self) -> str:
+        parts = [f"{self.words or f'≤ {self.mean:.2f}'}"]
+        parts += [f"worst ≤ {self.worst:.2f}"] if self.worst is not None else []
+        return ", ".join(parts)
+
+    def met(self, ratios: Sequence[float]) -> bool:
+        """The verdict on the medians of its cases."""
+        return geometric_mean(ratios) <= self.mean and (self.worst is None or max(ratios) <= self.worst)
+
+
+BN1, BN2, LAYER = "nn.BatchNorm1d", "nn.BatchNorm2d", "nn.LayerNorm"
+TARGETS = (
+    Target("contiguous", "full", BN2, 0.35, 0.60),
+    Target("contiguous", "one-pass", BN2, 0.25, 0.45),
+    Target("contiguous", "full eager", BN2, 0.75),
+    Target("channels_last", "full", BN2, 0.80),
+    Target("channels_last", "one-pass", BN2, 0.48),
+    Target("bfloat16", "one-pass", BN2, 0.55, cases="contiguous"),
+    Target("bfloat16", "one-pass", BN2, 0.45, cases="channels last"),
+    Target("features", "full", BN1, 0.60),
+    Target("features", "one-pass", BN1, 0.55),
+    Target("features", "full", LAYER, 1.0),
+    Target("single", "full B", LAYER, 1.25, cases="1x1024"),
+    Target("online", "streaming", LAYER, 1.05),
+    Target("online", "streaming fused", LAYER, 1 / 5, words="≤ 0.20, 5 times the steps a second"),
+    Target("cycle", "streaming 1 x 64 vectorized", "nn.BatchNorm1d 64 x 1", 1.15, cases="epoch"),
+)
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of ratios: the one that stays the same when the two sides change places.
+
+    >>> geometric_mean([0.5, 2.0])
+    1.0
+    """
+    return round(statistics.geometric_mean(values), 12)
