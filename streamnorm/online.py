@@ -175,7 +175,7 @@ class OnlineTrainer:
     def _compiled(
         self, x: Tensor, targets: Tensor, n: int, start: int, many: int, warming: bool, losses: Tensor, outputs: Tensor
     ) -> int:
-        """Train on ``many`` of n samples from ``start`` in one call; returns how many it did: the next is not finite."""
+        """Train on ``many`` of n samples from ``start`` in one call; returns how many: the next is not finite."""
         plan = self._plan
         if not plan.reads(moving=not warming):
             return 0

@@ -244,6 +244,7 @@ def test_steps_of_both_kinds_may_follow_each_other() -> None:
     close("tested", pair.trainer.model(x), pair.twin(x), TERMS)
 
 
+@compiled
 @pytest.mark.parametrize("norm", ["p1-zero", "p2-zero", "p2-estimate", "layer", "none"])
 @pytest.mark.parametrize("scale", [1e-45, 1e-30, 1e10, 1e18, 1e30])
 def test_tiny_and_huge_inputs(norm: str, scale: float) -> None:

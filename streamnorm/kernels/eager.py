@@ -7,8 +7,9 @@
 
 In Setting A, c = mu moves with x: g_mu gains ``-g_sigma mean(sign(d) (|d| / sigma)^(p-1))``, which is 0 for p = 2 only.
 
-Where every feature of one mini-batch has statistics of its own (BA1), torch's batch normalization in its testing mode
-is the fastest map there is, its backward pass the fastest pair of sums, and the gain and bias come with them.
+Where every feature map of one mini-batch has statistics of its own (BA1), torch's batch normalization in its testing
+mode is the fastest map there is, its backward pass the fastest pair of sums, and the gain and bias come with them. It
+computes ``a x + b``, which costs digits where a mean is large beside its deviation: then the plain forms serve.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ __all__ = ["apply", "input_grad", "joins", "mean", "serves", "sigma", "stat_grad
 
 CANCELS = 100
 """How much larger than a moment about its center one about 0 may be, where the one is computed from the other."""
+LARGE = 10
+"""How many deviations a center may be from 0 for ``a x + b`` to lose no more than a digit."""
 
 
 def serves(d: Definition) -> bool:
@@ -36,7 +39,7 @@ def serves(d: Definition) -> bool:
 
 def joins(x: Tensor, d: Definition) -> bool:
     """Whether ``apply`` and ``input_grad`` take the gain and bias that follow along."""
-    return _features(x, d) is not None and type(d.op) is Standardize
+    return _maps(x, d) is not None and type(d.op) is Standardize
 
 
 def mean(x: Tensor, d: Definition) -> Tensor:
@@ -80,9 +83,14 @@ def apply(
     shift: Tensor | None = None,
 ) -> Tensor:
     """``y = N(x, s_hat)`` with one new tensor of the size of x; ``gain`` and ``shift (c,)`` where ``joins`` holds."""
-    flat = _features(x, d)
-    if flat is None or type(d.op) is Scale:
-        return x / sigma_hat if type(d.op) is Scale else (x - mu_hat).div_(sigma_hat)
+    if type(d.op) is Scale:
+        return x / sigma_hat
+    flat = _maps(x, d)
+    if flat is None or not _is_moderate(mu_hat, sigma_hat):
+        y = (x - mu_hat).div_(sigma_hat)
+        if gain is None or shift is None:
+            return y
+        return y.mul_(gain.reshape(sigma_hat.shape)).add_(shift.reshape(sigma_hat.shape))
     deviation = sigma_hat.flatten()
     return F.batch_norm(flat, mu_hat.flatten(), deviation * deviation, gain, shift, False, 0.0, 0.0).view(x.shape)
 
@@ -91,8 +99,8 @@ def stat_grads(dy: Tensor, x: Tensor, d: Definition, mu_hat: Tensor, sigma_hat: 
     """``dE/ds_hat``, summed over all activations that s_hat normalizes."""
     if type(d.op) is Scale:
         return torch.zeros_like(mu_hat), -_total(dy * x, sigma_hat) / (sigma_hat * sigma_hat)
-    flat = _features(x, d)
-    if flat is None:
+    flat = _maps(x, d)
+    if flat is None or not _is_moderate(mu_hat, sigma_hat):
         g_mu = -_total(dy, mu_hat) / sigma_hat
         return g_mu, -_total((x - mu_hat).mul_(dy), sigma_hat) / (sigma_hat * sigma_hat)
     deviation = sigma_hat.flatten()
@@ -129,9 +137,9 @@ def input_grad(
         size *= x.shape[dim]
     p, setting = d.moment.p, d.moment.center
     center = {"batch": s.mu, "estimate": s.center, "zero": None}[setting]
-    flat = _features(x, d) if p == 2 else None
-    if flat is not None:
-        about = torch.zeros_like(s.mu) if center is None else center
+    flat = _maps(x, d) if p == 2 else None
+    about = torch.zeros_like(s.mu) if center is None else center
+    if flat is not None and _is_moderate(about, s.sigma):
         slope, level = (g_sigma / (size * s.sigma)).flatten(), (g_mu / size).flatten()
         dx = F.batch_norm(flat, about.flatten(), torch.ones_like(slope), slope, level, False, 0.0, 0.0)
         scale = s.sigma_hat.reciprocal() if gain is None else gain.reshape(s.sigma_hat.shape) / s.sigma_hat
@@ -148,10 +156,14 @@ def input_grad(
     return scaled.add_(g_mu, alpha=1 / size).addcmul_(slope, g_slope)
 
 
-def _features(x: Tensor, d: Definition) -> Tensor | None:
-    """``x`` as ``(n, c, *place)``, if each feature has one statistic over all of it (BA1 with one step)."""
-    if d.ref.samples != "batch" or len(x) != 1 or x.shape[3] != 1 or not x.is_cpu or not x.numel():
+def _maps(x: Tensor, d: Definition) -> Tensor | None:
+    """``x`` as ``(n, c, *place)``, if each feature map has one statistic over all of it (BA1 with one step)."""
+    if d.ref.samples != "batch" or d.ref.place != "all" or len(x) != 1 or x.ndim == 4 or not x.is_cpu or not x.numel():
         return None
-    if d.ref.place != "all" and x[0, 0, 0, 0].numel() > 1:
-        return None
-    return x[0].flatten(1, 2) if d.ref.groups(x.shape[2]) == x.shape[2] else None
+    return x[0].flatten(1, 2) if d.ref.groups(x.shape[2]) == x.shape[2] == x[0, 0].shape[:2].numel() else None
+
+
+def _is_moderate(center: Tensor, deviation: Tensor) -> bool:
+    """Whether squares of the deviation are numbers and the center is not large beside it; NaN is not."""
+    fits = (center.abs() <= LARGE * deviation) & (deviation > 1e-15) & (deviation < 1e15)
+    return bool(fits.all())

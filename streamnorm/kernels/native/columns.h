@@ -8,7 +8,8 @@ template <class T> struct Columns {
     typedef A_<T> A;
     static constexpr int W = lanes<A>::W;
     static constexpr int64_t STRETCH = 64;  // rows that are summed in A before the sum goes on in double
-    static constexpr int ABREAST = 4;       // rows that are read side by side, so that sums are loaded once for all
+    static constexpr int64_t FETCH = 8192 / sizeof(T);  // how far ahead is fetched: hardware sees no pattern in rows abreast
+    static constexpr int ABREAST = 2;       // rows that are read side by side, so that sums are loaded once for all
 
     // f<span>(i, k) over n columns
     template <class F> SN_INLINE void across(int64_t n, const F &f) {
@@ -62,6 +63,7 @@ template <class T> struct Columns {
             across(n, [&]<int span>(int64_t i, int k) {
                 vec<A> K1 = load(w.k1 + i), K2 = load(w.k2 + i), s = load(sums.s + i), q = load(sums.q + i), d1, d2;
                 for (int u = 0; u < R; u++) {
+                    __builtin_prefetch(in + u * p.xr0 + i + FETCH);
                     vec<A> v = take<T, span>(in + u * p.xr0 + i, k);
                     moments<A, P>(v, K1, K2, d1, d2);
                     s += d1;
@@ -82,8 +84,10 @@ template <class T> struct Columns {
             T *out = y + r * p.xr0;
             across(n, [&]<int span>(int64_t i, int k) {
                 vec<A> M = load(w.m + i), Av = load(w.a + i), B = load(w.b + i);
-                for (int u = 0; u < R; u++)
+                for (int u = 0; u < R; u++) {
+                    __builtin_prefetch(in + u * p.xr0 + i + FETCH);
                     put<T, span, past>(out + u * p.xr0 + i, k, (take<T, span>(in + u * p.xr0 + i, k) - M) * Av + B);
+                }
             });
         };
         down(rows, some, [](bool) {});
@@ -101,6 +105,8 @@ template <class T> struct Columns {
                 if (sums) s = load(total.s + i), q = load(total.q + i);
                 for (int u = 0; u < R; u++) {
                     int64_t here = at + u * p.xr0 + i;
+                    __builtin_prefetch(x + here + FETCH);
+                    __builtin_prefetch(dy + here + FETCH);
                     vec<A> v = take<T, span>(x + here, k), g = take<T, span>(dy + here, k);
                     if (sums) s += g, q += g * (v - M);
                     if constexpr (m != 0)

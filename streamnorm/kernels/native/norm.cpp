@@ -149,8 +149,13 @@ template <class T, class F> bool run(const Job<T> &J, int threads, bool in_order
     int wrong = 0;
     over_slots<T>(p, threads, in_order, J.once, [&](int64_t j, int64_t a, int64_t n, int64_t at) {
         bool fine;
-        if (p.columns) { Direct<Columns<T>, T> e(J, at); fine = step(j, a, n, e); }
-        else { Direct<Rows<T>, T> e(J, at); fine = step(j, a, n, e); }
+        if (p.columns) {
+            Direct<Columns<T>, T> e(J, at);
+            fine = step(j, a, n, e);
+        } else {
+            Direct<Rows<T>, T> e(J, at);
+            fine = step(j, a, n, e);
+        }
         if (!fine) __atomic_store_n(&wrong, 1, __ATOMIC_RELAXED);
         if (J.past) fence();
     });
@@ -158,8 +163,9 @@ template <class T, class F> bool run(const Job<T> &J, int threads, bool in_order
 }
 
 template <class T> bool past_caches(const sn_plan &p, const T *out) {
-    if (elements<T>(p) * (int64_t)sizeof(T) < PAST_CACHES || sizeof(T) == 8) return false;
-    return !p.columns || ((uintptr_t)out % 64 == 0 && p.L * sizeof(T) % 64 == 0);
+    int64_t bytes = elements<T>(p) * (int64_t)sizeof(T);
+    if (sizeof(T) == 8 || bytes < (p.columns ? PAST_CACHES : PAST_CACHES_ROWS)) return false;
+    return (uintptr_t)out % 64 == 0 && p.L * sizeof(T) % 64 == 0;
 }
 
 template <class T> Job<T> job(const sn_plan *p, const sn_memory *h, const void *x, const void *weight, A_<T> *saved) {

@@ -9,68 +9,32 @@ template <class T> struct Rows {
     static constexpr int W = lanes<A>::W;
 
     static constexpr int MOST = 64;                // slots that are worked on together
-    static constexpr int64_t STAGE = 32 << 10;     // bytes of a stage for rows that fill no whole lines
 
-    // Calls f(slot, offset of the row) for every row of n slots, in the order of memory where that can be, and between(r0,
-    // is it the last) after each r0.
+    // Calls f(slot, offset of the row, how far ahead to fetch) for every row of n slots, in the order of memory where that can be, and between(is
+    // it the last) after each r0.
     template <class F, class G> SN_INLINE void each(const sn_plan &p, int64_t n, const F &f, const G &between) {
         for (int64_t r0 = 0; r0 < p.r0; r0++) {
+            // From a row to that of the same slot in the next sample, which no hardware foresees.
+            int64_t next = r0 + 1 < p.r0 ? p.xr0 : 0;
             for (int64_t t = 0; t < n; t++)
-                for (int64_t r1 = 0; r1 < p.r1; r1++) f(t, r0 * p.xr0 + t * p.xk1 + r1 * p.xr1);
-            between(r0 * p.xr0, r0 + 1 == p.r0);
+                for (int64_t r1 = 0; r1 < p.r1; r1++) f(t, r0 * p.xr0 + t * p.xk1 + r1 * p.xr1, next);
+            between(r0 + 1 == p.r0);
         }
     }
 
-    // How many slots make whole cache lines of their rows together.
-    static int64_t period(const sn_plan &p) {
-        int64_t bytes = p.L * (int64_t)sizeof(T), n = 1;
-        while (n < 64 && n * bytes % 64) n *= 2;
-        return n;
-    }
     // Slots to work on together: so many that their data stay in the cache from one pass to the next, if there is a next.
     static int64_t width(const sn_plan &p, int threads, bool once) {
         int64_t bytes = p.L * (int64_t)sizeof(T) * p.r1 * (once ? 1 : p.r0);
         int64_t n = SLAB / bytes, fair = (p.k1 + 4 * threads - 1) / (4 * threads);
         n = n < fair ? n : fair;
         n = n < MOST ? n : MOST;
-        int64_t lines = period(p);
-        return n < 1 ? 1 : n > lines ? n / lines * lines : n;
+        return n < 1 ? 1 : n;
     }
 
-    // Where rows are written to. Rows that lie together and fill no whole lines go by a stage in the cache, from where
-    // whole lines are stored past it.
-    template <bool past> struct Out {
-        T *y;
-        int64_t L, n;
-        bool staged = false;
-        alignas(64) T stage[past ? STAGE / sizeof(T) : 1];
-        Out(const sn_plan &p, T *out, int64_t slots) : y(out), L(p.L), n(slots) {
-            staged = past && p.xk1 == p.L && p.r1 == 1 && p.L * sizeof(T) % 64 && n * p.L * (int64_t)sizeof(T) <= STAGE;
-        }
-        SN_MEMBER T *row(int64_t t, int64_t at) { return past && staged ? stage + t * L : y + at; }
-        SN_MEMBER void done(int64_t at) {
-            if (!past || !staged) return;
-            const T *from = stage;
-            auto copy = [&]<int span, int u, bool nt>(int64_t i, int k) {
-                put<T, span, nt>(y + at + i, k, take<T, span>(from + i, k));
-            };
-            walk<past>(y + at, n * L, copy, [] {});
-        }
-    };
-
-    // f<span, u, past>(i, k) along a row, whose stores may go past the caches where they fill whole lines: what lies
-    // before the first such line is stored as usual. `flush` is called every FLUSH values, not at the end.
-    template <bool past, class F, class G>
-    SN_INLINE void walk(const T *out, int64_t L, const F &f, const G &flush) {
-        int64_t head = past ? (int64_t)((64 - (uintptr_t)out % 64) % 64) / (int64_t)sizeof(T) : 0, i = 0;
-        if (head > L) head = L;
-        while (i < head) {
-            int k = head - i < W ? (int)(head - i) : W;
-            f.template operator()<PART, 0, false>(i, k);
-            i += k;
-        }
+    // f<span, u, past>(i, k) along a row; `flush` is called every FLUSH values, not at the end.
+    template <bool past, class F, class G> SN_INLINE void walk(int64_t L, const F &f, const G &flush) {
         auto body = [&]<int span, int u>(int64_t at, int k) { f.template operator()<span, u, past>(at, k); };
-        while (i < L) {
+        for (int64_t i = 0; i < L;) {
             int64_t end = i + FLUSH < L ? i + FLUSH : L;
             along<A>(i, end, end == L, L, body);
             i = end;
@@ -111,13 +75,13 @@ template <class T> struct Rows {
     template <int P, bool map, bool past>
     static void moments_pass(const sn_plan &p, const T *x, T *y, int64_t n, int64_t, const Work<A> &w, A *s1, A *s2) {
         Sums sums(n);
-        Out<past> out(p, y, n);
-        each(p, n, [&](int64_t t, int64_t at) {
+        each(p, n, [&](int64_t t, int64_t at, int64_t next) {
             vec<A> K1 = all(w.k1[t]), K2 = all(w.k2[t]), M = all(w.m[t]), Av = all(w.a[t]), B = all(w.b[t]);
             vec<A> s[4] = {}, q[4] = {};
             const T *in = x + at;
-            T *to = map ? out.row(t, at) : nullptr;
+            T *to = map ? y + at : nullptr;
             auto step = [&]<int span, int u, bool nt>(int64_t i, int k) {
+                __builtin_prefetch(in + i + next);
                 vec<A> v = take<T, span>(in + i, k), d1, d2;
                 moments<A, P>(v, K1, K2, d1, d2);
                 s[u] += only<A, span>(d1, k);
@@ -125,52 +89,47 @@ template <class T> struct Rows {
                 if (map) put<T, span, nt>(to + i, k, (v - M) * Av + B);
             };
             auto flush = [&] { sums.flush(t, s, q); };
-            if (past && !out.staged) walk<past>(to, p.L, step, flush);
-            else walk<false>(to, p.L, step, flush);
+            walk<past>(p.L, step, flush);
             sums.add(t, s, q);
-        }, [&](int64_t at, bool last) {
-            out.done(at);
+        }, [&](bool last) {
             sums.between(p.r1 * p.L, last, s1, s2);
         });
     }
     template <bool past> static void map_pass(const sn_plan &p, const T *x, T *y, int64_t n, int64_t, const Work<A> &w) {
-        Out<past> out(p, y, n);
-        each(p, n, [&](int64_t t, int64_t at) {
+        each(p, n, [&](int64_t t, int64_t at, int64_t) {
             vec<A> M = all(w.m[t]), Av = all(w.a[t]), B = all(w.b[t]);
             const T *in = x + at;
-            T *to = out.row(t, at);
+            T *to = y + at;
             auto step = [&]<int span, int u, bool nt>(int64_t i, int k) {
                 put<T, span, nt>(to + i, k, (take<T, span>(in + i, k) - M) * Av + B);
             };
-            if (past && !out.staged) walk<past>(to, p.L, step, [] {});
-            else walk<false>(to, p.L, step, [] {});
-        }, [&](int64_t at, bool) { out.done(at); });
+            walk<past>(p.L, step, [] {});
+        }, [](bool) {});
     }
     // m = 0: the sums alone; otherwise dx as well, with the slope of that moment.
     template <int m, bool with_sums, bool past>
     static void grads_pass(const sn_plan &p, const T *x, const T *dy, T *dx, int64_t n, int64_t, const Work<A> &w, A *s1,
                            A *s2) {
         Sums sums(n);
-        Out<past> out(p, dx, n);
-        each(p, n, [&](int64_t t, int64_t at) {
+        each(p, n, [&](int64_t t, int64_t at, int64_t next) {
             vec<A> M = all(w.m[t]), Av = all(w.a[t]), C = all(w.c[t]), GS = all(w.gs[t]), GM = all(w.gm[t]);
             vec<A> s[4] = {}, q[4] = {};
             const T *in = x + at, *grad = dy + at;
-            T *to = m ? out.row(t, at) : nullptr;
+            T *to = m ? dx + at : nullptr;
             auto step = [&]<int span, int u, bool nt>(int64_t i, int k) {
                 vec<A> v = take<T, span>(in + i, k), g = take<T, span>(grad + i, k);
                 if (with_sums) {
+                    __builtin_prefetch(in + i + next);
+                    __builtin_prefetch(grad + i + next);
                     s[u] += only<A, span>(g, k);
                     q[u] += only<A, span>(g * (v - M), k);
                 }
                 if constexpr (m != 0) put<T, span, nt>(to + i, k, g * Av + (slope<A, m>(v - C) * GS + GM));
             };
             auto flush = [&] { if (with_sums) sums.flush(t, s, q); };
-            if (past && !out.staged) walk<past>(to, p.L, step, flush);
-            else walk<false>(to, p.L, step, flush);
+            walk<past>(p.L, step, flush);
             if (with_sums) sums.add(t, s, q);
-        }, [&](int64_t at, bool last) {
-            out.done(at);
+        }, [&](bool last) {
             if (with_sums) sums.between(p.r1 * p.L, last, s1, s2);
         });
     }
