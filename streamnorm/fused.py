@@ -17,10 +17,9 @@ from torch import Tensor
 
 from streamnorm.kernels import cpu, eager
 from streamnorm.kernels.definition import Definition, Statistics
-from streamnorm.op import expect_the_same, pack, raise_forgotten, refuse_second_derivative, unpack_row
-from streamnorm.stream import Exponential, LongShort, Memory, finite
+from streamnorm.op import expect_the_same, observe_back, pack, raise_forgotten, refuse_second_derivative, unpack_row
+from streamnorm.stream import Exponential, LongShort, Memory
 
-CPU = torch.device("cpu")
 TABLES = 5
 """What a kernel keeps of each step for the way back: mu, sigma, their estimates, and the mean slope."""
 
@@ -78,6 +77,8 @@ class Told:
         "forward",
         "has_gains",
         "plan",
+        "room",
+        "scratch",
         "size",
         "slots",
         "steps",
@@ -95,6 +96,9 @@ class Told:
         self.dtype = cpu.wide(x.dtype)
         self.forward, self.backward = (cpu.kernel(name, x.dtype) for name in ("forward", "backward"))
         self.fold = cpu.fold(self.dtype)
+        # What a call leaves for the way back, and room to work in after it.
+        self.scratch = TABLES * self.size * self.dtype.itemsize
+        self.room = TABLES * self.size + 4 * self.slots
         self.has_gains = has_gains
 
 
@@ -123,16 +127,18 @@ class Fused:
         whole = definition.ref.samples == ("one" if H1 is None else "batch")
         return whole and Native.serves(H1) and Native.serves(H2) and cpu.serves(definition)
 
-    def told(self, x: Tensor, steps: int, check: Callable[[Tensor, int], object]) -> Told | None:
+    def told(
+        self, x: Tensor, steps: int, is_reversed: bool, check: Callable[[Tensor, int], object]
+    ) -> Told | None:
         """What the kernels are told about such an input; None: there are no kernels for it.
 
         ``check(x, steps)`` is asked for every new kind of input and raises for those that the layer refuses.
         """
-        key = (x.shape, x.stride(), x.dtype, steps)
+        key = (x.shape, x.stride(), x.dtype, steps, is_reversed)
         if key == self._key:
             return self._told
         check(x, steps)
-        plan = cpu.plan(self.definition, steps, tuple(x.shape), x.stride(), self.uses_estimate)
+        plan = cpu.plan(self.definition, steps, tuple(x.shape), x.stride(), self.uses_estimate, is_reversed)
         memories = [native.memory for native in (self.H1, self.H2) if native is not None]
         if plan is not None and any(memory.estimate.numel() != 2 * plan.slots for memory in memories):
             return None  # a memory that gets its shape from this very call
@@ -152,11 +158,10 @@ class Fused:
         h1 = None
         if self.H1 is not None and (h1 := self.H1.address(dtype)) is None:
             return None
-        gain = None if weight is None else _as(weight, dtype)
-        shift = None if bias is None else _as(bias, dtype)
+        gain = weight if weight is None or (weight.dtype is dtype and weight.is_contiguous()) else _as(weight, dtype)
+        shift = bias if bias is None or (bias.dtype is dtype and bias.is_contiguous()) else _as(bias, dtype)
         y = torch.empty_like(x)
-        size = TABLES * told.size
-        tables = torch.empty(size + 4 * told.slots, dtype=dtype, device=CPU)
+        tables = x.new_empty(told.room) if x.dtype is dtype else x.new_empty(told.room, dtype=dtype)
         where = tables.data_ptr()
         failed = told.forward(
             told.address,
@@ -166,7 +171,7 @@ class Fused:
             None if shift is None else shift.data_ptr(),
             y.data_ptr(),
             where,
-            where + size * dtype.itemsize,
+            where + told.scratch,
             torch.get_num_threads(),
         )
         if failed:
@@ -220,8 +225,6 @@ def _stat_shape(x: Tensor, told: Told, d: Definition) -> list[int] | None:
 
 def _as(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """A gain or bias as the kernels read it."""
-    if parameter.dtype is dtype and parameter.is_contiguous():
-        return parameter
     return parameter.detach().to(dtype).contiguous()
 
 
@@ -242,15 +245,16 @@ class _Fused(torch.autograd.Function):
         fused, told = ctx.call
         dtype, slots = told.dtype, told.slots
         # G is about the gradient of the input: where nobody wants that, nothing is remembered.
-        H2 = fused.H2 if ctx.needs_input_grad[0] else None
+        needs = ctx.needs_input_grad
+        H2 = fused.H2 if needs[0] else None
         h2 = None if H2 is None else H2.address(dtype)
         if cpu.unseen() or (H2 is not None and h2 is None):
             return *_composed(grads[0], x, weight, tables, fused, told, H2), None
         dy = cpu.like(grads[0], x)
-        gain = None if weight is None else _as(weight, dtype)
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        dweight = torch.empty(slots, dtype=dtype, device=CPU) if ctx.needs_input_grad[1] else None
-        dbias = torch.empty(slots, dtype=dtype, device=CPU) if ctx.needs_input_grad[2] else None
+        gain = weight if weight is None or (weight.dtype is dtype and weight.is_contiguous()) else _as(weight, dtype)
+        dx = torch.empty_like(x) if needs[0] else None
+        dweight = tables.new_empty(slots) if needs[1] else None
+        dbias = tables.new_empty(slots) if needs[2] else None
         where = tables.data_ptr()
         failed = told.backward(
             told.address,
@@ -259,7 +263,7 @@ class _Fused(torch.autograd.Function):
             None if gain is None else gain.data_ptr(),
             dy.data_ptr(),
             where,
-            where + TABLES * told.size * dtype.itemsize,
+            where + told.scratch,
             None if dx is None else dx.data_ptr(),
             None if dweight is None else dweight.data_ptr(),
             None if dbias is None else dbias.data_ptr(),
@@ -288,8 +292,7 @@ def _composed(
         grad = grad * weight.to(told.dtype).reshape(-1, *[1] * (data.ndim - 3))
     g_mu, g_sigma = eager.stat_grads(grad, data, d, mu_hat, sigma_hat)
     if H2 is not None:
-        g = pack(g_mu, g_sigma, d.ref)
-        g_hat = H2.memory.take(g, finite(g))
+        g_hat = observe_back(H2.memory, pack(g_mu, g_sigma, d.ref), None, bool(told.plan.reversed))
         g_mu, g_sigma = unpack_row(g_hat[:, 0], g_mu), unpack_row(g_hat[:, 1], g_sigma)
     center = est_mu if d.moment.center == "estimate" else None
     s = Statistics(mu, sigma, center, mu_hat, sigma_hat)

@@ -130,6 +130,7 @@ class Norm(nn.Module):
         self.definition = Definition(ref, moment, op or Standardize())
         self.policy = policy
         self.steps = 1
+        self.reverse = False
         _check_pairing(ref, moment, policy)
         shape = (2, ref.groups(num_features)) if ref.place == "all" and ref.is_built_in else None
         self.H1 = None if policy.F is None else Memory(policy.F, shape)
@@ -200,7 +201,7 @@ class Norm(nn.Module):
         if H1 is not None and _recomputing():
             return self._fused_again(x, affine)
         steps = 1 if H1 is None else self.steps
-        told = fused.told(x, steps, self._check)
+        told = fused.told(x, steps, self.reverse, self._check)
         if told is None:
             return None
         gains = _gains(affine) if told.has_gains else None
@@ -256,7 +257,7 @@ class Norm(nn.Module):
         if not view.numel():
             return x.clone()
         recall = (again[1], again[2]) if again else None
-        streams = _op.Streams(self.H1, self.H2, self.policy.uses_estimate, recall)
+        streams = _op.Streams(self.H1, self.H2, self.policy.uses_estimate, recall, self.reverse)
         joined = gains is not None and _op.joins(view, self.definition)
         y, estimates, s = _op.normalize(view, self.definition, streams, *(gains if joined and gains else ()))
         if estimates is not None and s is not None and not again:

@@ -32,12 +32,14 @@ class Streams:
         uses_estimate: normalize with s_hat (Algorithm 5), not with s (Algorithms 1, 3).
         recall: s and the estimates, each ``(g, 2, ...)``, of the call that is being computed again, so that nothing is
             observed twice; None for a call that happens for the first time.
+        is_reversed: going back, the g steps arrive at G last to first, as through time.
     """
 
     H1: Memory | None
     H2: Memory | None
     uses_estimate: bool
     recall: tuple[Tensor, Tensor] | None = None
+    is_reversed: bool = False
 
 
 def pack(mu: Tensor, sigma: Tensor, ref: NormRef) -> Tensor:
@@ -105,7 +107,7 @@ class _Normalize(torch.autograd.Function):
             return None, dgain, dshift, None, None
         if streams.H2 is not None:
             g = pack(g_mu, g_sigma, d.ref)
-            g_hat = streams.H2.take(g, finite(g, ctx.ok))
+            g_hat = observe_back(streams.H2, g, ctx.ok, streams.is_reversed)
             g_mu, g_sigma = unpack_row(g_hat[:, 0], g_mu), unpack_row(g_hat[:, 1], g_sigma)
         # Where F took the mean over the m' samples of s, each sample's own s has an m'-th of a share in it.
         share = mu.shape[1] // g_mu.shape[1]
@@ -113,6 +115,14 @@ class _Normalize(torch.autograd.Function):
             g_mu, g_sigma = g_mu / share, g_sigma / share
         s = Statistics(mu, sigma, center, mu_hat, sigma_hat)
         return kernel.input_grad(grad, data, d, s, g_mu, g_sigma, **joined).to(x.dtype), dgain, dshift, None, None
+
+
+def observe_back(H2: Memory, g: Tensor, ok: Tensor | None, is_reversed: bool) -> Tensor:
+    """G's estimates for the gradients ``g (g, 2, ...)`` of the steps, which arrive in their order or last to first."""
+    ok = finite(g, ok)
+    if not is_reversed or len(g) == 1:
+        return H2.take(g, ok)
+    return H2.take(g.flip(0), None if ok is None else ok.flip(0)).flip(0)
 
 
 def refuse_second_derivative() -> None:

@@ -31,6 +31,8 @@ def facts() -> dict[str, str]:
         "system": f"{platform.system()} {platform.release()}, {' '.join(platform.libc_ver()) or 'libc unknown'}",
         **versions(),
         "torch computes with": torch.backends.cpu.get_cpu_capability(),
+        # Passive threads sleep between regions, and waking them costs small operations several times what they do.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
     }
     # Of a path its name: where a record was made is nobody's business.
     words = {key: Path(value).name if value.startswith("/") else value for key, value in library.status().items()}

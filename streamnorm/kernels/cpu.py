@@ -40,7 +40,7 @@ class Plan(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("k0", "k1", "r0", "r1", "L", "xk0", "xk1", "xr0", "xr1")),
-        *((name, ctypes.c_int32) for name in ("columns", "p", "center", "uses_estimate", "scale")),
+        *((name, ctypes.c_int32) for name in ("columns", "p", "center", "uses_estimate", "scale", "reversed")),
         ("eps", ctypes.c_double),
     ]
 
@@ -163,7 +163,12 @@ def rows(ref: NormRef, steps: int, shape: Sequence[int], last: bool) -> dict[str
 
 @lru_cache(maxsize=256)
 def plan(
-    d: Definition, steps: int, shape: tuple[int, ...], stride: tuple[int, ...], uses_estimate: bool
+    d: Definition,
+    steps: int,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    uses_estimate: bool = False,
+    is_reversed: bool = False,
 ) -> Plan | None:
     """What a kernel is told about ``x (n, c, *place)`` of this shape and stride; None: there is no kernel for it."""
     last = features_last(shape, stride)
@@ -177,6 +182,7 @@ def plan(
         center=center,
         uses_estimate=uses_estimate,
         scale=type(d.op) is Scale,
+        reversed=is_reversed,
         eps=d.moment.eps,
     )
 
@@ -258,7 +264,7 @@ def _told(x: Tensor, d: Definition) -> tuple[Plan | None, Tensor]:
     merged = x.flatten(2, 3).flatten(0, 1)
     if merged.data_ptr() != x.data_ptr():  # no view of an ordinary tensor
         return None, x
-    return plan(d, g, tuple(merged.shape), merged.stride(), False), x
+    return plan(d, g, tuple(merged.shape), merged.stride()), x
 
 
 def _stat_shape(x: Tensor, d: Definition) -> list[int]:

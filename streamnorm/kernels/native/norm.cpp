@@ -104,8 +104,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class T> int64_t elements(const sn_plan &p) { return p.k0 * p.k1 * p.r0 * p.r1 * p.L; }
 
-// f(step j, first slot a, n slots, offset of their data) over all slots, in parallel; the steps of a slot in order if they
-// depend on each other.
+// f(arrival, first slot a, n slots, offset of their data within a step) over all slots, in parallel; the arrivals of a slot
+// in order if they depend on each other.
 template <class T, class F> void over_slots(const sn_plan &p, int threads, bool in_order, bool once, const F &f) {
     int64_t across = p.columns ? p.L : p.k1, groups = p.columns ? p.k1 : 1, width;
     if (elements<T>(p) < SERIAL) threads = 1;
@@ -121,7 +121,7 @@ template <class T, class F> void over_slots(const sn_plan &p, int threads, bool 
         int64_t part = task / (groups * tiles), tile = task % (groups * tiles), group = tile / tiles;
         int64_t from = tile % tiles * width, n = least(width, across - from);
         int64_t a = group * p.L * (p.columns ? 1 : 0) + from, at = p.columns ? group * p.xk1 + from : from * p.xk1;
-        for (int64_t j = part * steps; j < least(p.k0, (part + 1) * steps); j++) f(j, a, n, j * p.xk0 + at);
+        for (int64_t j = part * steps; j < least(p.k0, (part + 1) * steps); j++) f(j, a, n, at);
     });
 }
 
@@ -129,7 +129,7 @@ template <class T> bool in_blocks(const sn_plan &p) {
     return p.columns && p.r0 * p.L * (int64_t)sizeof(T) >= 4 * SLAB && p.r0 >= 16 * 64;
 }
 
-// Runs step(j, a, n, executor) for everything; whether all statistics were finite.
+// Runs step(arrival, j, a, n, executor) for everything; whether all statistics were finite.
 template <class T, class F> bool run(const Job<T> &J, int threads, bool in_order, const F &step) {
     const sn_plan &p = J.p;
     if (in_blocks<T>(p)) {
@@ -137,24 +137,27 @@ template <class T, class F> bool run(const Job<T> &J, int threads, bool in_order
         A *scratch = (A *)aligned_alloc(64, Blocks<T>::count(p) * 2 * TILE * sizeof(A));
         if (!scratch) return false;
         bool fine = true;
-        for (int64_t j = 0; j < p.k0; j++)
+        for (int64_t i = 0; i < p.k0; i++)
             for (int64_t k = 0; k < p.k1; k++)
                 for (int64_t from = 0; from < p.L; from += TILE) {
+                    int64_t j = J.dy && p.reversed ? p.k0 - 1 - i : i;
                     Blocks<T> e(J, j * p.xk0 + k * p.xk1 + from, threads, scratch);
-                    fine &= step(j, k * p.L + from, least(TILE, p.L - from), e);
+                    fine &= step(i, j, k * p.L + from, least(TILE, p.L - from), e);
                 }
         free(scratch);
         return fine;
     }
     int wrong = 0;
-    over_slots<T>(p, threads, in_order, J.once, [&](int64_t j, int64_t a, int64_t n, int64_t at) {
+    over_slots<T>(p, threads, in_order, J.once, [&](int64_t i, int64_t a, int64_t n, int64_t at) {
         bool fine;
+        int64_t j = J.dy && p.reversed ? p.k0 - 1 - i : i;
+        at += j * p.xk0;
         if (p.columns) {
             Direct<Columns<T>, T> e(J, at);
-            fine = step(j, a, n, e);
+            fine = step(i, j, a, n, e);
         } else {
             Direct<Rows<T>, T> e(J, at);
-            fine = step(j, a, n, e);
+            fine = step(i, j, a, n, e);
         }
         if (!fine) __atomic_store_n(&wrong, 1, __ATOMIC_RELAXED);
         if (J.past) fence();
@@ -192,7 +195,7 @@ int forward(const sn_plan *p, const sn_memory *h, const void *x, const void *wei
     J.past = past_caches(*p, J.y);
     // A mean absolute deviation about the mini-batch's own mean needs that mean first.
     J.once = p->uses_estimate && ahead(h) && !(p->p == 1 && p->center == 0);
-    if (!run<T>(J, threads, h != nullptr, [&](int64_t j, int64_t a, int64_t n, auto &e) { return forward_step(J, j, a, n, e); }))
+    if (!run<T>(J, threads, h != nullptr, [&](int64_t, int64_t j, int64_t a, int64_t n, auto &e) { return forward_step(J, j, a, n, e); }))
         return 1;
     int64_t end = (p->k0 - 1) * J.S;
     if (h) commit(*h, J.S, p->k0, J.fresh, J.est_mu + end, J.est_sigma + end);
@@ -213,13 +216,13 @@ int backward(const sn_plan *p, const sn_memory *h, const void *x, const void *we
     J.past = dx && past_caches(*p, J.dx);
     J.once = dx && ahead(h);
     bool in_order = h || weight || dweight;
-    if (!run<T>(J, threads, in_order, [&](int64_t j, int64_t a, int64_t n, auto &e) { return backward_step(J, j, a, n, e); }) && h)
+    if (!run<T>(J, threads, in_order, [&](int64_t i, int64_t j, int64_t a, int64_t n, auto &e) { return backward_step(J, i, j, a, n, e); }) && h)
         return 1;
     if (h) commit(*h, J.S, p->k0, J.fresh, J.last, J.last + J.S);
     return 0;
 }
 
-#define EVERY(call) run<T>(J, threads, false, [&](int64_t j, int64_t a, int64_t n, auto &e) { return call; })
+#define EVERY(call) run<T>(J, threads, false, [&](int64_t, int64_t j, int64_t a, int64_t n, auto &e) { return call; })
 
 template <class T> int moments(const sn_plan *p, const void *x, const A_<T> *center, A_<T> *out, int threads) {
     Job<T> J = job<T>(p, nullptr, x, nullptr, nullptr);

@@ -19,6 +19,7 @@ struct sn_plan {
     int32_t columns;                   // the kind
     int32_t p, center;                 // the order of the moment, 1 or 2; Setting 0 = A, 1 = B, 2 = C
     int32_t uses_estimate, scale;      // normalize with F's estimate; N is x / sigma
+    int32_t reversed;                  // going back, the steps arrive last to first
     double eps;
 };
 
@@ -35,7 +36,7 @@ constexpr int TILE = 512;              // slots that are worked on together
 constexpr int64_t SLAB = 256 << 10;    // bytes that stay in a core's cache between two passes
 constexpr int64_t PAST_CACHES = 6 << 20;  // outputs of so many bytes are stored past the caches, by columns
 constexpr int64_t PAST_CACHES_ROWS = 16 << 20;  // and by rows, which leave more of the caches to the output
-constexpr int64_t SERIAL = 32 << 10;   // elements that are not worth a second thread
+constexpr int64_t SERIAL = 160 << 10;  // elements that one core is done with before a second one has begun
 constexpr int FLUSH = 4096;            // values that are summed in A before the sum goes on in double
 
 template <class T> using A_ = acc<T>;

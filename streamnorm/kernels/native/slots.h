@@ -196,8 +196,9 @@ template <class T, class E> bool forward_step(const Job<T> &J, int64_t j, int64_
     return fine;
 }
 
-// One step of the stream on n slots, backward: gradients of the statistics, G, gradient of the input.
-template <class T, class E> bool backward_step(const Job<T> &J, int64_t j, int64_t a, int64_t n, E &e) {
+// One step of the stream on n slots, backward: gradients of the statistics, G, gradient of the input. Step j is the
+// i-th to arrive.
+template <class T, class E> bool backward_step(const Job<T> &J, int64_t arrival, int64_t j, int64_t a, int64_t n, E &e) {
     typedef A_<T> A;
     constexpr int W = lanes<A>::W;
     const sn_plan &p = J.p;
@@ -238,13 +239,13 @@ template <class T, class E> bool backward_step(const Job<T> &J, int64_t j, int64
         store(g_mu + i, gm);
         store(g_sigma + i, gs);
         wrong |= (not_finite<A>(gm) | not_finite<A>(gs)) & before<A>(k);
-        if (J.dweight) keep(J.dweight + a + i, k, j ? table(J.dweight + a + i, k) + s2 : s2);
-        if (J.dbias) keep(J.dbias + a + i, k, j ? table(J.dbias + a + i, k) + s1 : s1);
+        if (J.dweight) keep(J.dweight + a + i, k, arrival ? table(J.dweight + a + i, k) + s2 : s2);
+        if (J.dbias) keep(J.dbias + a + i, k, arrival ? table(J.dbias + a + i, k) + s1 : s1);
     });
     if (J.h) {
-        observe(*J.h, 0, J.S, a, n, j, g_mu, J.fresh, hat_mu);
-        observe(*J.h, 1, J.S, a, n, j, g_sigma, J.fresh, hat_sigma);
-        if (j == p.k0 - 1) slots<A>(n, [&](int64_t i, int k) {
+        observe(*J.h, 0, J.S, a, n, arrival, g_mu, J.fresh, hat_mu);
+        observe(*J.h, 1, J.S, a, n, arrival, g_sigma, J.fresh, hat_sigma);
+        if (arrival == p.k0 - 1) slots<A>(n, [&](int64_t i, int k) {
             keep(J.last + a + i, k, load(hat_mu + i));
             keep(J.last + J.S + a + i, k, load(hat_sigma + i));
         });
