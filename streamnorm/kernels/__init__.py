@@ -25,7 +25,8 @@ __all__ = ["BACKENDS", "Definition", "Statistics", "choose", "cpu", "eager", "ge
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "eager": eager, "generic": generic}
 """Every backend by name, fastest first: compiled, in torch operations, by autograd."""
 
-_fastest = "cpu"
+_ORDER = {name: place for place, name in enumerate(BACKENDS)}
+_fastest = 0
 
 
 @contextmanager
@@ -38,7 +39,7 @@ def using(name: str | None) -> Iterator[None]:
     global _fastest
     if name is not None and name not in BACKENDS:
         raise ValueError(f"backends are {', '.join(BACKENDS)}, got {name!r}")
-    before, _fastest = _fastest, name or "cpu"
+    before, _fastest = _fastest, 0 if name is None else _ORDER[name]
     try:
         yield
     finally:
@@ -47,11 +48,11 @@ def using(name: str | None) -> Iterator[None]:
 
 def may_use(name: str) -> bool:
     """Whether ``using`` allows this backend."""
-    return list(BACKENDS).index(name) >= list(BACKENDS).index(_fastest)
+    return _ORDER[name] >= _fastest
 
 
 def choose(definition: Definition, x: Tensor | None = None) -> ModuleType:
     """The fastest backend that serves this definition, for an input like ``x``, or (None) for any input."""
-    if x is not None and _fastest == "cpu" and cpu.takes(x) and cpu.serves(definition):
+    if x is not None and may_use("cpu") and cpu.takes(x) and cpu.serves(definition):
         return cpu
-    return eager if _fastest != "generic" and eager.serves(definition) else generic
+    return eager if may_use("eager") and eager.serves(definition) else generic
