@@ -1,5 +1,8 @@
 """streamnorm: normalization for neural networks that learn from streams (Liao, Kawaguchi, Poggio 2016)."""
 
+from streamnorm.cells import NormGRUCell as NormGRUCell
+from streamnorm.cells import NormLSTMCell as NormLSTMCell
+from streamnorm.cells import NormRNNCell as NormRNNCell
 from streamnorm.dau import DAU as DAU
 from streamnorm.dau import attach as attach
 from streamnorm.dau import vectorized as vectorized
@@ -29,7 +32,11 @@ from streamnorm.policy import Batch as Batch
 from streamnorm.policy import Policy as Policy
 from streamnorm.policy import Sample as Sample
 from streamnorm.policy import Streaming as Streaming
+from streamnorm.recurrent import NormGRU as NormGRU
+from streamnorm.recurrent import NormLSTM as NormLSTM
+from streamnorm.recurrent import NormRNN as NormRNN
 from streamnorm.stream import Exponential as Exponential
 from streamnorm.stream import LongShort as LongShort
 from streamnorm.stream import Memory as Memory
 from streamnorm.stream import Rule as Rule
+from streamnorm.timespecific import TimeSpecific as TimeSpecific

@@ -176,7 +176,8 @@ def vectorized(model: nn.Module, batches: int) -> Iterator[None]:
     as in a loop. The backward pass may come after the block. Costs the memory of all mini-batches together.
 
     Raises:
-        ValueError: for ``torch.nn`` batch normalization, which would mix the mini-batches.
+        ValueError: for ``torch.nn`` batch normalization, which would mix the mini-batches; and for a layer at its
+            second call inside, where mini-batches would arrive in another order than in the loop.
 
     >>> from streamnorm import StreamingNorm
     >>> layer = StreamingNorm(3)
@@ -198,13 +199,22 @@ def vectorized(model: nn.Module, batches: int) -> Iterator[None]:
                 "streamnorm.BatchNorm in its place, or the loop over mini-batches (vectorize=False)"
             )
     before = [layer.steps for layer in layers]
+
+    def begin(*_: Any) -> None:
+        for layer in layers:
+            layer._calls.in_cycle = 0
+
+    begins = model.register_forward_pre_hook(begin)  # each call of the model is a cycle
     try:
         for layer in layers:
             layer.steps = batches
+        begin()
         yield
     finally:
+        begins.remove()
         for layer, steps in zip(layers, before, strict=True):
             layer.steps = steps
+            layer._calls.in_cycle = None if steps == 1 else layer._calls.in_cycle
 
 
 class DAU:

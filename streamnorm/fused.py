@@ -56,6 +56,7 @@ class Native:
             buffers["count"].data_ptr(),
             buffers[self._updates].data_ptr(),
             buffers["seen"].data_ptr(),
+            buffers["skipped"].data_ptr(),
         )
         if addresses != self._addresses:
             self._addresses = addresses
@@ -127,9 +128,7 @@ class Fused:
         whole = definition.ref.samples == ("one" if H1 is None else "batch")
         return whole and Native.serves(H1) and Native.serves(H2) and cpu.serves(definition)
 
-    def told(
-        self, x: Tensor, steps: int, is_reversed: bool, check: Callable[[Tensor, int], object]
-    ) -> Told | None:
+    def told(self, x: Tensor, steps: int, is_reversed: bool, check: Callable[[Tensor, int], object]) -> Told | None:
         """What the kernels are told about such an input; None: there are no kernels for it.
 
         ``check(x, steps)`` is asked for every new kind of input and raises for those that the layer refuses.

@@ -68,6 +68,7 @@ class Calls:
     Attributes:
         reference_size: activations in the smallest reference of the latest call.
         unfolded: calls since the last weight update.
+        in_cycle: calls in the vectorized cycle that is under way, None outside of one.
         latest: how the latest call was cut, its s and its estimates, for a call that is computed again; or what its
             compiled kernel was told and has left.
         fused: the layer's compiled calls, False if there are none for it, None if nobody has asked.
@@ -75,6 +76,7 @@ class Calls:
 
     reference_size: int | None = None
     unfolded: int = 0
+    in_cycle: int | None = None
     latest: Any = None
     fused: Any = None
 
@@ -172,6 +174,8 @@ class Norm(nn.Module):
 
     def _normalize(self, x: Tensor, affine: nn.Module | None) -> Tensor:
         if self.training or self.H1 is None:
+            if self.steps > 1 and not self.reverse:
+                self._expect_first_call()
             y = self._fused(x, affine)
             if y is not None:
                 return y
@@ -188,6 +192,19 @@ class Norm(nn.Module):
                 "statistics to normalize with; run it in train() mode first, or load a state_dict"
             )
         return _op.normalize_fixed(view, self.definition, self.H1.estimate).reshape(x.shape)
+
+    def _expect_first_call(self) -> None:
+        """In a vectorized cycle, a second call would bring its mini-batches in another order than the loop does."""
+        if self._calls.in_cycle is None or self.H1 is None or _recomputing():
+            return
+        if self._calls.in_cycle:
+            raise ValueError(
+                f"{self!r} is called twice in a vectorized cycle: all {self.steps} mini-batches of its first call "
+                "would arrive before those of the second, and in the loop they take turns; use the loop over "
+                "mini-batches (DAU(..., vectorize=False)), a layer for each place, or, if a call is a cycle, "
+                "vectorized() for each"
+            )
+        self._calls.in_cycle = 1
 
     def _fused(self, x: Tensor, affine: nn.Module | None) -> Tensor | None:
         """A training call by one compiled kernel, or None where that cannot be."""

@@ -11,6 +11,8 @@ whatever share of s the estimate s_hat holds (Algorithm 6).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NoReturn
@@ -18,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from streamnorm.kernels import Definition, Statistics, choose, eager
+from streamnorm.kernels import Definition, Statistics, choose, eager, may_use, using
 from streamnorm.normref import NormRef
 from streamnorm.stream import Memory, finite
 
@@ -59,6 +61,22 @@ def unpack_row(row: Tensor, like: Tensor) -> Tensor:
     return row.to(like.dtype).reshape(like.shape[0], 1, *like.shape[2:])
 
 
+_latest = False
+
+
+@contextmanager
+def latest_statistics() -> Iterator[None]:
+    """Calls inside will go back through N with the estimate that is H1's latest by then, not with the one that they
+    used: the caveat of section 4.3. S goes back as ever. Only the composition of torch operations can do it."""
+    global _latest
+    before, _latest = _latest, True
+    try:
+        with using("eager" if may_use("eager") else "generic"):
+            yield
+    finally:
+        _latest = before
+
+
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -81,6 +99,7 @@ class _Normalize(torch.autograd.Function):
             assert estimate is not None
             mu_hat, sigma_hat = unpack_row(estimate[:, 0], mu), unpack_row(estimate[:, 1], sigma)
         ctx.kernel, ctx.definition, ctx.streams, ctx.ok = kernel, d, streams, ok
+        ctx.latest = streams.H1 if _latest and streams.uses_estimate else None
         ctx.save_for_backward(x, gain, mu, sigma, center, mu_hat, sigma_hat)
         joined = {} if gain is None else {"gain": gain.to(mu.dtype), "shift": shift.to(mu.dtype)}  # type: ignore[union-attr]
         y = kernel.apply(data, d, mu_hat, sigma_hat, **joined).to(x.dtype)
@@ -101,6 +120,11 @@ class _Normalize(torch.autograd.Function):
         if gain is not None:
             # Each statistic belongs to one feature: its gradients hold the sums that the gain and bias ask for.
             dgain, dshift = (-(g * sigma_hat).flatten().to(gain.dtype) for g in (g_sigma, g_mu))
+        if ctx.latest is not None:
+            now = ctx.latest.estimate.expand(len(data), *ctx.latest.estimate.shape)
+            mu_hat, sigma_hat = unpack_row(now[:, 0], mu_hat), unpack_row(now[:, 1], sigma_hat)
+            g_mu, g_sigma = kernel.stat_grads(grad, data, d, mu_hat, sigma_hat)
+        if gain is not None:
             joined["gain"] = gain.to(mu.dtype)
             g_mu, g_sigma = (g * joined["gain"].reshape(g.shape) for g in (g_mu, g_sigma))
         if not ctx.needs_input_grad[0]:
@@ -146,6 +170,8 @@ def _about_the_estimate(
     assert streams.H1 is not None
     row = pack_row(mu, d.ref)
     if streams.recall is not None:
+        if streams.recall[0][:, 0].shape != row.shape:
+            raise_forgotten()
         center = unpack_row(streams.recall[1][:, 0], mu)
         return center, kernel.sigma(x, d, mu, center), None
     ok = finite(row)

@@ -35,6 +35,11 @@ def test_own_reference() -> None:
     assert example("own_reference").main() > 0.6
 
 
+def test_recurrent() -> None:
+    chance, loss = example("recurrent").main()
+    assert loss < chance - 0.5
+
+
 def test_examples_are_short() -> None:
     for path in EXAMPLES.glob("*.py"):
         assert len(path.read_text().splitlines()) < 60, path.name

@@ -13,6 +13,12 @@ NAMES = {
     *("Affine", "Batch", "BatchNorm", "DAU", "DegenerateReferenceError", "Exponential", "LongShort", "Lp", "Memory"),
     *(
         "Norm",
+        "NormGRU",
+        "NormGRUCell",
+        "NormLSTM",
+        "NormLSTMCell",
+        "NormRNN",
+        "NormRNNCell",
         "NormRef",
         "OnlineTrainer",
         "Policy",
@@ -23,7 +29,7 @@ NAMES = {
         "Standardize",
         "Streaming",
     ),
-    *("StreamingNorm", "attach", "vectorized"),
+    *("StreamingNorm", "TimeSpecific", "attach", "vectorized"),
     *(f"SP{i}" for i in range(1, 6)),
     *(f"BA{i}" for i in range(1, 7)),
 }

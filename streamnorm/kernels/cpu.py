@@ -54,7 +54,7 @@ class MemoryPointers(ctypes.Structure):
     """H1 or H2 and its rule: ``sn_memory`` of ``native/norm.h``."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("long", "short", "estimate", "count", "updates", "seen")),
+        *((name, ctypes.c_void_p) for name in ("long", "short", "estimate", "count", "updates", "seen", "skipped")),
         ("mix", ctypes.c_double * 3),
         ("rate", ctypes.c_double),
     ]
@@ -87,9 +87,9 @@ def serves(d: Definition) -> bool:
 def takes(x: Tensor) -> bool:
     """Whether the kernels can read ``x`` and nobody is watching its operations (tracing, compiling, transforms)."""
     return (
-        x.is_cpu
+        type(x) in (Tensor, torch.nn.Parameter)
+        and x.is_cpu
         and x.dtype in NAMES
-        and type(x) in (Tensor, torch.nn.Parameter)
         and x.layout is torch.strided
         and not x.is_neg()
         and not unseen()

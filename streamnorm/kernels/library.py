@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-ABI = 2
+ABI = 3
 """What ``streamnorm_abi`` has to answer; raised there and here together."""
 
 ISAS = {"base": 0, "v3": 3, "v4": 4}
@@ -101,6 +101,21 @@ def function(name: str, argtypes: Sequence[Any], restype: Any = None) -> Callabl
     found = loaded[f"{name}_{isa()}"]
     found.argtypes, found.restype = argtypes, restype
     return found
+
+
+@cache
+def gemm(dtype: torch.dtype) -> int | None:
+    """Where the matrix product of torch's own BLAS is, in Fortran's convention with 32-bit integers; None: nowhere."""
+    kind = {torch.float32: "s", torch.float64: "d"}[dtype]
+    folder = Path(torch.__file__).parent / "lib"
+    for file in sorted(folder.glob("libtorch_cpu*")):
+        for name in (f"{kind}gemm".upper(), f"{kind}gemm_"):  # MKL's, and what everybody else calls it
+            try:
+                found = ctypes.CDLL(str(file), os.RTLD_NOLOAD)[name]
+            except (OSError, AttributeError):
+                continue
+            return ctypes.cast(found, ctypes.c_void_p).value
+    return None
 
 
 def status() -> dict[str, str]:

@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from streamnorm.cells import at
 from streamnorm.layers import Affine, Norm
 from streamnorm.normop import Scale
 from streamnorm.normref import BA1, REFS, SP1, SP2, NormRef
@@ -84,17 +85,29 @@ class Block(nn.Module):
             norm(features), nn.ReLU(), _conv(features, features), norm(features), nn.ReLU(), _conv(features, features)
         )
 
-    def forward(self, h: Tensor) -> Tensor:
-        return h + self.branch(h)
+    def forward(self, h: Tensor, t: int = 0) -> Tensor:
+        branch = h
+        for layer in self.branch:
+            branch = at(layer, branch, t)
+        return h + branch
 
 
 class Convolutional(nn.Sequential):
-    """Architecture B: stem, a residual block, a transition to half the map and twice the features, a second block.
+    """Architectures B and C: stem, residual block, transition to half the map and twice the features, second block.
 
-    ``x (n, channels, height, width) -> (n, classes)``
+    ``x (n, channels, height, width) -> (n, classes)``. In C(k1, k2) the blocks are applied k1 and k2 times with the
+    same weights and the same norms, as recurrent networks; C(1, 1) is B.
+
+    >>> from streamnorm import StreamingNorm
+    >>> Convolutional(3, 10, StreamingNorm, 4, loops=(2, 3))(torch.randn(2, 3, 8, 8)).shape
+    torch.Size([2, 10])
     """
 
-    def __init__(self, channels: int, classes: int, norm: NormFactory, width: int) -> None:
+    def __init__(
+        self, channels: int, classes: int, norm: NormFactory, width: int, loops: tuple[int, int] = (1, 1)
+    ) -> None:
+        if len(loops) != 2 or min(loops) < 1:
+            raise ValueError(f"loops is how often each of the two blocks is applied, both >= 1, got {loops!r}")
         super().__init__(
             nn.Sequential(_conv(channels, width), norm(width), nn.ReLU()),
             Block(width, norm),
@@ -103,6 +116,81 @@ class Convolutional(nn.Sequential):
             nn.Sequential(norm(2 * width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
             nn.Linear(2 * width, classes),
         )
+        self.loops = tuple(loops)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, loops = input, iter(self.loops)
+        for stage in self:
+            if isinstance(stage, Block):
+                for t in range(next(loops)):
+                    x = stage(x, t)
+            else:
+                x = stage(x)
+        return x
+
+
+class FullyRecurrent(nn.Module):
+    """Architecture D(k): three states of maps, each renewed from all three at each of k time steps.
+
+    ::
+
+        h_i <- h_i + sum_j T_ji(h_j)        T = Norm, ReLU, convolution, to the size and the features of state i
+
+    ``x (n, channels, height, width) -> (n, classes)``, height and width multiples of 4. The states have 1, 2 and 4
+    times ``width`` features on maps of the whole, half and a quarter of the input's side; the image enters the first
+    one, the last one is read out. Weights and norms are shared by the time steps.
+
+    >>> from streamnorm import StreamingNorm
+    >>> FullyRecurrent(3, 10, StreamingNorm, 4, steps=2)(torch.randn(2, 3, 8, 8)).shape
+    torch.Size([2, 10])
+    """
+
+    STATES = 3
+
+    def __init__(self, channels: int, classes: int, norm: NormFactory, width: int, steps: int = 5) -> None:
+        super().__init__()
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps is a number of time steps >= 1, got {steps!r}")
+        self.steps = steps
+        self.features = [width << i for i in range(self.STATES)]
+        self.enter = nn.Sequential(_conv(channels, width), norm(width), nn.ReLU())
+        self.transitions = nn.ModuleDict(
+            {
+                f"{j}to{i}": nn.Sequential(norm(self.features[j]), nn.ReLU(), self._resize(j, i))
+                for i in range(self.STATES)
+                for j in range(self.STATES)
+            }
+        )
+        last = self.features[-1]
+        self.read = nn.Sequential(
+            norm(last), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(last, classes)
+        )
+
+    def _resize(self, j: int, i: int) -> nn.Module:
+        """The convolution of T_ji: with a stride to a smaller map, after an enlargement to a larger one."""
+        convolution = _conv(self.features[j], self.features[i], stride=max(1, 1 << (i - j)) if i > j else 1)
+        return nn.Sequential(nn.Upsample(scale_factor=1 << (j - i)), convolution) if j > i else convolution
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, height, width = x.shape
+        if height % 4 or width % 4:
+            raise ValueError(
+                f"architecture D halves maps twice: height and width are multiples of 4, got {tuple(x.shape)}"
+            )
+        h = [self.enter(x)]
+        for i in range(1, self.STATES):
+            h.append(h[0].new_zeros(n, self.features[i], height >> i, width >> i))
+        for t in range(self.steps):
+            added = [
+                torch.stack([self._transition(j, i, h[j], t) for j in range(self.STATES)]).sum(0)
+                for i in range(self.STATES)
+            ]
+            h = [old + new for old, new in zip(h, added, strict=True)]
+        return self.read(h[-1])
+
+    def _transition(self, j: int, i: int, h: Tensor, t: int) -> Tensor:
+        norm, relu, convolution = self.transitions[f"{j}to{i}"]  # type: ignore[misc]
+        return convolution(relu(at(norm, h, t)))
 
 
 def _conv(before: int, after: int, stride: int = 1) -> nn.Conv2d:

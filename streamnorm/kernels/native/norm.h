@@ -26,7 +26,7 @@ struct sn_plan {
 // H1 or H2 with its rule; mirrored by `MemoryPointers` in kernels/cpu.py. Tables (2, slots) of float, or double for double.
 struct sn_memory {
     void *long_, *short_, *estimate;
-    int64_t *count, *updates, *seen;
+    int64_t *count, *updates, *seen, *skipped;
     double mix[3], rate;               // rate > 0: Exponential, else LongShort
 };
 

@@ -1,0 +1,150 @@
+"""The compiled passes over time against the loop: output, every gradient and all state, in the order of arrival."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from close import rounding
+from torch import Tensor, nn
+
+import streamnorm as sn
+from streamnorm import fusedscan
+from streamnorm.kernels import library, using
+
+if library.library() is None or library.gemm(torch.float32) is None:
+    pytest.skip("no compiled kernels, or no BLAS to lend them", allow_module_level=True)
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "mixed": lambda c: sn.StreamingNorm(c, alpha=(0.6, 0.4), beta=(0.5, 0.3, 0.2), kappa=(0.8, 0.2, 0.9, 0.1)),
+    "onepass": lambda c: sn.StreamingNorm(c, alpha=(1, 0), beta=(1, 0, 0), kappa=(0.9, 0.1, 0.9, 0.1)),
+    "l1": lambda c: sn.StreamingNorm(c, p=1, center="zero"),
+    "without gain": lambda c: sn.StreamingNorm(c, affine=False),
+    "batch": sn.BatchNorm,
+}
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each pass over time was a compiled one."""
+    seen: list[bool] = []
+    real = fusedscan.run
+
+    def watched(*args: Any) -> Any:
+        rows = real(*args)
+        seen.append(rows is not None)
+        return rows
+
+    monkeypatch.setattr(fusedscan, "run", watched)
+    return seen
+
+
+def train(model: nn.Module, x: Tensor, h0: Tensor, dy: Tensor, dh: Tensor) -> dict[str, Tensor]:
+    x, h0 = x.clone().requires_grad_(), h0.clone().requires_grad_()
+    for parameter in model.parameters():
+        parameter.grad = None
+    output, h = model(x, h0)
+    torch.autograd.backward([output, h], [dy, dh])
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {
+        "output": output.detach(),
+        "h": h.detach(),
+        "dx": x.grad,
+        "dh0": h0.grad,
+        **grads,
+        **dict(model.named_buffers()),
+    }
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("net", [sn.NormRNN, sn.NormGRU])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_equals_the_loop(net: Any, norm: str, nonlinearity: str, dtype: torch.dtype, taken: list[bool]) -> None:
+    torch.manual_seed(1)
+    H, n = 19, 6
+    fast = net(5, H, num_layers=2, bidirectional=True, nonlinearity=nonlinearity, norm=NORMS[norm]).to(dtype)
+    slow = copy.deepcopy(fast).double()
+    for update, T in enumerate((4, 1, 7)):
+        x, h0 = torch.randn(T, n, 5, dtype=dtype), torch.randn(4, n, H, dtype=dtype)
+        dy, dh = torch.randn(T, n, 2 * H, dtype=dtype), torch.randn(4, n, H, dtype=dtype)
+        got = train(fast, x, h0, dy, dh)
+        with using("eager"):
+            want = train(slow, x.double(), h0.double(), dy.double(), dh.double())
+        assert got.keys() == want.keys()
+        for name, value in got.items():
+            scale = max(want[name].abs().max().item(), 1.0)
+            # Two layers, T steps and 6 sequences, each of a few dozen operations whose errors go on through time.
+            bound = rounding(dtype, 64 * T, scale)
+            worst = (value.double() - want[name]).abs().max().item()
+            assert worst <= bound, f"update {update} {name}: off by {worst:.1e}, rounding allows {bound:.1e}"
+        for model in (fast, slow):
+            for layer in model.modules():
+                if isinstance(layer, sn.Norm):
+                    layer.fold()
+    assert taken == ([True] * 4 + [False] * 4) * 3
+
+
+@pytest.mark.parametrize("where", [0, 2])
+def test_what_is_not_finite_is_left_to_the_loop(where: int, taken: list[bool]) -> None:
+    torch.manual_seed(2)
+    fast = sn.NormGRU(3, 4).double()
+    slow = copy.deepcopy(fast)
+    for step in range(3):
+        x = torch.randn(5, 6, 3, dtype=torch.float64)
+        if step == 1:
+            x[where, 1, 2] = float("nan")
+        fast(x)[0].sum().backward()
+        with using("eager"):
+            slow(x)[0].sum().backward()
+    assert taken == [True, False, False, False, True, False]
+    for (name, a), b in zip(fast.named_buffers(), slow.buffers(), strict=True):
+        assert a.isfinite().all(), name
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_gradients_that_are_not_finite_stay_out_of_h2() -> None:
+    net = sn.NormRNN(3, 4)
+    net(torch.randn(5, 6, 3))[0].sum().backward()
+    before = copy.deepcopy(net)
+    output, _ = net(torch.randn(5, 6, 3))
+    dy = torch.ones_like(output)
+    dy[-1, 0, 0] = float("inf")
+    output.backward(dy)
+    H2, was = net.cells["l0"].norm_hh["h"].H2, before.cells["l0"].norm_hh["h"].H2
+    assert H2.skipped == was.skipped + 5
+    assert all(torch.equal(H2.state()[name], value) for name, value in was.state().items())
+
+
+def test_testing_and_strangers_are_left_to_the_loop(taken: list[bool]) -> None:
+    x = torch.randn(4, 3, 5)
+    net = sn.NormGRU(5, 7)
+    net(x)
+    net.eval()(x)
+    sn.NormGRU(5, 7, norm=sn.SampleNorm)(x)
+    sn.NormGRU(5, 7, norm=sn.TimeSpecific(sn.BatchNorm))(x)
+    sn.NormGRU(5, 7, norm_h=None)(x)
+    hooked = sn.NormGRU(5, 7)
+    hooked.cells["l0"].norm_hh["z"].register_forward_hook(lambda *_: None)
+    hooked(x)
+    sn.NormGRU(5, 7, backward_stats="latest")(x)
+    sn.NormLSTM(5, 7)(x)
+    assert taken == [True] + [False] * 7
+
+
+def test_frozen_parts_get_no_gradient() -> None:
+    net = sn.NormGRU(5, 7)
+    net.cells["l0"].weight_hh.requires_grad_(False)
+    net(torch.randn(4, 3, 5))[0].sum().backward()
+    assert net.cells["l0"].weight_hh.grad is None
+    assert net.cells["l0"].weight_ih.grad is not None
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x = torch.randn(4, 3, 5, requires_grad=True)
+    output, _ = sn.NormGRU(5, 7)(x)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(output.sum(), x, create_graph=True)
