@@ -1,10 +1,11 @@
-"""The command line: ``streamnorm compare | train | evaluate | bench | doctor``. Flags are derived from dataclasses;
-nothing is computed here. Needs the extra ``cli``.
+"""The command line: ``streamnorm compare | train | language | evaluate | sample | bench | doctor``. Flags are derived
+from dataclasses; nothing is computed here. Needs the extra ``cli``.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ except ImportError as error:
 
 from streamnorm.bench.settings import Bench
 from streamnorm.training.run import Run, Settings
+from streamnorm.training.textrun import TextRun
 
 ARMS = ("none", "layer", "batch", "streaming")
 
@@ -43,11 +45,24 @@ class Compare:
 
 @dataclass(frozen=True)
 class Train:
-    """Train one network; a stopped run goes on from its last checkpoint."""
+    """Train one network; a stopped run goes on from its last checkpoint.
+
+    With --arch rnn, gru or lstm it is a language model, and the flags are those of `streamnorm language`."""
 
     run: Run = field(default_factory=Run)
     out: Path | None = None
     """Folder of the run. Default: runs/DATA-ARM-SEED."""
+    data_root: Path | None = None
+    """Folder of the data files; default: the environment variable STREAMNORM_DATA."""
+
+
+@dataclass(frozen=True)
+class Language:
+    """Train a character-level language model; a stopped run goes on from its last checkpoint."""
+
+    run: TextRun = field(default_factory=TextRun)
+    out: Path | None = None
+    """Folder of the run. Default: runs/DATA-ARCH-ARM-SEED."""
     data_root: Path | None = None
     """Folder of the data files; default: the environment variable STREAMNORM_DATA."""
 
@@ -60,6 +75,24 @@ class Evaluate:
     """Folder of a run that `streamnorm train` or `streamnorm compare` made."""
     data_root: Path | None = None
     """Folder of the data files; default: the environment variable STREAMNORM_DATA."""
+    lengths: tuple[int, ...] = ()
+    """Of a language model: test it on sequences of so many time steps too, each from a state of 0."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Write text with a trained language model."""
+
+    checkpoint: Positional[Path]
+    """Folder of a run that `streamnorm train --arch ...` made, or its checkpoint file."""
+    prompt: str = "\n"
+    """What the text goes on from."""
+    length: int = 500
+    """Characters to write."""
+    temperature: float = 1.0
+    """Below 1 is more certain, above more various; 0 always takes the likeliest character."""
+    seed: int = 0
+    """The same seed, the same text."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +204,41 @@ def train_one(command: Train) -> None:
         raise ValueError(f"{run.label} could not train: {record['failed']}")
 
 
+def train_language(command: Language) -> None:
+    """Train one language model and show its losses, at the end of each epoch and while it runs."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from streamnorm.training.language_loop import TextTrainer, train_text
+    from streamnorm.training.text import load_text
+
+    run = command.run
+    console = Console()
+    out = command.out or Path("runs") / f"{Path(run.data).stem}-{run.arch}-{run.arm}-{run.seed}"
+    text = load_text(run.data, command.data_root, limit=run.limit)
+    console.print(
+        f"{run.label} on {escape(text.source)}, seed {run.seed}; kept in {out}", highlight=False, soft_wrap=True
+    )
+    with _progress(console) as bar:
+        task = bar.add_task(run.label)
+
+        def show(trainer: TextTrainer) -> None:
+            said = "" if trainer.train_loss is None else f"  train {trainer.train_loss:.3f}"
+            said += f"  validation {trainer.metrics[-1]['validation_loss']:.3f}" if trainer.metrics else ""
+            bar.update(task, completed=trainer.done, total=trainer.updates, description=f"{run.label}{said} nats")
+
+        record = train_text(run, text, out, show)
+    for epoch, line in {math.ceil(line["epoch"]): line for line in record["metrics"]}.items():
+        console.print(
+            f"epoch {epoch:3d}   train loss {line['train_loss']:.4f} nats   validation loss "
+            f"{line['validation_loss']:.4f} nats, {line['validation_bits']:.4f} bits per character",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if record["failed"]:
+        raise ValueError(f"{run.label} could not train: {record['failed']}")
+
+
 def evaluate_one(command: Evaluate) -> None:
     """Load a checkpoint and test it."""
     from streamnorm.training import checkpoint
@@ -178,6 +246,10 @@ def evaluate_one(command: Evaluate) -> None:
     from streamnorm.training.loop import Trainer, evaluate
 
     state = checkpoint.load(command.folder / "checkpoint.safetensors")
+    if "arch" in state["run"]:
+        return evaluate_language(command)
+    if command.lengths:
+        raise ValueError(f"--lengths are those of a language model, {command.folder} holds a classifier; leave it out")
     run = Run.from_json(state["run"])
     if state["failed"]:
         raise ValueError(f"{command.folder} holds a run that could not train: {state['failed']}")
@@ -189,6 +261,40 @@ def evaluate_one(command: Evaluate) -> None:
         f"{run.label} on {data.name}, after {trainer.done} of {trainer.updates} updates: "
         f"test loss {loss:.4f} nats, error {error:.2%} of {len(data.test_x)}"
     )
+
+
+def evaluate_language(command: Evaluate) -> None:
+    """Load the checkpoint of a language model and test it on its whole validation text."""
+    from streamnorm.training.language import bits, evaluate, validation_chunks
+    from streamnorm.training.language_loop import trained
+    from streamnorm.training.text import load_text
+
+    run, model, state = trained(command.folder)
+    text = load_text(run.data, command.data_root, vocabulary=state["data"]["vocabulary"], limit=run.limit)
+    if text.source != state["data"]["text"]:
+        raise ValueError(f"it was trained on another text: {state['data']['text']} there and {text.source} here")
+    characters = len(text.validation) - 1
+    if wrong := [length for length in command.lengths if not 1 <= length <= characters]:
+        raise ValueError(f"a length is 1 to {characters} time steps, the whole validation text; got {wrong[0]}")
+    nats = evaluate(model, text.validation, run.steps, validation_chunks(run))
+    print(
+        f"{run.label} on {text.name}, after {state['done']} of {state['updates']} updates: validation loss "
+        f"{nats:.4f} nats, {bits(nats):.4f} bits per character of {characters}"
+    )
+    for length in command.lengths:
+        nats = evaluate(model, text.validation, length)
+        print(f"{length} time steps, each sequence from a state of 0: {nats:.4f} nats, {bits(nats):.4f} bits")
+
+
+def write_text(command: Sample) -> None:
+    """Write text with a trained language model."""
+    from streamnorm.training.language import sample
+    from streamnorm.training.language_loop import trained
+
+    run, model, state = trained(command.checkpoint)
+    vocabulary, prompt = state["data"]["vocabulary"], command.prompt
+    options = {"temperature": command.temperature, "seed": command.seed, "steps": run.steps}
+    print(prompt + sample(model, vocabulary, prompt, command.length, **options))
 
 
 def time_layers(command: Bench) -> None:
@@ -239,16 +345,27 @@ def _spread(mean: float | None, sd: float | None, unit: float, places: int) -> s
     return f"{mean * unit:.{places}f}" + ("" if sd is None else f" ± {sd * unit:.{places}f}")
 
 
+def _routed(arguments: list[str]) -> list[str]:
+    """``train --arch gru ...`` is ``language --arch gru ...``.
+
+    A classifier and a language model share few flags, and of those some defaults differ; joined in one dataclass, half
+    of its fields would be refused for either. So they are two commands, and the flag that only one of them has chooses.
+    """
+    chosen = any(word.split("=")[0] == "--arch" for word in arguments)
+    return ["language", *arguments[1:]] if chosen and arguments[0] == "train" else arguments
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the command ``streamnorm``. Returns the exit status: 2 for input that cannot be used."""
     command = tyro.cli(
-        Compare | Train | Evaluate | Bench | Doctor,
+        Compare | Train | Language | Evaluate | Sample | Bench | Doctor,
         prog="streamnorm",
         description="Normalization for neural networks that learn from streams.",
-        args=arguments,
+        args=_routed(sys.argv[1:] if arguments is None else arguments),
         config=(OmitArgPrefixes,),
     )
-    commands = {Compare: compare, Train: train_one, Evaluate: evaluate_one, Bench: time_layers, Doctor: examine}
+    commands = {Compare: compare, Train: train_one, Language: train_language, Evaluate: evaluate_one}
+    commands |= {Sample: write_text, Bench: time_layers, Doctor: examine}
     run = commands[type(command)]
     try:
         run(command)

@@ -20,10 +20,17 @@ RUN_FLAGS = [
     *("--samples-per-batch", "--batches-per-update", "--epochs", "--learning-rate", "--momentum", "--weight-decay"),
     *("--warmup", "--train-limit", "--test-limit"),
 ]
+TEXT_FLAGS = [
+    *("--data", "--arch", "--hidden", "--layers", "--nonlinearity", "--arm", "--p", "--center", "--alpha", "--beta"),
+    *("--kappa", "--backward-stats", "--samples-per-batch", "--batches-per-update", "--steps", "--carry-state"),
+    *("--epochs", "--learning-rate", "--validate-every", "--warmup", "--limit", "--seed"),
+]
 FLAGS = {
     "compare": ["--arms", "--seeds", "--out", "--data-root", *RUN_FLAGS],
     "train": ["--out", "--data-root", *RUN_FLAGS, "--arm", "--seed"],
-    "evaluate": ["--data-root"],
+    "language": ["--out", "--data-root", *TEXT_FLAGS],
+    "evaluate": ["--data-root", "--lengths"],
+    "sample": ["--prompt", "--length", "--temperature", "--seed"],
     "bench": ["--groups", "--rounds", "--threads", "--out", "--allocator", "--quick", "--compile", "--resume"],
     "doctor": [],
 }

@@ -1,0 +1,269 @@
+"""The training loop of a ``TextRun``: truncated backpropagation through time over parallel streams of one text.
+
+The text is cut into m n streams. An update reads the next chunk of all of them: n mini-batches of m streams, one after
+another, their gradients accumulated (paper, section 2), each with the state in which its streams stood (section 7.6:
+100 steps). A folder holds one run, like those of ``loop``: ``run.json``, ``metrics.jsonl``, ``checkpoint.safetensors``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from streamnorm.dau import attach
+from streamnorm.normstats import DegenerateReferenceError
+from streamnorm.training import checkpoint
+from streamnorm.training.language import LanguageModel, State, bits, build, detached, evaluate, validation_chunks
+from streamnorm.training.loop import differences, machine, versions
+from streamnorm.training.manhattan import Manhattan
+from streamnorm.training.text import Text, streams
+from streamnorm.training.textrun import TextRun
+
+SMOOTHED = 50
+"""Mini-batches in the moving average of the training loss (section 7.6)."""
+SECONDS_BETWEEN_CHECKPOINTS = 60.0
+
+
+def learning_rate(run: TextRun, update: int, updates: int) -> float:
+    """The rate of weight update ``update`` of ``updates``: a tenth in the last third (section 7.6)."""
+    return run.learning_rate * (1.0 if update < updates * 2 / 3 else 0.1)
+
+
+class TextTrainer:
+    """A run under way: model, optimizer, the states of all streams, the position in the text, the metrics so far."""
+
+    def __init__(self, run: TextRun, text: Text) -> None:
+        self.run = run
+        self.text = text
+        self.x, self.y = streams(text.train, run.samples_per_update)
+        self.per_epoch = len(self.x) // run.steps
+        if not self.per_epoch:
+            raise ValueError(
+                f"{text.name} has {len(text.train)} characters to train on: {run.samples_per_batch} S/B x "
+                f"{run.batches_per_update} B/U are {run.samples_per_update} streams of {len(self.x)}, too short for "
+                f"chunks of {run.steps} time steps; ask for fewer streams or steps, or give a longer text"
+            )
+        self.model = build(run, len(text.vocabulary))
+        self.optimizer = Manhattan(self.model.parameters(), lr=run.learning_rate)
+        self.link = attach(self.model, self.optimizer, "auto" if run.warmup is None else run.warmup)
+        self.updates = self.per_epoch * run.epochs
+        self.done = 0
+        self.states: list[State] = [None] * run.batches_per_update
+        self.losses: list[float] = []
+        self.seconds = 0.0
+        self.metrics: list[dict[str, Any]] = []
+        self.failed: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.failed is not None or self.done == self.updates
+
+    @property
+    def train_loss(self) -> float | None:
+        """The mean over the latest mini-batches, ``SMOOTHED`` of them, in nats."""
+        latest = self.losses[-SMOOTHED:]
+        for line in reversed(self.metrics):
+            if len(latest) == SMOOTHED:
+                break
+            latest = (line["train_losses"] + latest)[-SMOOTHED:]
+        return sum(latest) / len(latest) if latest else None
+
+    def step(self) -> None:
+        """One weight update, and a line of metrics where a validation is due. What cannot go on says why in
+        ``failed``."""
+        start = time.perf_counter()
+        run, n = self.run, self.run.batches_per_update
+        chunk = self.done % self.per_epoch
+        rows = slice(chunk * run.steps, (chunk + 1) * run.steps)
+        if chunk == 0 or not run.carry_state:
+            self.states = [None] * n
+        for j in range(n):
+            columns = slice(j * run.samples_per_batch, (j + 1) * run.samples_per_batch)
+            try:
+                logits, state = self.model(self.x[rows, columns], self.states[j])
+            except DegenerateReferenceError as error:
+                self.failed = str(error).split(";")[0]
+                return
+            loss = F.cross_entropy(logits.flatten(0, 1), self.y[rows, columns].flatten())
+            nats = loss.item()
+            if not math.isfinite(nats):
+                self.failed = f"diverged: the loss became {nats} at update {self.done + 1}"
+                return
+            loss.backward()
+            self.states[j] = detached(state)
+            self.losses.append(nats)
+        self._update_weights()
+        self.done += 1
+        self.seconds += time.perf_counter() - start
+        if self.finished or self.done * n // run.validate_every > (self.done - 1) * n // run.validate_every:
+            self._validate()
+
+    def _update_weights(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.run, self.done, self.updates)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.div_(self.run.batches_per_update)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _validate(self) -> None:
+        nats = evaluate(self.model, self.text.validation, self.run.steps, validation_chunks(self.run))
+        if not math.isfinite(nats):
+            self.failed = f"diverged: the validation loss became {nats} after update {self.done}"
+            return
+        self.metrics.append(
+            {
+                "epoch": self.done / self.per_epoch,
+                "updates": self.done,
+                "batches": self.done * self.run.batches_per_update,
+                "characters": self.done * self.run.samples_per_update * self.run.steps,
+                "train_loss": self.train_loss,
+                "train_losses": self.losses,
+                "validation_loss": nats,
+                "validation_bits": bits(nats),
+                "seconds": self.seconds,
+            }
+        )
+        self.losses = []
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs."""
+        return {
+            "run": self.run.to_json(),
+            "data": self._identity(),
+            "model": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "link": self.link.state_dict(),
+            "random": torch.get_rng_state(),
+            "states": self.states,
+            "done": self.done,
+            "updates": self.updates,
+            "losses": self.losses,
+            "seconds": self.seconds,
+            "metrics": self.metrics,
+            "failed": self.failed,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where ``state()`` was taken.
+
+        Raises:
+            CheckpointError: if it was taken of another run or another text.
+        """
+        if differing := differences({**state["run"], **state["data"]}, {**self.run.to_json(), **self._identity()}):
+            raise checkpoint.CheckpointError(f"the checkpoint is of another run: {differing}")
+        _load(self.model, state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.link.load_state_dict(state["link"])
+        torch.set_rng_state(state["random"])
+        # Copies lie in memory as a layer's own results do: sums over it round alike, and the run goes on bit for bit.
+        self.states = [copied(s) for s in state["states"]]
+        self.done, self.losses, self.seconds = state["done"], state["losses"], state["seconds"]
+        self.metrics, self.failed = state["metrics"], state["failed"]
+
+    def _identity(self) -> dict[str, Any]:
+        return {"text": self.text.source, "vocabulary": self.text.vocabulary}
+
+    def record(self) -> dict[str, Any]:
+        """What a report reads."""
+        run = self.run
+        named = {"arm": run.arm, "label": run.label, "seed": run.seed, "run": run.to_json()}
+        return {**named, **_described(self.text), "metrics": self.metrics, "failed": self.failed}
+
+
+def copied(state: Any) -> State:
+    """A state as the layer returned it, from what a checkpoint made of it: a tuple has become a list."""
+    return (
+        tuple(part.clone() for part in state) if isinstance(state, list) else None if state is None else state.clone()
+    )
+
+
+def _described(text: Text) -> dict[str, Any]:
+    return {"data": text.name, "source": text.source, "versions": versions(), "machine": machine()}
+
+
+def train_text(
+    run: TextRun, text: Text, folder: Path | None = None, progress: Callable[[TextTrainer], None] | None = None
+) -> dict[str, Any]:
+    """Train ``run`` to its end, from its last checkpoint if ``folder`` holds one.
+
+    Args:
+        folder: where the run is kept; None keeps nothing.
+        progress: called with the trainer after each update.
+
+    Returns:
+        The record: what was run, on what, and a line of metrics for every validation. ``failed`` says in a sentence why
+        a run could not go on, or is None.
+
+    Raises:
+        CheckpointError: if the folder holds another run, or a damaged checkpoint.
+    """
+    trainer = TextTrainer(run, text)
+    path = folder / "checkpoint.safetensors" if folder else None
+    if path is not None and path.is_file():
+        try:
+            trainer.restore(checkpoint.load(path))
+        except checkpoint.CheckpointError as error:
+            raise checkpoint.CheckpointError(
+                f"{error}; give another folder, or delete {folder} to start over"
+            ) from error
+    if folder is not None:
+        checkpoint.sweep(folder)
+        described = {k: v for k, v in trainer.record().items() if k not in ("metrics", "failed")}
+        checkpoint.write(folder / "run.json", json.dumps(described, indent=1))
+        _save_metrics(trainer, folder)
+    saved, lines = time.monotonic(), len(trainer.metrics)
+    while not trainer.finished:
+        trainer.step()
+        if progress:
+            progress(trainer)
+        late = time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS
+        if folder is not None and (late or trainer.finished or len(trainer.metrics) > lines):
+            checkpoint.save(folder / "checkpoint.safetensors", trainer.state())
+            _save_metrics(trainer, folder)
+            saved, lines = time.monotonic(), len(trainer.metrics)
+    return trainer.record()
+
+
+def trained(path: Path) -> tuple[TextRun, LanguageModel, dict[str, Any]]:
+    """The run, the model and all else of the checkpoint at ``path``, or in the folder ``path``.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        CheckpointError: if it is damaged.
+        ValueError: if it is of no language model, or of a run that could not train.
+    """
+    state = checkpoint.load(path / "checkpoint.safetensors" if path.is_dir() else path)
+    if "arch" not in state["run"]:
+        raise ValueError(
+            f"{path} holds a classifier of {state['run'].get('data')}, no language model; make one by: "
+            "streamnorm train --arch gru"
+        )
+    if state["failed"]:
+        raise ValueError(f"{path} holds a run that could not train: {state['failed']}")
+    run = TextRun.from_json(state["run"])
+    model = build(run, len(state["data"]["vocabulary"]))
+    _load(model, state["model"])
+    return run, model, state
+
+
+def _load(model: LanguageModel, state: dict[str, Tensor]) -> None:
+    """``model.load_state_dict``, which also finds out for how many time steps there are statistics."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise checkpoint.CheckpointError(f"the checkpoint is of another architecture; {error}") from error
+
+
+def _save_metrics(trainer: TextTrainer, folder: Path) -> None:
+    checkpoint.write(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in trainer.metrics))
