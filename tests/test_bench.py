@@ -85,7 +85,8 @@ def test_registry_is_well_formed(quick: bool) -> None:
         assert len(case.variants) > 1
     series = [(case.series, case.size) for case in cases if case.series]
     assert series == sorted(series, key=lambda s: [t for t, _ in series].index(s[0]) * 1e6 + s[1]), "curves grow"
-    assert {name for name, _ in series} == {"batch", "features", "map side", "cycle length"}
+    curves = {"batch", "features", "map side", "cycle length", "time steps", "hidden size"}
+    assert {name for name, _ in series} == curves
 
 
 def test_every_target_is_measured() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from streamnorm.bench import layers, networks
+from streamnorm.bench import layers, networks, sequences
 from streamnorm.bench.case import Case
 
 GROUPS: dict[str, tuple[str, Callable[[bool, bool], Iterator[Case]]]] = {
@@ -23,6 +23,8 @@ GROUPS: dict[str, tuple[str, Callable[[bool, bool], Iterator[Case]]]] = {
     "online": ("Training on one sample at a time", lambda quick, _: networks.online(quick)),
     "cycle": ("Cycles of mini-batches of one sample", lambda quick, _: networks.cycle(quick)),
     "convnet": ("A convolutional network", lambda quick, _: networks.convnet(quick)),
+    "recurrent": ("Recurrent layers", lambda quick, _: sequences.recurrent(quick)),
+    "over_time": ("Recurrent layers, growth", lambda quick, _: sequences.over_time(quick)),
     "growth": ("Growth", lambda quick, _: layers.growth(quick)),
 }
 """Title and cases of each group. ``cases(quick, compiled)``: tiny inputs only; with compiled peers."""
