@@ -162,7 +162,9 @@ def _case(group: str, name: str, kind: str, size: int, steps: int) -> Case:
 
     variants = {
         "streaming": Variant(partial(net, lambda: ours(size, size)), partial(check, kind)),
-        "streaming loop": Variant(partial(net, lambda: ours(size, size)), None, partial(using, "eager")),
+        "streaming loop": Variant(
+            partial(net, lambda: ours(size, size)), partial(check, kind), partial(using, "eager")
+        ),
         f"nn.{kind}": Variant(partial(net, lambda: torch_net(size, size))),
         "layer norm loop": Variant(partial(net, lambda: LayerNormLoop(size, kind))),
         "matrix products": Variant(lambda: Products(size, kind, shared())),
