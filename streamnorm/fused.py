@@ -157,8 +157,7 @@ class Fused:
         h1 = None
         if self.H1 is not None and (h1 := self.H1.address(dtype)) is None:
             return None
-        gain = weight if weight is None or (weight.dtype is dtype and weight.is_contiguous()) else _as(weight, dtype)
-        shift = bias if bias is None or (bias.dtype is dtype and bias.is_contiguous()) else _as(bias, dtype)
+        gain, shift = _as(weight, dtype), _as(bias, dtype)
         y = torch.empty_like(x)
         tables = x.new_empty(told.room) if x.dtype is dtype else x.new_empty(told.room, dtype=dtype)
         where = tables.data_ptr()
@@ -222,8 +221,10 @@ def _stat_shape(x: Tensor, told: Told, d: Definition) -> list[int] | None:
     return [1 if axis in whole else size for axis, size in enumerate(view.shape)]
 
 
-def _as(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+def _as(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A gain or bias as the kernels read it."""
+    if parameter is None or (parameter.dtype is dtype and parameter.is_contiguous()):
+        return parameter
     return parameter.detach().to(dtype).contiguous()
 
 
@@ -250,7 +251,7 @@ class _Fused(torch.autograd.Function):
         if cpu.unseen() or (H2 is not None and h2 is None):
             return *_composed(grads[0], x, weight, tables, fused, told, H2), None
         dy = cpu.like(grads[0], x)
-        gain = weight if weight is None or (weight.dtype is dtype and weight.is_contiguous()) else _as(weight, dtype)
+        gain = _as(weight, dtype)
         dx = torch.empty_like(x) if needs[0] else None
         dweight = tables.new_empty(slots) if needs[1] else None
         dbias = tables.new_empty(slots) if needs[2] else None

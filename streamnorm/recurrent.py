@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -225,7 +225,31 @@ class Recurrent(nn.Module):
         return ", ".join([str(self.input_size), str(self.hidden_size), *given])
 
 
-class NormRNN(Recurrent):
+class _WithNonlinearity(Recurrent):
+    cell: ClassVar[type[NormRNNCell] | type[NormGRUCell]]
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        nonlinearity: Nonlinearity = "tanh",
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        norm: Factory | None = StreamingNorm,
+        norm_h: HiddenNorm = "same",
+        backward_stats: BackwardStats = "saved",
+    ) -> None:
+        def make(width: int) -> Cell:
+            return self.cell(width, hidden_size, nonlinearity, norm, norm_h)
+
+        super().__init__(make, input_size, hidden_size, num_layers, batch_first, dropout, bidirectional, backward_stats)
+        self.nonlinearity: Nonlinearity = nonlinearity
+
+
+class NormRNN(_WithNonlinearity):
     """The normalized RNN (equation 3), in the place of ``torch.nn.RNN``.
 
     ``h_t = f(Norm(W_x x_t) + Norm(W_h h_{t-1}))``
@@ -257,28 +281,10 @@ class NormRNN(Recurrent):
     tensor(7)
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        *,
-        nonlinearity: Nonlinearity = "tanh",
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        norm: Factory | None = StreamingNorm,
-        norm_h: HiddenNorm = "same",
-        backward_stats: BackwardStats = "saved",
-    ) -> None:
-        def make(width: int) -> Cell:
-            return NormRNNCell(width, hidden_size, nonlinearity, norm, norm_h)
-
-        super().__init__(make, input_size, hidden_size, num_layers, batch_first, dropout, bidirectional, backward_stats)
-        self.nonlinearity: Nonlinearity = nonlinearity
+    cell = NormRNNCell
 
 
-class NormGRU(Recurrent):
+class NormGRU(_WithNonlinearity):
     """The normalized GRU (equations 4 to 7), in the place of ``torch.nn.GRU``.
 
     ::
@@ -298,25 +304,7 @@ class NormGRU(Recurrent):
     (torch.Size([7, 8, 6]), torch.Size([4, 8, 3]))
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        *,
-        nonlinearity: Nonlinearity = "tanh",
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        norm: Factory | None = StreamingNorm,
-        norm_h: HiddenNorm = "same",
-        backward_stats: BackwardStats = "saved",
-    ) -> None:
-        def make(width: int) -> Cell:
-            return NormGRUCell(width, hidden_size, nonlinearity, norm, norm_h)
-
-        super().__init__(make, input_size, hidden_size, num_layers, batch_first, dropout, bidirectional, backward_stats)
-        self.nonlinearity: Nonlinearity = nonlinearity
+    cell = NormGRUCell
 
 
 class NormLSTM(Recurrent):
