@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from toy import small, toy
 
-from streamnorm.training import checkpoint, loop
+from streamnorm.training import checkpoint, keeping, loop
 from streamnorm.training.checkpoint import CheckpointError
 from streamnorm.training.loop import Trainer, train
 from streamnorm.training.run import Run
@@ -327,7 +327,7 @@ class StopError(Exception):
 def test_training_goes_on_in_its_folder(
     stops: tuple[int, ...], seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "SECONDS_BETWEEN_CHECKPOINTS", seconds)
+    monkeypatch.setattr(keeping, "SECONDS_BETWEEN_CHECKPOINTS", seconds)
     run, data = small(), toy()
     through = train(run, data, tmp_path / "through")
     for stop in stops:
@@ -482,8 +482,8 @@ sys.path.insert(0, {str(TESTS)!r})
 torch.set_num_threads(1)
 from pathlib import Path
 from toy import small, toy
-from streamnorm.training import loop
-loop.SECONDS_BETWEEN_CHECKPOINTS = 0.0
+from streamnorm.training import keeping, loop
+keeping.SECONDS_BETWEEN_CHECKPOINTS = 0.0
 loop.train(small(epochs=20), toy(240), Path(sys.argv[1]))
 """
 KILLS = 3

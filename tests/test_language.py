@@ -21,7 +21,7 @@ from torch import Tensor
 
 from streamnorm.cli import main
 from streamnorm.layers import norms
-from streamnorm.training import checkpoint, language_loop
+from streamnorm.training import checkpoint, keeping
 from streamnorm.training.checkpoint import CheckpointError
 from streamnorm.training.language import ARMS, LanguageModel, bits, build, evaluate, losses, sample, statistics_kept
 from streamnorm.training.language_loop import TextTrainer, learning_rate, train_text, trained
@@ -423,7 +423,7 @@ def stop_at(update: int) -> Callable[[TextTrainer], None]:
 
 @pytest.mark.parametrize("seconds", [0.0, 60.0], ids=["a checkpoint each update", "at validations"])
 def test_training_goes_on_in_its_folder(seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(language_loop, "SECONDS_BETWEEN_CHECKPOINTS", seconds)
+    monkeypatch.setattr(keeping, "SECONDS_BETWEEN_CHECKPOINTS", seconds)
     run, text = small(), tiny()
     through = train_text(run, text, tmp_path / "through")
     for stop in (4, 9):

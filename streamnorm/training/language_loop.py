@@ -7,7 +7,6 @@ another, their gradients accumulated (paper, section 2), each with the state in 
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from torch import Tensor
 from streamnorm.dau import attach
 from streamnorm.normstats import DegenerateReferenceError
 from streamnorm.training import checkpoint
+from streamnorm.training.keeping import run_to_end
 from streamnorm.training.language import LanguageModel, State, bits, build, detached, evaluate, validation_chunks
 from streamnorm.training.loop import differences, machine, versions
 from streamnorm.training.manhattan import Manhattan
@@ -29,7 +29,6 @@ from streamnorm.training.textrun import TextRun
 
 SMOOTHED = 50
 """Mini-batches in the moving average of the training loss (section 7.6)."""
-SECONDS_BETWEEN_CHECKPOINTS = 60.0
 
 
 def learning_rate(run: TextRun, update: int, updates: int) -> float:
@@ -209,29 +208,8 @@ def train_text(
         CheckpointError: if the folder holds another run, or a damaged checkpoint.
     """
     trainer = TextTrainer(run, text)
-    path = folder / "checkpoint.safetensors" if folder else None
-    if path is not None and path.is_file():
-        try:
-            trainer.restore(checkpoint.load(path))
-        except checkpoint.CheckpointError as error:
-            raise checkpoint.CheckpointError(
-                f"{error}; give another folder, or delete {folder} to start over"
-            ) from error
-    if folder is not None:
-        checkpoint.sweep(folder)
-        described = {k: v for k, v in trainer.record().items() if k not in ("metrics", "failed")}
-        checkpoint.write(folder / "run.json", json.dumps(described, indent=1))
-        _save_metrics(trainer, folder)
-    saved, lines = time.monotonic(), len(trainer.metrics)
-    while not trainer.finished:
-        trainer.step()
-        if progress:
-            progress(trainer)
-        late = time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS
-        if folder is not None and (late or trainer.finished or len(trainer.metrics) > lines):
-            checkpoint.save(folder / "checkpoint.safetensors", trainer.state())
-            _save_metrics(trainer, folder)
-            saved, lines = time.monotonic(), len(trainer.metrics)
+    described = {k: v for k, v in trainer.record().items() if k not in ("metrics", "failed")}
+    run_to_end(trainer, folder, described, (lambda: progress(trainer)) if progress else None)
     return trainer.record()
 
 
@@ -263,7 +241,3 @@ def _load(model: LanguageModel, state: dict[str, Tensor]) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise checkpoint.CheckpointError(f"the checkpoint is of another architecture; {error}") from error
-
-
-def _save_metrics(trainer: TextTrainer, folder: Path) -> None:
-    checkpoint.write(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in trainer.metrics))

@@ -6,7 +6,6 @@ A folder holds one run: ``run.json`` (what it is, with versions), ``metrics.json
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import time
@@ -24,10 +23,10 @@ from streamnorm.normstats import DegenerateReferenceError
 from streamnorm.training import checkpoint
 from streamnorm.training.architectures import build
 from streamnorm.training.data import Data
+from streamnorm.training.keeping import run_to_end
 from streamnorm.training.run import Run
 
 Progress = Callable[[int, int], None]
-SECONDS_BETWEEN_CHECKPOINTS = 60.0
 EVALUATION_BATCH = 1000
 
 
@@ -267,35 +266,6 @@ def train(run: Run, data: Data, folder: Path | None = None, progress: Progress |
         CheckpointError: if the folder holds another run, or a damaged checkpoint.
     """
     trainer = Trainer(run, data)
-    path = folder / "checkpoint.safetensors" if folder else None
-    if path is not None and path.is_file():
-        try:
-            trainer.restore(checkpoint.load(path))
-        except checkpoint.CheckpointError as error:
-            raise checkpoint.CheckpointError(
-                f"{error}; give another folder, or delete {folder} to start over"
-            ) from error
-    if folder is not None:
-        checkpoint.sweep(folder)
-        checkpoint.write(folder / "run.json", json.dumps(description(run, data), indent=1))
-        _save_metrics(trainer, folder)
-    saved, epochs = time.monotonic(), len(trainer.metrics)
-    while not trainer.finished:
-        trainer.step()
-        if progress:
-            progress(trainer.done, trainer.updates)
-        late = time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS
-        if folder is not None and (late or trainer.finished or len(trainer.metrics) > epochs):
-            save(trainer, folder)
-            saved, epochs = time.monotonic(), len(trainer.metrics)
+    show = (lambda: progress(trainer.done, trainer.updates)) if progress else None
+    run_to_end(trainer, folder, description(run, data), show)
     return trainer.record()
-
-
-def save(trainer: Trainer, folder: Path) -> None:
-    """The checkpoint, and the metrics beside it for people to read while the run goes on."""
-    checkpoint.save(folder / "checkpoint.safetensors", trainer.state())
-    _save_metrics(trainer, folder)
-
-
-def _save_metrics(trainer: Trainer, folder: Path) -> None:
-    checkpoint.write(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in trainer.metrics))

@@ -7,11 +7,35 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 
 @dataclass(frozen=True)
-class Settings:
+class Described:
+    """A frozen dataclass of settings that can be written as JSON and read again."""
+
+    KIND: ClassVar[str] = "a run of this version"
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, as JSON has them."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """The run that ``to_json`` described.
+
+        Raises:
+            ValueError: for a field that a run of this version does not have.
+        """
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"{cls.KIND} has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        fields_: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields_)
+
+
+@dataclass(frozen=True)
+class Settings(Described):
     """What the arms of a comparison have in common.
 
     Attributes:
@@ -93,20 +117,3 @@ class Run(Settings):
     def label(self) -> str:
         """What a table calls this run."""
         return f"{self.arm} {self.samples_per_batch} S/B x {self.batches_per_update} B/U"
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields, as JSON has them."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Run:
-        """The run that ``to_json`` described.
-
-        Raises:
-            ValueError: for a field that a run of this version does not have.
-        """
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"a run of this version has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-        fields_: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**fields_)

@@ -1,6 +1,6 @@
 """TextRun: everything that decides what the training of a language model computes, as a frozen dataclass.
 
-The models predict characters. Imports the standard library alone. The defaults are the paper's (section 7.6, Figure
+The models predict characters. Imports what all runs have in common. The defaults are the paper's (section 7.6, Figure
 12), but for the text, which needs no files. The command line is derived from it, and a checkpoint is refused by another
 one.
 """
@@ -8,14 +8,16 @@ one.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from streamnorm.training.run import Described
 
 CHOICES = {"arch": ("rnn", "gru", "lstm"), "nonlinearity": ("tanh", "relu"), "backward_stats": ("saved", "latest")}
 
 
 @dataclass(frozen=True)
-class TextRun:
+class TextRun(Described):
     """One training run of a language model.
 
     Attributes:
@@ -48,6 +50,8 @@ class TextRun:
     >>> TextRun(arm="layer", samples_per_batch=64, batches_per_update=1).label
     'gru layer 64 S/B x 1 B/U'
     """
+
+    KIND: ClassVar[str] = "a language run"
 
     data: str = "pydoc"
     arch: Literal["rnn", "gru", "lstm"] = "gru"
@@ -98,20 +102,3 @@ class TextRun:
     def label(self) -> str:
         """What a table calls this run."""
         return f"{self.arch} {self.arm} {self.samples_per_batch} S/B x {self.batches_per_update} B/U"
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields, as JSON has them."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> TextRun:
-        """The run that ``to_json`` described.
-
-        Raises:
-            ValueError: for a field that a run of this version does not have.
-        """
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"a language run has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-        fields_: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**fields_)

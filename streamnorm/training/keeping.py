@@ -1,0 +1,77 @@
+"""A training run in a folder: resumed from its checkpoint, saved as it goes, its metrics beside it for people to read.
+
+It knows a trainer by what it can do and nothing of what it trains. Imports the checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from streamnorm.training import checkpoint
+
+SECONDS_BETWEEN_CHECKPOINTS = 60.0
+CHECKPOINT = "checkpoint.safetensors"
+
+
+class Kept(Protocol):
+    """What can be kept: a trainer between two of its steps."""
+
+    metrics: list[dict[str, Any]]
+
+    @property
+    def finished(self) -> bool: ...
+
+    def step(self) -> Any: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+def run_to_end(
+    trainer: Kept, folder: Path | None, described: dict[str, Any], progress: Callable[[], None] | None
+) -> None:
+    """Step ``trainer`` until it is finished, from its last checkpoint if ``folder`` holds one.
+
+    Args:
+        folder: where the run is kept; None keeps nothing.
+        described: what ``run.json`` says of it.
+        progress: called after each step.
+
+    Raises:
+        CheckpointError: if the folder holds another run, or a damaged checkpoint.
+    """
+    if folder is not None and (folder / CHECKPOINT).is_file():
+        try:
+            trainer.restore(checkpoint.load(folder / CHECKPOINT))
+        except checkpoint.CheckpointError as error:
+            raise checkpoint.CheckpointError(
+                f"{error}; give another folder, or delete {folder} to start over"
+            ) from error
+    if folder is not None:
+        checkpoint.sweep(folder)
+        checkpoint.write(folder / "run.json", json.dumps(described, indent=1))
+        _save_metrics(trainer, folder)
+    saved, lines = time.monotonic(), len(trainer.metrics)
+    while not trainer.finished:
+        trainer.step()
+        if progress:
+            progress()
+        late = time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS
+        if folder is not None and (late or trainer.finished or len(trainer.metrics) > lines):
+            save(trainer, folder)
+            saved, lines = time.monotonic(), len(trainer.metrics)
+
+
+def save(trainer: Kept, folder: Path) -> None:
+    """The checkpoint, and the metrics beside it."""
+    checkpoint.save(folder / CHECKPOINT, trainer.state())
+    _save_metrics(trainer, folder)
+
+
+def _save_metrics(trainer: Kept, folder: Path) -> None:
+    checkpoint.write(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in trainer.metrics))
