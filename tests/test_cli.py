@@ -97,6 +97,10 @@ def test_an_arm_may_have_its_own_batch() -> None:
         (["train", "--batches-per-update", "2000"], "2000 samples"),
         (["train", "--data", "mnist", "--data-root", "nowhere"], "nowhere"),
         (["evaluate", "nowhere"], "no checkpoint at nowhere"),
+        (["train", "--arch", "gru", "--data", "shakespere"], "Did you mean 'shakespeare'?"),
+        (["train", "--arch", "gru", "--arm", "streming"], "did you mean 'streaming'?"),
+        (["language", "--limit", "5000"], "too short for chunks of 100 time steps"),
+        (["sample", "nowhere"], "no checkpoint at nowhere"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(

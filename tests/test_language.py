@@ -578,26 +578,3 @@ def test_what_is_no_language_model_is_refused(tmp_path: Path, capsys: pytest.Cap
     assert "holds a classifier of digits, no language model" in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path), "--lengths", "100"]) == 2
     assert "--lengths are those of a language model" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        (["train", "--arch", "gru", "--data", "shakespere"], "Did you mean 'shakespeare'?"),
-        (["train", "--arch", "gru", "--arm", "streming"], "did you mean 'streaming'?"),
-        (["language", "--limit", "5000"], "too short for chunks of 100 time steps"),
-        (["sample", "nowhere"], "no checkpoint at nowhere"),
-    ],
-)
-def test_bad_input_is_one_line_and_status_2(
-    command: list[str],
-    message: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(command) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("streamnorm: ")
-    assert message in said
