@@ -175,7 +175,7 @@ class Fused:
         if failed:
             return None
         if torch.is_grad_enabled():
-            y = _Fused.apply(x, weight, bias, (self, told, y, tables))
+            y = _apply(x, weight, bias, (self, told, y, tables))
         return y, tables
 
     def fold(self) -> bool:
@@ -209,7 +209,7 @@ class Fused:
             per_feature = (-1, *[1] * (y.ndim - 3))
             y = y * weight.detach().reshape(per_feature) + bias.detach().reshape(per_feature)
         y = torch.empty_like(x).copy_(y.reshape(x.shape))
-        return _Fused.apply(x, weight, bias, (self, told, y, tables)) if torch.is_grad_enabled() else y
+        return _apply(x, weight, bias, (self, told, y, tables)) if torch.is_grad_enabled() else y
 
 
 def _stat_shape(x: Tensor, told: Told, d: Definition) -> list[int] | None:
@@ -272,6 +272,10 @@ class _Fused(torch.autograd.Function):
         if failed:
             return *_composed(dy, x, weight, tables, fused, told, H2), None
         return dx, dweight, dbias, None
+
+
+_apply = super(torch.autograd.Function, _Fused).apply
+"""``_Fused.apply`` without what it does for transforms of functions, which never come here (``cpu.takes``)."""
 
 
 def _composed(

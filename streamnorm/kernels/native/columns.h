@@ -9,7 +9,7 @@ template <class T> struct Columns {
     static constexpr int W = lanes<A>::W;
     static constexpr int64_t STRETCH = 64;  // rows that are summed in A before the sum goes on in double
     static constexpr int64_t FETCH = 8192 / sizeof(T);  // how far ahead is fetched: hardware sees no pattern in rows abreast
-    static constexpr int ABREAST = 2;       // rows that are read side by side, so that sums are loaded once for all
+    static constexpr int ABREAST = 4;       // rows that are read side by side, so that sums are loaded once for all
 
     // f<span>(i, k) over n columns
     template <class F> SN_INLINE void across(int64_t n, const F &f) {

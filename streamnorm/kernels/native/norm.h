@@ -36,7 +36,7 @@ constexpr int TILE = 512;              // slots that are worked on together
 constexpr int64_t SLAB = 256 << 10;    // bytes that stay in a core's cache between two passes
 constexpr int64_t PAST_CACHES = 6 << 20;  // outputs of so many bytes are stored past the caches, by columns
 constexpr int64_t PAST_CACHES_ROWS = 16 << 20;  // and by rows, which leave more of the caches to the output
-constexpr int64_t SERIAL = 160 << 10;  // elements that one core is done with before a second one has begun
+constexpr int64_t SERIAL = 64 << 10;  // elements that one core is done with before a second one has begun
 constexpr int FLUSH = 4096;            // values that are summed in A before the sum goes on in double
 
 template <class T> using A_ = acc<T>;

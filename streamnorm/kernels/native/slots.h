@@ -209,10 +209,12 @@ template <class T, class E> bool backward_step(const Job<T> &J, int64_t arrival,
     const bool known = J.once;
     const A *used_mu = p.uses_estimate ? J.est_mu : J.mu, *used_sigma = p.uses_estimate ? J.est_sigma : J.sigma;
 
+    alignas(64) A inverse[TILE];  // 1 / sigma_hat
     slots<A>(n, [&](int64_t i, int k) {
-        vec<A> gain = J.weight ? table(J.weight + a + i, k) : all((A)1);
+        vec<A> inv = all((A)1) / table(used_sigma + at + i, k);
+        store(inverse + i, inv);
         store(w.m + i, p.scale ? none : table(used_mu + at + i, k));
-        store(w.a + i, gain / table(used_sigma + at + i, k));
+        store(w.a + i, J.weight ? inv * table(J.weight + a + i, k) : inv);
     });
     auto ready = [&](const A *mean, const A *sigma) {  // dx = a dy + gs slope(x - c) + gm
         const A *center = p.center == 0 ? J.mu : J.est_mu;
@@ -234,7 +236,7 @@ template <class T, class E> bool backward_step(const Job<T> &J, int64_t arrival,
 
     mask<A> wrong{};
     slots<A>(n, [&](int64_t i, int k) {
-        vec<A> inv = all((A)1) / table(used_sigma + at + i, k), s1 = load(w.s1 + i), s2 = load(w.s2 + i) * inv;
+        vec<A> s1 = load(w.s1 + i), s2 = load(w.s2 + i) * load(inverse + i);
         vec<A> scale = load(w.a + i), gm = p.scale ? none : -s1 * scale, gs = -s2 * scale;
         store(g_mu + i, gm);
         store(g_sigma + i, gs);

@@ -1,5 +1,5 @@
-// A vector of 64 bytes of float or double, and loads and stores of float32, float64, bfloat16 and float16 through it.
-// GCC's vector extension: one register with AVX-512, two with AVX2, four with SSE2 or NEON.
+// A register of float or double, and loads and stores of float32, float64, bfloat16 and float16 through it. GCC's vector
+// extension, as wide as a register is: of what is wider, GCC keeps the parts in memory.
 #pragma once
 #include <math.h>
 #include <string.h>
@@ -12,19 +12,27 @@
 // Nothing here may be shared between instruction sets by the linker.
 namespace {
 
+#if defined(__AVX512F__)
+constexpr int BYTES = 64;
+#elif defined(__AVX__)
+constexpr int BYTES = 32;
+#else
+constexpr int BYTES = 16;
+#endif
+
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
 
 template <class A> struct lanes;
 template <> struct lanes<float> {
-    typedef float type __attribute__((vector_size(64)));
-    typedef int32_t mask __attribute__((vector_size(64)));
-    static constexpr int W = 16;
+    typedef float type __attribute__((vector_size(BYTES)));
+    typedef int32_t mask __attribute__((vector_size(BYTES)));
+    static constexpr int W = BYTES / 4;
 };
 template <> struct lanes<double> {
-    typedef double type __attribute__((vector_size(64)));
-    typedef int64_t mask __attribute__((vector_size(64)));
-    static constexpr int W = 8;
+    typedef double type __attribute__((vector_size(BYTES)));
+    typedef int64_t mask __attribute__((vector_size(BYTES)));
+    static constexpr int W = BYTES / 8;
 };
 template <class A> using vec = typename lanes<A>::type;
 template <class A> using mask = typename lanes<A>::mask;
@@ -48,6 +56,12 @@ template <class A> SN_INLINE vec<A> root(vec<A> v) {
 #if defined(__AVX512F__)
     if constexpr (sizeof(A) == 4) r = (vec<A>)_mm512_sqrt_ps((__m512)v);
     else r = (vec<A>)_mm512_sqrt_pd((__m512d)v);
+#elif defined(__AVX__)
+    if constexpr (sizeof(A) == 4) r = (vec<A>)_mm256_sqrt_ps((__m256)v);
+    else r = (vec<A>)_mm256_sqrt_pd((__m256d)v);
+#elif defined(__SSE2__)
+    if constexpr (sizeof(A) == 4) r = (vec<A>)_mm_sqrt_ps((__m128)v);
+    else r = (vec<A>)_mm_sqrt_pd((__m128d)v);
 #else
     for (int i = 0; i < lanes<A>::W; i++) r[i] = sizeof(A) == 4 ? (A)sqrtf((float)v[i]) : (A)sqrt((double)v[i]);
 #endif
@@ -62,20 +76,18 @@ template <class A> SN_INLINE double total(vec<A> v) {  // pairwise, in double
     return part[0];
 }
 
-// --- load: 16 (8 doubles) values, or the first k of them and `fill` for the rest ---
+// --- W values in memory, or the first k of them ---
 template <class T> struct io;
 template <class A> struct io_wide {
-    SN_INLINE vec<A> load(const A *p) { vec<A> v; memcpy(&v, p, 64); return v; }
-    SN_INLINE void store(A *p, vec<A> v) { memcpy(p, &v, 64); }
-    SN_INLINE void stream(A *p, vec<A> v) {  // p on a multiple of 64 bytes: past the caches
+    SN_INLINE vec<A> load(const A *p) { vec<A> v; memcpy(&v, p, BYTES); return v; }
+    SN_INLINE void store(A *p, vec<A> v) { memcpy(p, &v, BYTES); }
+    SN_INLINE void stream(A *p, vec<A> v) {  // p on a multiple of BYTES: past the caches
 #if defined(__AVX512F__)
         _mm512_stream_si512((__m512i *)p, (__m512i)v);
 #elif defined(__AVX__)
-        __m256i half[2]; memcpy(half, &v, 64);
-        _mm256_stream_si256((__m256i *)p, half[0]); _mm256_stream_si256((__m256i *)p + 1, half[1]);
+        _mm256_stream_si256((__m256i *)p, (__m256i)v);
 #elif defined(__SSE2__)
-        __m128i part[4]; memcpy(part, &v, 64);
-        for (int i = 0; i < 4; i++) _mm_stream_si128((__m128i *)p + i, part[i]);
+        _mm_stream_si128((__m128i *)p, (__m128i)v);
 #else
         store(p, v);
 #endif
@@ -84,16 +96,17 @@ template <class A> struct io_wide {
 template <> struct io<float> : io_wide<float> {};
 template <> struct io<double> : io_wide<double> {};
 
-typedef uint16_t half16 __attribute__((vector_size(32)));
-typedef uint32_t word16 __attribute__((vector_size(64)));
+typedef uint16_t halves __attribute__((vector_size(BYTES / 2)));
+typedef uint32_t words __attribute__((vector_size(BYTES)));
 struct io_narrow {
-    SN_INLINE void keep(void *p, half16 h) { memcpy(p, &h, 32); }
-    SN_INLINE void pass(void *p, half16 h) {
-#if defined(__AVX__)
-        __m256i v; memcpy(&v, &h, 32); _mm256_stream_si256((__m256i *)p, v);
+    SN_INLINE void keep(void *p, halves h) { memcpy(p, &h, sizeof h); }
+    SN_INLINE void pass(void *p, halves h) {
+#if defined(__AVX512F__)
+        _mm256_stream_si256((__m256i *)p, (__m256i)h);
+#elif defined(__AVX__)
+        _mm_stream_si128((__m128i *)p, (__m128i)h);
 #elif defined(__SSE2__)
-        __m128i part[2]; memcpy(part, &h, 32);
-        _mm_stream_si128((__m128i *)p, part[0]); _mm_stream_si128((__m128i *)p + 1, part[1]);
+        long long both; memcpy(&both, &h, sizeof both); _mm_stream_si64((long long *)p, both);
 #else
         keep(p, h);
 #endif
@@ -101,13 +114,13 @@ struct io_narrow {
 };
 template <> struct io<bf16> {
     SN_INLINE vec<float> load(const bf16 *p) {
-        half16 h; memcpy(&h, p, 32);
-        return (vec<float>)(__builtin_convertvector(h, word16) << 16);
+        halves h; memcpy(&h, p, sizeof h);
+        return (vec<float>)(__builtin_convertvector(h, words) << 16);
     }
-    SN_INLINE half16 pack(vec<float> v) {  // to the nearest, ties to even; NaN stays NaN
-        word16 w = (word16)v, rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
-        word16 nan = (word16)(v != v);
-        return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), half16);
+    SN_INLINE halves pack(vec<float> v) {  // to the nearest, ties to even; NaN stays NaN
+        words w = (words)v, rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
+        words nan = (words)(v != v);
+        return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), halves);
     }
     SN_INLINE void store(bf16 *p, vec<float> v) { io_narrow::keep(p, pack(v)); }
     SN_INLINE void stream(bf16 *p, vec<float> v) { io_narrow::pass(p, pack(v)); }
@@ -117,38 +130,33 @@ template <> struct io<fp16> {
 #if defined(__AVX512F__)
         return (vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 #elif defined(__F16C__)
-        __m256 half[2] = {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)),
-                          _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p + 1))};
-        vec<float> v; memcpy(&v, half, 64); return v;
+        return (vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
 #else
-        half16 h; memcpy(&h, p, 32);
-        word16 w = __builtin_convertvector(h, word16), magnitude = w & 0x7fff;
+        halves h; memcpy(&h, p, sizeof h);
+        words w = __builtin_convertvector(h, words), magnitude = w & 0x7fff;
         // The exponent moves from bias 15 to 127 by a product, which is right for subnormal numbers too.
         vec<float> v = (vec<float>)(magnitude << 13) * all<float>(0x1p112f);
-        word16 special = (word16)(magnitude >= 0x7c00);
-        return (vec<float>)((word16)v | (special & 0x7f800000) | ((w & 0x8000) << 16));
+        words special = (words)(magnitude >= 0x7c00);
+        return (vec<float>)((words)v | (special & 0x7f800000) | ((w & 0x8000) << 16));
 #endif
     }
-    SN_INLINE half16 pack(vec<float> v) {
-        half16 h;
+    SN_INLINE halves pack(vec<float> v) {
+        halves h;
 #if defined(__AVX512F__)
-        __m256i r = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
-        memcpy(&h, &r, 32);
+        h = (halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__F16C__)
-        __m256 half[2]; memcpy(half, &v, 64);
-        __m128i r[2] = {_mm256_cvtps_ph(half[0], 0), _mm256_cvtps_ph(half[1], 0)};
-        memcpy(&h, r, 32);
+        h = (halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 #else
-        word16 w = (word16)v, magnitude = w & 0x7fffffff;
-        word16 normal = ((magnitude + 0xfff + ((magnitude >> 13) & 1)) >> 13) - (112u << 10);
+        words w = (words)v, magnitude = w & 0x7fffffff;
+        words normal = ((magnitude + 0xfff + ((magnitude >> 13) & 1)) >> 13) - (112u << 10);
         // Below 2^-14 adding 0.5 lets the float unit round at the right place.
-        word16 small = (word16)((vec<float>)magnitude + all<float>(0.5f)) - 0x3f000000u;
-        word16 is_small = (word16)(magnitude < 0x38800000u), is_big = (word16)(magnitude >= 0x477ff000u);
-        word16 is_nan = (word16)(magnitude > 0x7f800000u);
-        word16 bits = (small & is_small) | (normal & ~is_small);
+        words small = (words)((vec<float>)magnitude + all<float>(0.5f)) - 0x3f000000u;
+        words is_small = (words)(magnitude < 0x38800000u), is_big = (words)(magnitude >= 0x477ff000u);
+        words is_nan = (words)(magnitude > 0x7f800000u);
+        words bits = (small & is_small) | (normal & ~is_small);
         bits = (bits & ~is_big) | (0x7c00 & is_big);
         bits = (bits & ~is_nan) | (0x7e00 & is_nan);
-        h = __builtin_convertvector(bits | ((w >> 16) & 0x8000), half16);
+        h = __builtin_convertvector(bits | ((w >> 16) & 0x8000), halves);
 #endif
         return h;
     }
