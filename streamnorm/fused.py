@@ -274,7 +274,7 @@ class _Fused(torch.autograd.Function):
         return dx, dweight, dbias, None
 
 
-_apply = super(torch.autograd.Function, _Fused).apply
+_apply = super(torch.autograd.Function, _Fused).apply  # type: ignore[attr-defined]
 """``_Fused.apply`` without what it does for transforms of functions, which never come here (``cpu.takes``)."""
 
 
