@@ -50,7 +50,7 @@ class Attachment:
         self._steps = 0
         self._warm = False
         self._skipped: Tensor | None = None
-        self._hooks = (
+        self.hooks = (
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         )
@@ -104,7 +104,7 @@ class Attachment:
 
     def remove(self) -> None:
         """Undo ``attach``."""
-        for hook in self._hooks:
+        for hook in self.hooks:
             hook.remove()
 
     def state_dict(self) -> dict[str, int]:

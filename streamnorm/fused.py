@@ -9,11 +9,12 @@ stands below it.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from streamnorm.kernels import cpu, eager
 from streamnorm.kernels.definition import Definition, Statistics
@@ -22,6 +23,8 @@ from streamnorm.stream import Exponential, LongShort, Memory
 
 TABLES = 5
 """What a kernel keeps of each step for the way back: mu, sigma, their estimates, and the mean slope."""
+SHAPES = 16
+"""Kinds of input that a layer remembers what to tell the kernels about."""
 
 
 class Native:
@@ -29,6 +32,7 @@ class Native:
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
+        self.rule = memory.rule
         rule: Any = memory.rule
         self.folds = type(rule) is LongShort
         self.keep = rule.keep if self.folds else (1.0, 0.0)
@@ -36,15 +40,20 @@ class Native:
         self._short, self._updates = ("short", "updates") if self.folds else ("long", "seen")
         self._addresses: tuple[int, ...] = ()
         self._where: int | None = None
-        self.dtype: torch.dtype | None = None
+        self._kind: tuple[torch.dtype, int] | None = None
 
     @staticmethod
     def serves(memory: Memory | None) -> bool:
         """Whether a kernel knows the rule of this memory."""
         return memory is None or type(memory.rule) in (LongShort, Exponential)
 
-    def address(self, dtype: torch.dtype) -> int | None:
-        """Where the pointers to the members lie, or None if those are not of ``dtype`` in the memory of the CPU.
+    def is_of(self, memory: Memory | None) -> bool:
+        """Whether this is that memory, with the rule that it had."""
+        return self.memory is memory and self.rule is self.memory.rule
+
+    def address(self, dtype: torch.dtype, slots: int) -> int | None:
+        """Where the pointers to the members lie, or None if those are not tables ``(2, slots)`` of ``dtype`` and whole
+        counters in the memory of the CPU.
 
         Buffers move (``.to()``, ``share_memory()``, assignments), so each is looked at every time.
         """
@@ -59,12 +68,24 @@ class Native:
             buffers["skipped"].data_ptr(),
         )
         if addresses != self._addresses:
-            self._addresses = addresses
+            self._addresses = ()  # until all below is true: an interrupt leaves nothing half told
             self._pointers = cpu.MemoryPointers(*addresses, (ctypes.c_double * 3)(*self._mix), self._rate)
-            usable = all(member.is_cpu and member.is_contiguous() for member in buffers.values())
+            estimate = buffers["estimate"]
+            usable = all(
+                member.is_cpu
+                and member.is_contiguous()
+                and (member.dtype, member.numel())
+                == ((estimate.dtype, estimate.numel()) if member.ndim else (torch.int64, 1))
+                for member in buffers.values()
+            )
             self._where = ctypes.addressof(self._pointers) if usable else None
-            self.dtype = buffers["estimate"].dtype
-        return self._where if self.dtype is dtype else None
+            self._kind = (estimate.dtype, estimate.numel())
+            self._addresses = addresses
+        return self._where if self._kind == (dtype, 2 * slots) else None
+
+    def changing(self) -> Iterator[Tensor]:
+        """The members that a call changes."""
+        return map(self.memory.get_buffer, (self._short, "estimate", "count", "seen"))
 
 
 class Told:
@@ -85,6 +106,7 @@ class Told:
         "steps",
         "x_dtype",
         "x_shape",
+        "x_stride",
     )
 
     def __init__(self, plan: cpu.Plan, x: Tensor, steps: int, has_gains: bool) -> None:
@@ -93,7 +115,7 @@ class Told:
         self.steps = steps
         self.slots = plan.slots
         self.size = plan.k0 * plan.slots
-        self.x_dtype, self.x_shape = x.dtype, x.shape
+        self.x_dtype, self.x_shape, self.x_stride = x.dtype, x.shape, x.stride()
         self.dtype = cpu.wide(x.dtype)
         self.forward, self.backward = (cpu.kernel(name, x.dtype) for name in ("forward", "backward"))
         self.fold = cpu.fold(self.dtype)
@@ -119,8 +141,8 @@ class Fused:
         self.H2 = None if H2 is None else Native(H2)
         kappa = *(self.H1.keep if self.H1 else (1.0, 0.0)), *(self.H2.keep if self.H2 else (1.0, 0.0))
         self._keep = (ctypes.c_double * 4)(*kappa)
-        self._key: Any = None
-        self._told: Told | None = None
+        self._told: dict[Any, Told | None] = {}
+        self._latest: Told | None = None
 
     @staticmethod
     def serves(definition: Definition, H1: Memory | None, H2: Memory | None) -> bool:
@@ -128,14 +150,23 @@ class Fused:
         whole = definition.ref.samples == ("one" if H1 is None else "batch")
         return whole and Native.serves(H1) and Native.serves(H2) and cpu.serves(definition)
 
+    def is_of(self, definition: Definition, uses_estimate: bool, H1: Memory | None, H2: Memory | None) -> bool:
+        """Whether this was made for just these."""
+        return (
+            self.definition is definition
+            and self.uses_estimate is uses_estimate
+            and (H1 is None if self.H1 is None else self.H1.is_of(H1))
+            and (H2 is None if self.H2 is None else self.H2.is_of(H2))
+        )
+
     def told(self, x: Tensor, steps: int, is_reversed: bool, check: Callable[[Tensor, int], object]) -> Told | None:
         """What the kernels are told about such an input; None: there are no kernels for it.
 
         ``check(x, steps)`` is asked for every new kind of input and raises for those that the layer refuses.
         """
         key = (x.shape, x.stride(), x.dtype, steps, is_reversed)
-        if key == self._key:
-            return self._told
+        if key in self._told:
+            return self._told[key]
         check(x, steps)
         plan = cpu.plan(self.definition, steps, tuple(x.shape), x.stride(), self.uses_estimate, is_reversed)
         memories = [native.memory for native in (self.H1, self.H2) if native is not None]
@@ -143,8 +174,21 @@ class Fused:
             return None  # a memory that gets its shape from this very call
         own = self.definition.ref.groups(x.shape[1]) == x.shape[1]
         has_gains = plan is not None and self.H1 is not None and own and plan.slots == x.shape[1]
-        self._key, self._told = key, None if plan is None else Told(plan, x, steps, has_gains)
-        return self._told
+        told = None if plan is None else Told(plan, x, steps, has_gains)
+        if len(self._told) == SHAPES:
+            self._told.clear()
+        self._told[key] = told
+        self._latest = told or self._latest
+        return told
+
+    def addresses(self, told: Told) -> tuple[int | None, int | None]:
+        """Where the kernels find H1 and H2; None for what is not there, or not as they can read it."""
+        dtype, slots = told.dtype, told.slots
+        return self.H1 and self.H1.address(dtype, slots), self.H2 and self.H2.address(dtype, slots)
+
+    def changing(self) -> Iterator[Tensor]:
+        """What a forward call changes."""
+        return self.H1.changing() if self.H1 is not None else iter(())
 
     def normalize(
         self, x: Tensor, told: Told, weight: Tensor | None, bias: Tensor | None
@@ -155,9 +199,11 @@ class Fused:
         """
         dtype = told.dtype
         h1 = None
-        if self.H1 is not None and (h1 := self.H1.address(dtype)) is None:
+        if self.H1 is not None and (h1 := self.H1.address(dtype, told.slots)) is None:
             return None
-        gain, shift = _as(weight, dtype), _as(bias, dtype)
+        if weight is not None and not weight.is_cpu:
+            return None  # and torch says what it thinks of that
+        gain, shift = as_read(weight, dtype), as_read(bias, dtype)
         y = torch.empty_like(x)
         tables = x.new_empty(told.room) if x.dtype is dtype else x.new_empty(told.room, dtype=dtype)
         where = tables.data_ptr()
@@ -180,12 +226,12 @@ class Fused:
 
     def fold(self) -> bool:
         """The weight update of both memories in one call; False: it has to be done otherwise."""
-        H1, H2, told = self.H1, self.H2, self._told
+        H1, H2, told = self.H1, self.H2, self._latest
         if told is None or H1 is None:
             return False
         if not H1.folds:
             return H2 is None  # a weight update means nothing to a running average
-        h1, h2 = H1.address(told.dtype), None if H2 is None else H2.address(told.dtype)
+        h1, h2 = self.addresses(told)
         if h1 is None or (H2 is not None and (h2 is None or not H2.folds)):
             return False
         told.fold(h1, h2, told.slots, self._keep)
@@ -221,7 +267,19 @@ def _stat_shape(x: Tensor, told: Told, d: Definition) -> list[int] | None:
     return [1 if axis in whole else size for axis, size in enumerate(view.shape)]
 
 
-def _as(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody wants to know of this module's calls, or has put another ``forward`` in its place."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
+    )
+
+
+def as_read(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A gain or bias as the kernels read it."""
     if parameter is None or (parameter.dtype is dtype and parameter.is_contiguous()):
         return parameter
@@ -247,11 +305,12 @@ class _Fused(torch.autograd.Function):
         # G is about the gradient of the input: where nobody wants that, nothing is remembered.
         needs = ctx.needs_input_grad
         H2 = fused.H2 if needs[0] else None
-        h2 = None if H2 is None else H2.address(dtype)
-        if cpu.unseen() or (H2 is not None and h2 is None):
+        h2 = None if H2 is None else H2.address(dtype, slots)
+        # What was saved may have been somewhere else meanwhile, and come back in another order (saved_tensors_hooks).
+        if cpu.unseen() or (H2 is not None and h2 is None) or x.stride() != told.x_stride:
             return *_composed(grads[0], x, weight, tables, fused, told, H2), None
         dy = cpu.like(grads[0], x)
-        gain = _as(weight, dtype)
+        gain = as_read(weight, dtype)
         dx = torch.empty_like(x) if needs[0] else None
         dweight = tables.new_empty(slots) if needs[1] else None
         dbias = tables.new_empty(slots) if needs[2] else None

@@ -11,6 +11,7 @@ Legend: ``T`` time steps, ``n`` sequences, ``H`` hidden units, ``k`` gates.
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -19,9 +20,9 @@ from torch import Tensor
 
 from streamnorm import kernels
 from streamnorm.cells import Cell, NormGRUCell, NormRNNCell
-from streamnorm.fused import Fused, Told
+from streamnorm.fused import Fused, Told, as_read, is_hooked
 from streamnorm.kernels import cpu, library
-from streamnorm.layers import Affine, Norm
+from streamnorm.layers import Norm, gains_of
 from streamnorm.op import refuse_second_derivative
 
 NAMES: dict[type[Cell], str] = {NormRNNCell: "rnn", NormGRUCell: "gru"}
@@ -46,9 +47,9 @@ class Layer(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("T", "n", "H", "room", "scratch")),
         ("relu", ctypes.c_int32),
         ("threads", ctypes.c_int32),
-        ("gemm", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("gemm", "gemm_threads")),
         ("path", Path * 3),
-        *((name, ctypes.c_void_p) for name in ("h0", "out", "masked", "dout", "dh", "dmasked", "spare")),
+        *((name, ctypes.c_void_p) for name in ("states", "masked", "dout", "dh", "dmasked", "spare")),
     ]
 
 
@@ -60,22 +61,24 @@ def run(cell: Cell, inputs: list[Tensor], steps: int, h0: Tensor) -> Tensor | No
     like = inputs[0].new_empty(h0.shape)
     calls = []
     for norm in norms:
-        if norm._calls.fused is None:
-            norm._calls.fused = norm._fuse()
-        fused = norm._calls.fused
+        fused = norm.compiled()
         told = fused.told(like, 1, False, norm._check) if fused else None
-        if told is None or not told.has_gains or told.plan.uses_estimate != norm.policy.uses_estimate:
+        if fused is None or told is None or not told.has_gains:
             return None
         calls.append((fused, told))
-    through = _Run(cell, norms, calls, steps, h0)
     weights = [weight for weight, _ in cell.hidden_weights()]
-    gains = [parameter for norm in norms for parameter in _gains(norm)]
-    out = through.forward(inputs, weights, gains)
-    if out is None:
+    gains = [gain for norm in norms for gain in gains_of(norm.affine) or (None, None)]
+    if not (h0.requires_grad or any(weight.requires_grad for weight in weights)):
+        return None  # the loop asks for no gradient at the first step, and H2 would miss it
+    layer = _Layer(NAMES[type(cell)], tuple(calls), (steps, *h0.shape), getattr(cell, "nonlinearity", "") == "relu")
+    made = layer.forward(h0, inputs, weights, gains)
+    if made is None:
         return None
     for norm in norms:
         norm._count(norm._calls, (1, like[:0], like[:0]))  # no call that could be computed again
-    return _Scan.apply(through, out, h0, *inputs, *weights, *gains) if torch.is_grad_enabled() else out
+    if not torch.is_grad_enabled():
+        return made.states[1:].flatten(0, 1)
+    return _Scan.apply(layer, made, h0, *inputs, *weights, *gains)
 
 
 def _served(cell: Cell, inputs: list[Tensor], h0: Tensor) -> list[Norm] | None:
@@ -90,129 +93,133 @@ def _served(cell: Cell, inputs: list[Tensor], h0: Tensor) -> list[Norm] | None:
     for norm in norms:
         if not isinstance(norm, Norm) or not norm.training or norm.H1 is None or norm.steps != 1:
             return None
-        modules = [norm] if norm.affine is None else [norm, norm.affine]
-        hooked = any(
-            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
-        )
-        if hooked or type(norm.affine) not in (Affine, type(None)) or "forward" in vars(norm):
+        if is_hooked(norm) or (norm.affine is not None and gains_of(norm.affine) is None):
             return None
+    if len(set(map(id, norms))) < len(norms):
+        return None  # one norm for several gates meets their gradients in the loop's order
     return norms if library.library() is not None and library.gemm(h0.dtype) is not None else None
 
 
-def _gains(norm: Norm) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if norm.affine is None else (norm.affine.weight, norm.affine.bias)
+@dataclass
+class _Made:
+    """What a pass leaves for the way back: h before the first step and after each ``(T + 1, n, H)``, the products
+    ``W h`` ``(k, T, n, H)``, the tables of their norms, and of a GRU the gates and the reset states."""
+
+    states: Tensor
+    products: Tensor
+    tables: Tensor
+    gates: Tensor | None
+    masked: Tensor | None
 
 
-class _Run:
-    """One pass of a layer over a sequence: what the kernels are told, and the memory they work in."""
+@dataclass(frozen=True)
+class _Layer:
+    """A layer over a sequence, as the kernels are told of it.
 
-    def __init__(self, cell: Cell, norms: list[Norm], calls: list[tuple[Fused, Told]], steps: int, h0: Tensor) -> None:
-        n, H = h0.shape
-        self.calls = calls
-        self.norms = norms
-        self.name = NAMES[type(cell)]
-        self.shape = (steps, n, H)
-        self.dtype = h0.dtype
-        told = calls[0][1]
-        self.room = told.room
-        self.layer = Layer(T=steps, n=n, H=H, room=told.room, scratch=told.room - 4 * told.slots)
-        self.layer.relu = getattr(cell, "nonlinearity", "tanh") == "relu"
-        self.layer.gemm = library.gemm(h0.dtype)
-        self.h0 = h0.detach().contiguous()
+    Attributes:
+        name: the kind of its cell.
+        calls: the compiled calls of the norms of the hidden path, and what they are told.
+        shape: ``(T, n, H)``.
+        relu: the candidate's non-linearity.
+    """
 
-    def forward(self, inputs: list[Tensor], weights: list[Tensor], gains: list[Tensor | None]) -> Tensor | None:
-        """h of every step, or None if something was not finite, with the memories as they were."""
-        k, new = len(self.calls), self.h0.new_empty
-        self.inputs = [a.detach().contiguous() for a in inputs]
-        self.products, self.tables = new(k, *self.shape), new(k, self.shape[0], self.room)
-        self.gates, self.masked = (new(k, *self.shape), new(self.shape)) if self.name == "gru" else (None, None)
-        out, spare = new(self.shape), new(self.shape[1:])
-        before = [(b, b.clone()) for fused, _ in self.calls for b in fused.H1.memory.buffers()]  # type: ignore[union-attr]
-        if not self._point(weights, gains):
+    name: str
+    calls: tuple[tuple[Fused, Told], ...]
+    shape: tuple[int, ...]
+    relu: bool
+
+    def forward(
+        self, h0: Tensor, inputs: list[Tensor], weights: list[Tensor], gains: list[Tensor | None]
+    ) -> _Made | None:
+        """What a pass makes, or None if something was not finite, with the memories as they were."""
+        (T, n, H), k, new = self.shape, len(self.calls), h0.new_empty
+        is_gru = self.name == "gru"
+        made = _Made(
+            states=new(T + 1, n, H),
+            products=new(k, T, n, H),
+            tables=new(k, T, self.calls[0][1].room),
+            gates=new(k, T, n, H) if is_gru else None,
+            masked=new(T, n, H) if is_gru else None,
+        )
+        made.states[0] = h0.detach()
+        layer = self._told(made, weights, gains)
+        if layer is None:
             return None
-        layer = self.layer
-        for i, path in enumerate(layer.path[:k]):
-            path.input = self.inputs[i].data_ptr()
-        layer.h0, layer.out, layer.spare = self.h0.data_ptr(), out.data_ptr(), spare.data_ptr()
-        if _kernel(f"{self.name}_forward", self.dtype)(ctypes.addressof(layer)):
+        inputs, spare = [a.detach().contiguous() for a in inputs], new(n, H)
+        for path, a in zip(layer.path, inputs, strict=False):
+            path.input = a.data_ptr()
+        layer.spare = spare.data_ptr()
+        before = [(b, b.clone()) for fused, _ in self.calls for b in fused.changing()]
+        if _kernel(f"{self.name}_forward", h0.dtype)(ctypes.addressof(layer)):
             for buffer, old in before:
                 buffer.copy_(old)
             return None
-        return out.flatten(0, 1)
+        return made
 
     def backward(
-        self,
-        dout: Tensor,
-        out: Tensor,
-        weights: list[Tensor],
-        gains: list[Tensor | None],
-        products: Tensor,
-        tables: Tensor,
-        gates: Tensor | None,
-        masked: Tensor | None,
+        self, dout: Tensor, made: _Made, weights: list[Tensor], gains: list[Tensor | None]
     ) -> tuple[Tensor | None, ...]:
         """Gradients of h0, the inputs, the weights and the gains."""
-        k, (T, n, H) = len(self.calls), self.shape
-        self.products, self.tables, self.gates, self.masked = products, tables, gates, masked
-        if not self._point(weights, gains):
+        k, (_, n, H) = len(self.calls), self.shape
+        layer = self._told(made, weights, gains)
+        if layer is None:
             raise RuntimeError("the memories of a recurrent layer were moved between its forward and backward pass")
         dout = dout.contiguous()
-        dproducts, dgates = torch.empty_like(products), torch.empty_like(products)
+        dproducts, dgates = torch.empty_like(made.products), torch.empty_like(made.products)
         dgains = dout.new_zeros(2, k, H)
         dh, dmasked, work = dout.new_zeros(n, H), dout.new_empty(n, H), dout.new_empty(2, H)
-        layer = self.layer
         for i, path in enumerate(layer.path[:k]):
             path.dproduct, path.dgate = dproducts[i].data_ptr(), dgates[i].data_ptr()
             path.dweight, path.dbias = dgains[0, i].data_ptr(), dgains[1, i].data_ptr()
-        layer.h0, layer.out, layer.dout = self.h0.data_ptr(), out.data_ptr(), dout.data_ptr()
-        layer.dh, layer.dmasked = dh.data_ptr(), dmasked.data_ptr()
-        _kernel(f"{self.name}_backward", self.dtype)(ctypes.addressof(layer), work.data_ptr())
-        previous = torch.cat([self.h0, out[: -n or None]]) if T > 1 else self.h0
-        entered = [previous] * k if masked is None else [previous, previous, masked.flatten(0, 1)]
+        layer.dout, layer.dh, layer.dmasked = dout.data_ptr(), dh.data_ptr(), dmasked.data_ptr()
+        _kernel(f"{self.name}_backward", dout.dtype)(ctypes.addressof(layer), work.data_ptr())
+        previous = made.states[:-1].flatten(0, 1)
+        entered = [previous] * k if made.masked is None else [previous, previous, made.masked.flatten(0, 1)]
         dweights = [dproducts[i].flatten(0, 1).T @ entered[i] for i in range(k)]
         dinputs = [dgates[i].flatten(0, 1) for i in range(k)]
-        by_norm = [None if gains[2 * i + j] is None else dgains[j, i] for i in range(k) for j in range(2)]
+        by_norm = [None if gain is None else dgains[j % 2, j // 2].to(gain.dtype) for j, gain in enumerate(gains)]
         return dh, *dinputs, *dweights, *by_norm
 
-    def _point(self, weights: list[Tensor], gains: list[Tensor | None]) -> bool:
-        """Tell where everything is; False if a memory is not where the kernels can read it."""
-        self.layer.threads = torch.get_num_threads()
-        if self.masked is not None:
-            self.layer.masked = self.masked.data_ptr()
-        for i, (fused, told) in enumerate(self.calls):
-            path = self.layer.path[i]
+    def _told(self, made: _Made, weights: list[Tensor], gains: list[Tensor | None]) -> Layer | None:
+        """Where everything is; None if a memory or a matrix is not where the kernels can read it."""
+        T, n, H = self.shape
+        dtype, told = made.states.dtype, self.calls[0][1]
+        layer = Layer(T=T, n=n, H=H, room=told.room, scratch=told.room - 4 * told.slots, relu=self.relu)
+        layer.gemm, layer.gemm_threads = library.gemm(dtype), library.gemm_threads()
+        layer.threads = torch.get_num_threads()
+        layer.states = made.states.data_ptr()
+        layer.masked = None if made.masked is None else made.masked.data_ptr()
+        layer.gains = [as_read(gain, told.dtype) for gain in gains]  # which live as long as they are pointed to
+        for i, (path, (fused, told)) in enumerate(zip(layer.path, self.calls, strict=False)):
             path.plan = told.address
-            path.h1 = fused.H1.address(told.dtype)  # type: ignore[union-attr]
-            path.h2 = None if fused.H2 is None else fused.H2.address(told.dtype)
+            path.h1, path.h2 = fused.addresses(told)
             if path.h1 is None or (fused.H2 is not None and path.h2 is None) or not weights[i].is_contiguous():
-                return False
+                return None
             path.matrix = weights[i].data_ptr()
-            gain, bias = gains[2 * i], gains[2 * i + 1]
-            path.weight = None if gain is None else gain.data_ptr()
-            path.bias = None if bias is None else bias.data_ptr()
-            path.product, path.tables = self.products[i].data_ptr(), self.tables[i].data_ptr()
-            path.gate = None if self.gates is None else self.gates[i].data_ptr()
-        return True
+            path.weight, path.bias = (
+                None if gain is None else gain.data_ptr() for gain in layer.gains[2 * i : 2 * i + 2]
+            )
+            path.product, path.tables = made.products[i].data_ptr(), made.tables[i].data_ptr()
+            path.gate = None if made.gates is None else made.gates[i].data_ptr()
+        return layer
 
 
 class _Scan(torch.autograd.Function):
     """The way back of a pass that has been computed."""
 
     @staticmethod
-    def forward(ctx: Any, run: _Run, out: Tensor, h0: Tensor, *tensors: Tensor | None) -> Tensor:
-        k = len(run.calls)
-        ctx.run = run
-        ctx.save_for_backward(out, *tensors[k:], run.products, run.tables, run.gates, run.masked)
-        run.inputs = run.products = run.tables = run.gates = run.masked = None  # type: ignore[assignment]
-        return out.view_as(out)
+    def forward(ctx: Any, layer: _Layer, made: _Made, h0: Tensor, *tensors: Tensor | None) -> Tensor:
+        k = len(layer.calls)
+        ctx.layer = layer
+        ctx.save_for_backward(*tensors[k:], made.states, made.products, made.tables, made.gates, made.masked)
+        return made.states[1:].flatten(0, 1).clone()  # what goes out may be changed in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        run, (out, *saved) = ctx.run, ctx.saved_tensors
-        k = len(run.calls)
-        found = run.backward(grads[0], out, saved[:k], saved[k : 3 * k], *saved[3 * k :])
-        return None, None, *found
+        layer, saved = ctx.layer, ctx.saved_tensors
+        k = len(layer.calls)
+        return None, None, *layer.backward(grads[0], _Made(*saved[3 * k :]), [*saved[:k]], [*saved[k : 3 * k]])
 
 
 @cache

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from streamnorm import kernels
 from streamnorm import op as _op
-from streamnorm.fused import Fused
+from streamnorm.fused import Fused, is_hooked
 from streamnorm.kernels import Definition, cpu
 from streamnorm.normop import Scale, Standardize
 from streamnorm.normref import BA1, SP2, NormRef
@@ -174,12 +174,13 @@ class Norm(nn.Module):
 
     def _normalize(self, x: Tensor, affine: nn.Module | None) -> Tensor:
         if self.training or self.H1 is None:
-            if self.steps > 1 and not self.reverse:
-                self._expect_first_call()
+            in_cycle = self.steps > 1 and not self.reverse and self._expect_first_call()
             y = self._fused(x, affine)
-            if y is not None:
-                return y
-            return self._train(x, affine)
+            if y is None:
+                y = self._train(x, affine)
+            if in_cycle:
+                self._calls.in_cycle = 1
+            return y
         y = self._test(x)
         return y if affine is None else affine(y)
 
@@ -193,10 +194,11 @@ class Norm(nn.Module):
             )
         return _op.normalize_fixed(view, self.definition, self.H1.estimate).reshape(x.shape)
 
-    def _expect_first_call(self) -> None:
-        """In a vectorized cycle, a second call would bring its mini-batches in another order than the loop does."""
+    def _expect_first_call(self) -> bool:
+        """Whether this is a call in a vectorized cycle. A second one would bring its mini-batches in another order than
+        the loop does."""
         if self._calls.in_cycle is None or self.H1 is None or _recomputing():
-            return
+            return False
         if self._calls.in_cycle:
             raise ValueError(
                 f"{self!r} is called twice in a vectorized cycle: all {self.steps} mini-batches of its first call "
@@ -204,14 +206,23 @@ class Norm(nn.Module):
                 "mini-batches (DAU(..., vectorize=False)), a layer for each place, or, if a call is a cycle, "
                 "vectorized() for each"
             )
-        self._calls.in_cycle = 1
+        return True
+
+    def compiled(self) -> Fused | Literal[False]:
+        """The layer's compiled calls, or False if there are none for it. Its definition, rules and memories may have
+        been replaced."""
+        modules: Any = self._modules
+        fused, H1, H2 = self._calls.fused, modules.get("H1"), modules.get("H2")
+        uses_estimate = self.policy.uses_estimate
+        if fused is None or (fused and not fused.is_of(self.definition, uses_estimate, H1, H2)):
+            served = Fused.serves(self.definition, H1, H2)
+            self._calls.fused = fused = served and Fused(self.definition, uses_estimate, H1, H2)
+        return fused
 
     def _fused(self, x: Tensor, affine: nn.Module | None) -> Tensor | None:
         """A training call by one compiled kernel, or None where that cannot be."""
         calls = self._calls
-        fused = calls.fused
-        if fused is None:
-            fused = calls.fused = self._fuse()
+        fused = self.compiled()
         H1 = self._modules.get("H1")
         if fused is False or not cpu.takes(x) or not kernels.may_use("cpu"):
             return None
@@ -221,7 +232,7 @@ class Norm(nn.Module):
         told = fused.told(x, steps, self.reverse, self._check)
         if told is None:
             return None
-        gains = _gains(affine) if told.has_gains else None
+        gains = gains_of(affine) if told.has_gains else None
         joined = gains is not None
         done = fused.normalize(x, told, *(gains or (None, None)))
         if done is None:
@@ -237,7 +248,7 @@ class Norm(nn.Module):
         if latest is None or len(latest) == 3:
             return None
         _, fused, told, tables, joined = latest
-        y = fused.again(x, told, tables, *((_gains(affine) if joined else None) or (None, None)))
+        y = fused.again(x, told, tables, *((gains_of(affine) if joined else None) or (None, None)))
         return y if affine is None or joined else affine(y)
 
     def _check(self, x: Tensor, steps: int) -> Tensor:
@@ -248,12 +259,6 @@ class Norm(nn.Module):
             self.moment.check_size(self.ref, count)
             self._calls.reference_size = count
         return view
-
-    def _fuse(self) -> Fused | Literal[False]:
-        H1, H2 = self.H1, self.H2
-        if not Fused.serves(self.definition, H1, H2):
-            return False
-        return Fused(self.definition, self.policy.uses_estimate, H1, H2)
 
     def _count(self, calls: Calls, latest: Any) -> None:
         calls.latest = latest
@@ -266,7 +271,7 @@ class Norm(nn.Module):
             )
 
     def _train(self, x: Tensor, affine: nn.Module | None) -> Tensor:
-        gains = _gains(affine)
+        gains = gains_of(affine)
         latest = self._calls.latest
         again = latest if self.H1 is not None and latest and len(latest) == 3 and _recomputing() else None
         # A sample is normalized by itself, however the first axis is cut; a recomputed call is cut as it was.
@@ -275,7 +280,7 @@ class Norm(nn.Module):
             return x.clone()
         recall = (again[1], again[2]) if again else None
         streams = _op.Streams(self.H1, self.H2, self.policy.uses_estimate, recall, self.reverse)
-        joined = gains is not None and _op.joins(view, self.definition)
+        joined = gains is not None and not x.is_inference() and _op.joins(view, self.definition)
         y, estimates, s = _op.normalize(view, self.definition, streams, *(gains if joined and gains else ()))
         if estimates is not None and s is not None and not again:
             self._count(self._calls, (self.steps, s, estimates))
@@ -339,14 +344,14 @@ def _check_pairing(ref: NormRef, moment: Lp, policy: Policy) -> None:
         raise ValueError(f'center="estimate" (Setting B) needs a running estimate and {policy!r} keeps none')
 
 
-def _gains(affine: nn.Module | None) -> tuple[Tensor, Tensor] | None:
-    """Gain and bias of a layer that does nothing else and that nobody has put a hook on."""
-    if type(affine) is not Affine or (
-        affine._forward_hooks or affine._forward_pre_hooks or affine._backward_hooks or affine._backward_pre_hooks
-    ):
+def gains_of(affine: nn.Module | None) -> tuple[Tensor, Tensor] | None:
+    """Gain and bias of an ``Affine``, one a feature on one device, that does nothing else and that nobody watches."""
+    if type(affine) is not Affine or is_hooked(affine):
         return None
     parameters: Any = affine._parameters
-    return parameters["weight"], parameters["bias"]
+    weight, bias = parameters["weight"], parameters["bias"]
+    c = affine.num_features
+    return (weight, bias) if weight.numel() == c == bias.numel() and weight.is_cpu == bias.is_cpu else None
 
 
 def _recomputing() -> bool:

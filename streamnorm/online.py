@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.optim import SGD
 
 from streamnorm.dau import Warmup, attach
@@ -72,6 +73,7 @@ class OnlineTrainer:
         self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
         self._plan = _Plan(model, optimizer, loss_fn)
         self.link = attach(model, optimizer, warmup)
+        self._own = [hook.id for hook in self.link.hooks]
 
     def step(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Train on one sample ``x (d,)`` or ``(1, d)`` with its ``target``, a class ``()`` or ``(1,)``, or values
@@ -86,7 +88,7 @@ class OnlineTrainer:
         lead = (1,) if x.ndim == 2 else ()
         self._check(x, target, lead)
         plan = self._plan
-        loss, output = torch.empty((), dtype=plan.dtype), torch.empty((*lead, plan.outputs), dtype=plan.dtype)
+        loss, output = x.new_empty(()), x.new_empty((*lead, plan.outputs))
         self._train(x, target, 1, loss, output)
         return loss, output
 
@@ -103,7 +105,7 @@ class OnlineTrainer:
         lead = (*x.shape[:1],)
         self._check(x, targets, lead)
         plan = self._plan
-        losses, outputs = torch.empty(lead, dtype=plan.dtype), torch.empty((*lead, plan.outputs), dtype=plan.dtype)
+        losses, outputs = x.new_empty(lead), x.new_empty((*lead, plan.outputs))
         self._train(x, targets, len(x), losses, outputs)
         return losses, outputs
 
@@ -161,9 +163,10 @@ class OnlineTrainer:
             or not may_use("cpu")
             or unseen()
             or any(plan.hooks)
+            or _has_any_global_hook()
+            or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in plan.params)
             or not plan.all_move
-            or len(optimizer._optimizer_step_pre_hooks) != 1
-            or len(optimizer._optimizer_step_post_hooks) != 1
+            or [*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks] != self._own
         ):
             return False
         for norm in plan.norms:
@@ -249,6 +252,8 @@ def _layers(model: nn.Module) -> list[_Layer]:
 def _why_not(module: nn.Module, last: _Layer | None) -> str | None:
     """What is against ``module`` after what came before it."""
     kind = type(module)
+    if "forward" in module.__dict__:
+        return "its forward method was replaced"
     if kind is nn.Linear:
         return None
     if kind not in (nn.ReLU, nn.LayerNorm, Norm, StreamingNorm, Affine):
@@ -356,7 +361,7 @@ class _Plan:
         self._owners: list[dict[str, Any]] = [m._modules for m in (model, *self.norms)]  # and those of tensors
         self._watched: list[Tensor] = []  # those whose data may be put elsewhere
         self._kept: list[Tensor] = []  # what addresses point to, so that nothing else can come to lie there
-        self._params: list[Tensor] = []
+        self.params: list[Tensor] = []
         self._told: list[tuple[Tensor, Any]] = []  # parameters and what C knows of them
         self._new: list[tuple[Tensor, Tensor]] = []  # momentum buffers that the optimizer does not have yet
         self._settings: list[tuple[Any, ...]] = []  # of the optimizer, as they were told last
@@ -364,16 +369,16 @@ class _Plan:
         self._rates = (_CRates * len(optimizer.param_groups))()
         for layer, c in zip(layers, self._layers, strict=True):
             self._fill(layer, c)
-        if len({p.data_ptr() for p in self._params}) < len(self._params):
+        if len({p.data_ptr() for p in self.params}) < len(self.params):
             raise ValueError("parameters share their memory, and each would move them. Use attach and a loop")
         self._owned = [owned for owner in self._owners for owned in owner.values()]
-        self.all_move = all(p.requires_grad and id(p) in self._groups for p in self._params)
+        self.all_move = all(p.requires_grad and id(p) in self._groups for p in self.params)
         self._where = [*map(Tensor.data_ptr, self._watched)]
-        self._require = [parameter.requires_grad for parameter in self._params]
+        self._require = [parameter.requires_grad for parameter in self.params]
         self._net: Any = _CNet(len(layers), self.loss, ctypes.addressof(self._layers), ctypes.addressof(self._rates))
         self.address = ctypes.addressof(self._net)
         if library.library() is not None:
-            self._kept.append(torch.empty(_scratch()(self.address), dtype=self.dtype))
+            self._kept.append(like.new_empty(_scratch()(self.address), requires_grad=False))
             self._net.scratch = self._kept[-1].data_ptr()
 
     def _fill(self, layer: _Layer, c: Any) -> None:
@@ -397,7 +402,7 @@ class _Plan:
             parameter = module._parameters[name]
             if parameter is not None:
                 c.at, c.group = self._address(name, parameter), self._groups.get(id(parameter), -1)
-                self._params.append(parameter)
+                self.params.append(parameter)
                 self._watched.append(parameter)
                 self._told.append((parameter, c))
 
@@ -422,7 +427,7 @@ class _Plan:
         return (
             all(map(is_, chain.from_iterable(map(dict.values, self._owners)), self._owned))
             and [*map(Tensor.data_ptr, self._watched)] == self._where
-            and [parameter.requires_grad for parameter in self._params] == self._require
+            and [parameter.requires_grad for parameter in self.params] == self._require
             and len(self.optimizer.param_groups) == len(self._rates)
         )
 
@@ -456,7 +461,7 @@ class _Plan:
     def written(self, moved: bool) -> None:
         """Tell torch what a compiled step has changed: autograd its versions, the optimizer its new averages."""
         if moved:
-            torch.autograd.graph.increment_version(self._params)
+            torch.autograd.graph.increment_version(self.params)
             for parameter, average in self._new:
                 self.optimizer.state[parameter]["momentum_buffer"] = average
 

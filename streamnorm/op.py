@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NoReturn
@@ -61,20 +62,19 @@ def unpack_row(row: Tensor, like: Tensor) -> Tensor:
     return row.to(like.dtype).reshape(like.shape[0], 1, *like.shape[2:])
 
 
-_latest = False
+_latest = ContextVar("_latest", default=False)
 
 
 @contextmanager
 def latest_statistics() -> Iterator[None]:
     """Calls inside will go back through N with the estimate that is H1's latest by then, not with the one that they
     used: the caveat of section 4.3. S goes back as ever. Only the composition of torch operations can do it."""
-    global _latest
-    before, _latest = _latest, True
+    token = _latest.set(True)
     try:
         with using("eager" if may_use("eager") else "generic"):
             yield
     finally:
-        _latest = before
+        _latest.reset(token)
 
 
 class _Normalize(torch.autograd.Function):
@@ -99,7 +99,7 @@ class _Normalize(torch.autograd.Function):
             assert estimate is not None
             mu_hat, sigma_hat = unpack_row(estimate[:, 0], mu), unpack_row(estimate[:, 1], sigma)
         ctx.kernel, ctx.definition, ctx.streams, ctx.ok = kernel, d, streams, ok
-        ctx.latest = streams.H1 if _latest and streams.uses_estimate else None
+        ctx.latest = streams.H1 if _latest.get() and streams.uses_estimate else None
         ctx.save_for_backward(x, gain, mu, sigma, center, mu_hat, sigma_hat)
         joined = {} if gain is None else {"gain": gain.to(mu.dtype), "shift": shift.to(mu.dtype)}  # type: ignore[union-attr]
         y = kernel.apply(data, d, mu_hat, sigma_hat, **joined).to(x.dtype)
@@ -239,5 +239,7 @@ def normalize_fixed(x: Tensor, definition: Definition, estimate: Tensor) -> Tens
     data = x.to(torch.promote_types(x.dtype, torch.float32))
     groups, features = x.shape[2], estimate.shape[1]
     place = [1] * (x.ndim - 4) if definition.ref.place == "all" else estimate.shape[2:]
-    mu_hat, sigma_hat = estimate.to(data.dtype).reshape(2, 1, 1, groups, features // groups, *place).unbind(0)
+    # A copy: what is saved for the way back must not move when training goes on before it.
+    constant = estimate.to(data.dtype, copy=True)
+    mu_hat, sigma_hat = constant.reshape(2, 1, 1, groups, features // groups, *place).unbind(0)
     return choose(definition, None).apply(data, definition, mu_hat, sigma_hat).to(x.dtype)

@@ -313,7 +313,8 @@ class Memory(nn.Module):
     @torch.no_grad()
     def clear(self) -> None:
         """Forget everything that was seen."""
-        self._write(self.rule.empty(tuple(self.estimate.shape)))
+        with self.estimate.device:  # whatever the default device of new tensors
+            self._write(self.rule.empty(tuple(self.estimate.shape)))
         for extra in (self.estimate, self.seen, self.skipped):
             extra.zero_()
         self._known = False

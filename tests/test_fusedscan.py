@@ -106,6 +106,91 @@ def test_what_is_not_finite_is_left_to_the_loop(where: int, taken: list[bool]) -
         torch.testing.assert_close(a, b, msg=name)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("net", [sn.NormRNN, sn.NormGRU])
+def test_units_shared_out_to_threads(net: Any, threads: int) -> None:
+    """Products so large that threads take a range of the units each; in one call the gradient is not finite."""
+    torch.manual_seed(3)
+    fast = net(7, 130, norm=NORMS["mixed"]).double()
+    slow = copy.deepcopy(fast)
+    before = torch.get_num_threads()
+    for call in range(3):
+        x, h0 = torch.randn(5, 70, 7).double(), torch.randn(1, 70, 130).double()
+        dy, dh = torch.randn(5, 70, 130).double(), torch.randn(1, 70, 130).double()
+        if call == 1:
+            dy[3, 0, 129] = float("inf")
+        try:
+            torch.set_num_threads(threads)
+            got = train(fast, x, h0, dy, dh)
+        finally:
+            torch.set_num_threads(before)
+        with using("eager"):
+            want = train(slow, x, h0, dy, dh)
+        for name, value in got.items():
+            finite = want[name].isfinite()
+            assert torch.equal(finite, value.isfinite()), f"call {call} {name}: not finite elsewhere than in the loop"
+            scale = max(want[name][finite].abs().max().item(), 1.0) if finite.any() else 1.0
+            bound = rounding(torch.float64, 70 * 130, scale)
+            assert (value - want[name])[finite].abs().max() <= bound if finite.any() else True, f"call {call} {name}"
+
+
+def test_the_state_may_be_carried_in_place() -> None:
+    """A pass keeps what it starts from; the loop would refuse to go back."""
+
+    def run(keep: bool) -> Tensor:
+        torch.manual_seed(4)
+        net, h = sn.NormRNN(4, 3).double(), torch.zeros(1, 8, 3).double()
+        h.copy_(net(torch.randn(5, 8, 4).double(), h)[1].detach())
+        output, last = net(torch.randn(5, 8, 4).double(), h.clone() if keep else h)
+        h.copy_(last.detach())
+        output.relu_().sum().backward()
+        grad = net.cells["l0"].weight_hh.grad
+        assert grad is not None
+        return grad
+
+    fast = run(keep=False)
+    with using("eager"):
+        torch.testing.assert_close(fast, run(keep=True))
+
+
+def test_what_a_relu_is_given_that_is_no_number_stays() -> None:
+    """A NaN that a ReLU would turn into 0 is left to the loop."""
+    net = sn.NormRNN(4, 3, nonlinearity="relu", norm=None, norm_h=sn.StreamingNorm).double()
+    slow = copy.deepcopy(net)
+    x = torch.randn(5, 8, 4).double()
+    x[2, 0, 0] = float("nan")
+    with torch.no_grad():
+        got = net(x)[0]
+        with using("eager"):
+            want = slow(x)[0]
+    assert torch.equal(got.isnan(), want.isnan())
+    assert want.isnan().any()
+    for a, b in zip(net.buffers(), slow.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gains_of_another_dtype() -> None:
+    def run() -> Tensor:
+        torch.manual_seed(5)
+        net = sn.NormRNN(4, 3, norm=sn.BatchNorm)
+        nn.init.uniform_(net.cells["l0"].norm_hh["h"].affine.bfloat16().weight)
+        return net(torch.randn(5, 8, 4))[0].detach()
+
+    fast = run()
+    with using("eager"):
+        torch.testing.assert_close(fast, run())
+
+
+def test_a_frozen_matrix_from_a_given_start_is_left_to_the_loop(taken: list[bool]) -> None:
+    """Nobody asks for a gradient at the first step then."""
+    net = sn.NormRNN(4, 3)
+    net.cells["l0"].weight_hh.requires_grad_(False)
+    net(torch.randn(5, 8, 4))[0].sum().backward()
+    net(torch.randn(5, 8, 4), torch.zeros(1, 8, 3, requires_grad=True))[0].sum().backward()
+    assert taken == [False, True]
+    assert net.cells["l0"].norm_hh["h"].H2.seen == 4 + 5
+
+
 def test_gradients_that_are_not_finite_stay_out_of_h2() -> None:
     net = sn.NormRNN(3, 4)
     net(torch.randn(5, 6, 3))[0].sum().backward()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 
 from torch import Tensor
@@ -26,7 +27,7 @@ BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "eager": eager, "generic": generi
 """Every backend by name, fastest first: compiled, in torch operations, by autograd."""
 
 _ORDER = {name: place for place, name in enumerate(BACKENDS)}
-_fastest = 0
+_fastest = ContextVar("_fastest", default=0)
 
 
 @contextmanager
@@ -36,19 +37,18 @@ def using(name: str | None) -> Iterator[None]:
     Raises:
         ValueError: for a name that is none.
     """
-    global _fastest
     if name is not None and name not in BACKENDS:
         raise ValueError(f"backends are {', '.join(BACKENDS)}, got {name!r}")
-    before, _fastest = _fastest, 0 if name is None else _ORDER[name]
+    token = _fastest.set(0 if name is None else _ORDER[name])
     try:
         yield
     finally:
-        _fastest = before
+        _fastest.reset(token)
 
 
 def may_use(name: str) -> bool:
     """Whether ``using`` allows this backend."""
-    return _ORDER[name] >= _fastest
+    return _ORDER[name] >= _fastest.get()
 
 
 def choose(definition: Definition, x: Tensor | None = None) -> ModuleType:

@@ -92,6 +92,7 @@ def takes(x: Tensor) -> bool:
         and x.dtype in NAMES
         and x.layout is torch.strided
         and not x.is_neg()
+        and not x.is_inference()
         and not unseen()
     )
 
@@ -103,6 +104,7 @@ def unseen() -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
     )
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-ABI = 3
+ABI = 4
 """What ``streamnorm_abi`` has to answer; raised there and here together."""
 
 ISAS = {"base": 0, "v3": 3, "v4": 4}
@@ -107,9 +107,20 @@ def function(name: str, argtypes: Sequence[Any], restype: Any = None) -> Callabl
 def gemm(dtype: torch.dtype) -> int | None:
     """Where the matrix product of torch's own BLAS is, in Fortran's convention with 32-bit integers; None: nowhere."""
     kind = {torch.float32: "s", torch.float64: "d"}[dtype]
+    return _in_torch(f"{kind}gemm".upper(), f"{kind}gemm_")  # MKL's, and what everybody else calls it
+
+
+@cache
+def gemm_threads() -> int | None:
+    """Where MKL takes the number of threads of the calling thread's products; None: another BLAS."""
+    return _in_torch("MKL_Set_Num_Threads_Local")
+
+
+def _in_torch(*names: str) -> int | None:
+    """The address of the first of these functions that torch's own library exports."""
     folder = Path(torch.__file__).parent / "lib"
     for file in sorted(folder.glob("libtorch_cpu*")):
-        for name in (f"{kind}gemm".upper(), f"{kind}gemm_"):  # MKL's, and what everybody else calls it
+        for name in names:
             try:
                 found = ctypes.CDLL(str(file), os.RTLD_NOLOAD)[name]
             except (OSError, AttributeError):

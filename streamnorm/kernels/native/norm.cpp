@@ -1,38 +1,10 @@
 // The exported kernels: a whole forward and a whole backward call, and the four functions they are made of.
-#include "columns.h"
+#include "direct.h"
 #include "rows.h"
-#include "slots.h"
 
 #include <stdlib.h>
 
 namespace {
-
-// Runs passes over the data of some slots on the calling thread.
-template <class K, class T> struct Direct {
-    typedef A_<T> A;
-    const Job<T> &J;
-    const T *x, *dy;
-    T *y, *dx;
-    Work<A> w;
-    Direct(const Job<T> &job, int64_t at) : J(job), x(job.x + at), dy(job.dy), y(job.y), dx(job.dx) {
-        if (dy) dy += at;
-        if (y) y += at;
-        if (dx) dx += at;
-    }
-    void first(int64_t n, A *out) { K::first(J.p, x, n, out); }
-    template <int P, bool map> void moments(int64_t n) {
-        if (map && J.past) K::template moments_pass<P, map, map>(J.p, x, y, n, J.p.r0, w, w.s1, w.s2);
-        else K::template moments_pass<P, map, false>(J.p, x, y, n, J.p.r0, w, w.s1, w.s2);
-    }
-    void map(int64_t n) {
-        if (J.past) K::template map_pass<true>(J.p, x, y, n, J.p.r0, w);
-        else K::template map_pass<false>(J.p, x, y, n, J.p.r0, w);
-    }
-    template <int p, bool sums> void grads(int64_t n) {
-        if (p && J.past) K::template grads_pass<p, sums, p != 0>(J.p, x, dy, dx, n, J.p.r0, w, w.s1, w.s2);
-        else K::template grads_pass<p, sums, false>(J.p, x, dy, dx, n, J.p.r0, w, w.s1, w.s2);
-    }
-};
 
 // Runs passes over many rows of columns on all threads, a block of rows each; their sums are added in order.
 template <class T> struct Blocks {
@@ -102,13 +74,11 @@ template <class T> struct Blocks {
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-template <class T> int64_t elements(const sn_plan &p) { return p.k0 * p.k1 * p.r0 * p.r1 * p.L; }
-
 // f(arrival, first slot a, n slots, offset of their data within a step) over all slots, in parallel; the arrivals of a slot
 // in order if they depend on each other.
 template <class T, class F> void over_slots(const sn_plan &p, int threads, bool in_order, bool once, const F &f) {
     int64_t across = p.columns ? p.L : p.k1, groups = p.columns ? p.k1 : 1, width;
-    if (elements<T>(p) < SERIAL) threads = 1;
+    if (elements(p) < SERIAL) threads = 1;
     if (p.columns) {
         constexpr int64_t LINE = 64 / sizeof(T);
         width = least(TILE, ceil_div(ceil_div(across, threads), LINE) * LINE);
@@ -165,40 +135,15 @@ template <class T, class F> bool run(const Job<T> &J, int threads, bool in_order
     return !wrong;
 }
 
-template <class T> bool past_caches(const sn_plan &p, const T *out) {
-    int64_t bytes = elements<T>(p) * (int64_t)sizeof(T);
-    if (sizeof(T) == 8 || bytes < (p.columns ? PAST_CACHES : PAST_CACHES_ROWS)) return false;
-    return (uintptr_t)out % 64 == 0 && p.L * sizeof(T) % 64 == 0;
-}
-
-template <class T> Job<T> job(const sn_plan *p, const sn_memory *h, const void *x, const void *weight, A_<T> *saved) {
-    Job<T> J{};
-    J.p = *p;
-    J.h = h;
-    J.S = p->k1 * (p->columns ? p->L : 1);
-    J.count = (A_<T>)(p->r0 * p->r1 * (p->columns ? 1 : p->L));
-    J.x = (const T *)x;
-    J.weight = (const A_<T> *)weight;
-    int64_t K = p->k0 * J.S;
-    J.mu = saved, J.sigma = saved + K, J.est_mu = saved + 2 * K, J.est_sigma = saved + 3 * K, J.tilt = saved + 4 * K;
-    return J;
-}
-
 // saved: 5 tables (k0, S); scratch: (2, S). Returns 0, or 1 if something was not finite and the memory is as it was.
 template <class T>
 int forward(const sn_plan *p, const sn_memory *h, const void *x, const void *weight, const void *bias, void *y,
             A_<T> *saved, A_<T> *scratch, int threads) {
-    Job<T> J = job<T>(p, h, x, weight, saved);
-    J.bias = (const A_<T> *)bias;
-    J.y = (T *)y;
-    J.fresh = scratch;
-    J.past = past_caches(*p, J.y);
-    // A mean absolute deviation about the mini-batch's own mean needs that mean first.
-    J.once = p->uses_estimate && ahead(h) && !(p->p == 1 && p->center == 0);
+    Job<T> J = forward_job<T>(p, h, x, weight, bias, y, saved, scratch);
     if (!run<T>(J, threads, h != nullptr, [&](int64_t, int64_t j, int64_t a, int64_t n, auto &e) { return forward_step(J, j, a, n, e); }))
         return 1;
     int64_t end = (p->k0 - 1) * J.S;
-    if (h) commit(*h, J.S, p->k0, J.fresh, J.est_mu + end, J.est_sigma + end);
+    if (h) commit(*h, J.S, 0, J.S, J.fresh, J.est_mu + end, J.est_sigma + end), arrived(*h, p->k0);
     return 0;
 }
 
@@ -206,19 +151,11 @@ int forward(const sn_plan *p, const sn_memory *h, const void *x, const void *wei
 template <class T>
 int backward(const sn_plan *p, const sn_memory *h, const void *x, const void *weight, const void *dy, A_<T> *saved,
              A_<T> *scratch, void *dx, void *dweight, void *dbias, int threads) {
-    Job<T> J = job<T>(p, h, x, weight, saved);
-    J.dy = (const T *)dy;
-    J.dx = (T *)dx;
-    J.fresh = scratch;
-    J.last = scratch + 2 * J.S;
-    J.dweight = (A_<T> *)dweight;
-    J.dbias = (A_<T> *)dbias;
-    J.past = dx && past_caches(*p, J.dx);
-    J.once = dx && ahead(h);
+    Job<T> J = backward_job<T>(p, h, x, weight, dy, saved, scratch, dx, dweight, dbias);
     bool in_order = h || weight || dweight;
     if (!run<T>(J, threads, in_order, [&](int64_t i, int64_t j, int64_t a, int64_t n, auto &e) { return backward_step(J, i, j, a, n, e); }) && h)
         return 1;
-    if (h) commit(*h, J.S, p->k0, J.fresh, J.last, J.last + J.S);
+    if (h) commit(*h, J.S, 0, J.S, J.fresh, J.last, J.last + J.S), arrived(*h, p->k0);
     return 0;
 }
 

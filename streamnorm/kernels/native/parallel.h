@@ -2,6 +2,8 @@
 // points of torch's own (`streamnorm_use`), or nulls, with which every loop runs serially (also in a forked child, whose
 // runtime has lost its threads).
 #pragma once
+#include <sched.h>
+
 #include "isa.h"
 
 extern "C" {
@@ -35,6 +37,45 @@ SN_INLINE void parallel(int64_t tasks, int threads, const Body &body) {
         return;
     }
     for (int64_t t = 0; t < tasks; t++) body(t);
+}
+
+// One of some threads that go through the same steps and wait for each other between them.
+struct sn_member {
+    struct Meeting { int there = 0, round = 0; };
+    Meeting &meeting;
+    int number, members;
+
+    void wait() const {  // for all members
+        if (members == 1) return;
+        int now = __atomic_load_n(&meeting.round, __ATOMIC_ACQUIRE);
+        if (__atomic_add_fetch(&meeting.there, 1, __ATOMIC_ACQ_REL) == members) {
+            __atomic_store_n(&meeting.there, 0, __ATOMIC_RELAXED);
+            __atomic_store_n(&meeting.round, now + 1, __ATOMIC_RELEASE);
+            return;
+        }
+        for (int spins = 0; __atomic_load_n(&meeting.round, __ATOMIC_ACQUIRE) == now; spins++) {
+            if (spins >= 4096) sched_yield();  // this core may be wanted by the very thread that is waited for
+#if defined(__x86_64__)
+            else __builtin_ia32_pause();
+#endif
+        }
+    }
+};
+
+// body(member) on each of at most `threads` threads, all at the same time.
+template <class Body>
+SN_INLINE void together(int threads, const Body &body) {
+    sn_member::Meeting meeting;
+    if (threads < 2 || !sn_parallel_) return body(sn_member{meeting, 0, 1});
+    struct Region {
+        const Body &body;
+        sn_member::Meeting &meeting;
+        static void run(void *self) {
+            auto *region = static_cast<Region *>(self);
+            region->body(sn_member{region->meeting, sn_thread_(), sn_threads_()});
+        }
+    } region{body, meeting};
+    sn_parallel_(&Region::run, &region, (unsigned)threads, 0);
 }
 
 }  // namespace

@@ -10,15 +10,14 @@ template <class T> struct Rows {
 
     static constexpr int MOST = 64;                // slots that are worked on together
 
-    // Calls f(slot, offset of the row, how far ahead to fetch) for every row of n slots, in the order of memory where that can be, and between(is
-    // it the last) after each r0.
-    template <class F, class G> SN_INLINE void each(const sn_plan &p, int64_t n, const F &f, const G &between) {
+    // Calls f(slot, offset of the row, how far ahead to fetch) for every row of n slots, in the order of memory where
+    // that can be.
+    template <class F> SN_INLINE void each(const sn_plan &p, int64_t n, const F &f) {
         for (int64_t r0 = 0; r0 < p.r0; r0++) {
             // From a row to that of the same slot in the next sample, which no hardware foresees.
             int64_t next = r0 + 1 < p.r0 ? p.xr0 : 0;
             for (int64_t t = 0; t < n; t++)
                 for (int64_t r1 = 0; r1 < p.r1; r1++) f(t, r0 * p.xr0 + t * p.xk1 + r1 * p.xr1, next);
-            between(r0 + 1 == p.r0);
         }
     }
 
@@ -46,28 +45,26 @@ template <class T> struct Rows {
     struct Sums {
         vec<A> s[MOST], q[MOST];
         double S[MOST], Q[MOST];
-        int64_t n, since = 0;
+        int64_t since[MOST], n;
         Sums(int64_t slots) : n(slots) {
-            for (int64_t t = 0; t < n; t++) s[t] = q[t] = vec<A>{}, S[t] = Q[t] = 0;
+            for (int64_t t = 0; t < n; t++) s[t] = q[t] = vec<A>{}, S[t] = Q[t] = 0, since[t] = 0;
         }
         SN_MEMBER void flush(int64_t t, vec<A> *a, vec<A> *b) {  // of a row that is still under way
             S[t] += total<A>((a[0] + a[1]) + (a[2] + a[3]));
             Q[t] += total<A>((b[0] + b[1]) + (b[2] + b[3]));
             for (int u = 0; u < 4; u++) a[u] = b[u] = vec<A>{};
         }
-        SN_MEMBER void add(int64_t t, vec<A> *a, vec<A> *b) {
+        SN_MEMBER void add(int64_t t, int64_t values, vec<A> *a, vec<A> *b) {  // at the end of a row
             s[t] += (a[0] + a[1]) + (a[2] + a[3]);
             q[t] += (b[0] + b[1]) + (b[2] + b[3]);
+            if ((since[t] += values) >= FLUSH) drain(t);
         }
-        void between(int64_t values, bool last, A *s1, A *s2) {
-            since += values;
-            if (since < FLUSH && !last) return;
-            since = 0;
-            for (int64_t t = 0; t < n; t++) {
-                S[t] += total<A>(s[t]), Q[t] += total<A>(q[t]);
-                s[t] = q[t] = vec<A>{};
-                if (last) s1[t] = (A)S[t], s2[t] = (A)Q[t];
-            }
+        void drain(int64_t t) {
+            S[t] += total<A>(s[t]), Q[t] += total<A>(q[t]);
+            s[t] = q[t] = vec<A>{}, since[t] = 0;
+        }
+        void finish(A *s1, A *s2) {
+            for (int64_t t = 0; t < n; t++) drain(t), s1[t] = (A)S[t], s2[t] = (A)Q[t];
         }
     };
 
@@ -90,10 +87,9 @@ template <class T> struct Rows {
             };
             auto flush = [&] { sums.flush(t, s, q); };
             walk<past>(p.L, step, flush);
-            sums.add(t, s, q);
-        }, [&](bool last) {
-            sums.between(p.r1 * p.L, last, s1, s2);
+            sums.add(t, p.L, s, q);
         });
+        sums.finish(s1, s2);
     }
     template <bool past> static void map_pass(const sn_plan &p, const T *x, T *y, int64_t n, int64_t, const Work<A> &w) {
         each(p, n, [&](int64_t t, int64_t at, int64_t) {
@@ -104,7 +100,7 @@ template <class T> struct Rows {
                 put<T, span, nt>(to + i, k, (take<T, span>(in + i, k) - M) * Av + B);
             };
             walk<past>(p.L, step, [] {});
-        }, [](bool) {});
+        });
     }
     // m = 0: the sums alone; otherwise dx as well, with the slope of that moment.
     template <int m, bool with_sums, bool past>
@@ -128,10 +124,9 @@ template <class T> struct Rows {
             };
             auto flush = [&] { if (with_sums) sums.flush(t, s, q); };
             walk<past>(p.L, step, flush);
-            if (with_sums) sums.add(t, s, q);
-        }, [&](bool last) {
-            if (with_sums) sums.between(p.r1 * p.L, last, s1, s2);
+            if (with_sums) sums.add(t, p.L, s, q);
         });
+        if (with_sums) sums.finish(s1, s2);
     }
     // The first value of every slot.
     static void first(const sn_plan &p, const T *x, int64_t n, A *out) {

@@ -1,14 +1,18 @@
 // Recurrent layers over all time steps in one call, forward and backward, with normalization in the recurrence.
 //
 // What is done in a step: matrix products by torch's own BLAS, handed over as a pointer; the normalization of each product
-// by the kernels of norm.cpp, with its memories; and the gates. What does not depend on the step before is done outside: the
-// input's products and their normalization before, the gradients of the weights after. All matrices are dense, features last.
-#include "norm.h"
+// as in slots.h, with its memories; and the gates. What does not depend on the step before is done outside: the input's
+// products and their normalization before, the gradients of the weights after. All matrices are dense, features last.
+//
+// A thread has a range of the hidden units, whose products, statistics and gates are its own. It waits for the others
+// where a product needs what all of them have made: once or twice a step.
+#include "direct.h"
 
 namespace {
 
 typedef void (*sn_gemm)(const char *, const char *, const int *, const int *, const int *, const void *, const void *,
                         const int *, const void *, const int *, const void *, void *, const int *);
+typedef int (*sn_gemm_threads)(int);  // takes a number for the calling thread, returns the one of before
 
 }  // namespace
 
@@ -30,33 +34,15 @@ struct sn_layer {
     int64_t T, n, H, room, scratch;    // room: values in a step's tables, the last of them from `scratch` on to work in
     int32_t relu, threads;
     sn_gemm gemm;
+    sn_gemm_threads gemm_threads;      // or null, where nothing can be told
     sn_path path[3];                   // RNN: one; GRU: reset, update, candidate
-    const void *h0;                    // (n, H)
-    void *out;                         // (T, n, H)
+    void *states;                      // (T + 1, n, H): h before the first step, which is given, and after each
     void *masked;                      // GRU: (T, n, H): reset times h before
     const void *dout;                  // (T, n, H)
     void *dh, *dmasked, *spare;        // (n, H): the gradient that goes back in time; GRU; room for a norm's output
 };
 
-#define SN_CALLS(name)                                                                                                 \
-    extern "C" int SN_JOIN(forward_##name, SN_ISA)(const sn_plan *, const sn_memory *, const void *, const void *,     \
-                                                   const void *, void *, void *, void *, int);                        \
-    extern "C" int SN_JOIN(backward_##name, SN_ISA)(const sn_plan *, const sn_memory *, const void *, const void *,    \
-                                                    const void *, void *, void *, void *, void *, void *, int);
-SN_CALLS(f32)
-SN_CALLS(f64)
-
 namespace {
-
-template <class A> struct calls;
-template <> struct calls<float> {
-    static constexpr auto forward = SN_JOIN(forward_f32, SN_ISA);
-    static constexpr auto backward = SN_JOIN(backward_f32, SN_ISA);
-};
-template <> struct calls<double> {
-    static constexpr auto forward = SN_JOIN(forward_f64, SN_ISA);
-    static constexpr auto backward = SN_JOIN(backward_f64, SN_ISA);
-};
 
 // e^x by its remainder after powers of 2, to about one unit in the last place.
 SN_INLINE vec<float> exponential(vec<float> x) {
@@ -95,143 +81,271 @@ SN_INLINE vec<double> tangent(vec<double> x) {
 }
 
 template <class A> SN_INLINE vec<A> activate(vec<A> x, bool relu) {
-    return relu ? choose<A>((mask<A>)(x > vec<A>{}), x, vec<A>{}) : tangent(x);
+    return relu ? choose<A>((mask<A>)(x < vec<A>{}), vec<A>{}, x) : tangent(x);  // what is no number stays
 }
 // The derivative from what comes out.
 template <class A> SN_INLINE vec<A> slope_at(vec<A> y, bool relu) {
-    return relu ? choose<A>((mask<A>)(y > vec<A>{}), all((A)1), vec<A>{}) : all((A)1) - y * y;
+    return relu ? choose<A>((mask<A>)(y <= vec<A>{}), vec<A>{}, all((A)1)) : all((A)1) - y * y;
 }
 
+// H1 or H2 of a path as one thread sees it. The tables are everybody's, each thread has its range of them; every thread
+// counts by itself, and all of them the same.
+struct Memory {
+    const sn_memory *shared;
+    int64_t count = 0, updates = 0, seen = 0, skipped = 0;
+    sn_memory own{};
+    explicit Memory(const sn_memory *memory) : shared(memory) {
+        if (!shared) return;
+        own = *shared;
+        count = *own.count, updates = *own.updates, seen = *own.seen, skipped = *own.skipped;
+        own.count = &count, own.updates = &updates, own.seen = &seen, own.skipped = &skipped;
+    }
+    Memory(const Memory &) = delete;
+    const sn_memory *use() const { return shared ? &own : nullptr; }
+    void write_back() const {
+        if (shared) *shared->count = count, *shared->seen = seen, *shared->skipped = skipped;
+    }
+};
+
+// What the threads tell each other: whether something on a path was not finite, at an even and at an odd step.
+struct News { int wrong[2][3] = {}; };
+
+// A layer as one thread computes it: the hidden units from .. from+wide.
 template <class A> struct Scan {
+    typedef Direct<Columns<A>, A> Passes;
     const sn_layer &l;
-    int64_t size;  // of a step
-    explicit Scan(const sn_layer &layer) : l(layer), size(layer.n * layer.H) {}
+    const sn_member &member;
+    News &news;
+    int64_t size, from, wide;  // size: of a step
+    Memory memory[3];          // H1 forward, H2 backward
+    A *dw, *db;                // (H): of one step
+
+    Scan(const sn_layer &layer, const sn_member &who, News &shared, bool back, A *work)
+        : l(layer), member(who), news(shared), size(layer.n * layer.H),
+          memory{Memory(of(0, back)), Memory(of(1, back)), Memory(of(2, back))}, dw(work), db(work + layer.H) {
+        from = edge(member.number), wide = edge(member.number + 1) - from;
+    }
+    const sn_memory *of(int i, bool back) const { return back ? l.path[i].h2 : l.path[i].h1; }
+    int64_t edge(int k) const {  // whole vectors, as even as they can be
+        constexpr int W = lanes<A>::W;
+        return k == member.members ? l.H : (l.H * k / member.members + W / 2) / W * W;
+    }
+    // After the last step, when all have taken it.
+    void write_back() const {
+        member.wait();
+        if (member.number == 0)
+            for (const Memory &m : memory) m.write_back();
+    }
 
     A *at(void *p, int64_t t) const { return (A *)p + t * size; }
     const A *at(const void *p, int64_t t) const { return (const A *)p + t * size; }
-    const A *before(int64_t t) const { return t ? at((const void *)l.out, t - 1) : (const A *)l.h0; }
+    const A *before(int64_t t) const { return at((const void *)l.states, t); }
+    A *after(int64_t t) const { return at(l.states, t + 1); }
     A *tables(const sn_path &p, int64_t t) const { return (A *)p.tables + t * l.room; }
 
-    // y (n, H) = x W^T, or x W
+    // y (n, H) = x W^T, or x W, of this thread's units
     void multiply(const void *W, bool transposed, const A *x, A *y, A keep) const {
-        const A one = 1;
-        const int H = (int)l.H, n = (int)l.n;
-        l.gemm(transposed ? "T" : "N", "N", &H, &n, &H, &one, W, &H, x, &H, &keep, y, &H);
+        if (!wide) return;
+        const A one = 1, *part = (const A *)W + from * (transposed ? l.H : 1);
+        const int H = (int)l.H, n = (int)l.n, units = (int)wide;
+        l.gemm(transposed ? "T" : "N", "N", &units, &n, &H, &one, part, &H, x, &H, &keep, y + from, &H);
     }
-    // f(i, k) over a step, a vector at a time
-    template <class F> SN_INLINE void each(int64_t size, const F &f) {
-        constexpr int W = lanes<A>::W;
-        int64_t i = 0;
-        for (; i + W <= size; i += W) f(i, W);
-        if (i < size) f(i, (int)(size - i));
+    // f(i, k) over this thread's part of a step, a vector at a time
+    template <class F> SN_MEMBER void each(const F &f) const {
+        const bool whole = wide == l.H;
+        for (int64_t r = 0; r < (whole ? 1 : l.n); r++)
+            slots<A>(whole ? size : wide, [&, at = r * l.H + from](int64_t i, int k) { f(at + i, k); });
     }
-    SN_INLINE vec<A> get(const A *p, int64_t i, int k) { return k == lanes<A>::W ? load(p + i) : load_part(p + i, k); }
-    SN_INLINE void put_at(A *p, int64_t i, int k, vec<A> v) {
-        if (k == lanes<A>::W) store(p + i, v);
-        else store_part(p + i, k, v);
+    SN_INLINE vec<A> get(const A *p, int64_t i, int k) { return table(p + i, k); }
+    SN_INLINE void put_at(A *p, int64_t i, int k, vec<A> v) { keep(p + i, k, v); }
+    // step(first unit, units) over this thread's units; whether all was finite
+    template <class F> bool tiles(const F &step) const {
+        bool fine = true;
+        for (int64_t a = from; a < from + wide; a += TILE) {
+            int64_t left = from + wide - a;
+            fine &= step(a, left < TILE ? left : TILE);
+        }
+        return fine;
     }
 
-    bool normalize(const sn_path &p, int64_t t, const A *x, A *y) const {
+    // y = norm(W x)
+    void normalize(int i, int64_t t, const A *x, A *y) {
+        const sn_path &p = l.path[i];
         multiply(p.matrix, true, x, at(p.product, t), 0);
-        return !calls<A>::forward(p.plan, p.h1, at(p.product, t), p.weight, p.bias, y, tables(p, t),
-                                  tables(p, t) + l.scratch, l.threads);
+        const sn_memory *h1 = memory[i].use();
+        Job<A> J = forward_job<A>(p.plan, h1, at(p.product, t), p.weight, p.bias, y, tables(p, t), tables(p, t) + l.scratch);
+        bool fine = tiles([&](int64_t a, int64_t n) {
+            Passes e(J, a);
+            return forward_step(J, 0, a, n, e);
+        });
+        if (!fine) __atomic_store_n(&news.wrong[0][i], 1, __ATOMIC_RELAXED);
+        if (!h1) return;
+        commit(*h1, J.S, from, wide, J.fresh, J.est_mu, J.est_sigma);
+        arrived(*h1, 1);
     }
-    // From the gradient at the gate's input to that of its product; G leaves out what is not finite.
-    void denormalize(const sn_path &p, int64_t t, A *dw, A *db) const {
-        auto call = [&](const sn_memory *h2) {
-            return calls<A>::backward(p.plan, h2, at((const void *)p.product, t), p.weight, at((const void *)p.dgate, t),
-                                      tables(p, t), tables(p, t) + l.scratch, at(p.dproduct, t), dw, db, l.threads);
-        };
-        if (call(p.h2) && p.h2) call(nullptr), ++*skipped(p);
+    Job<A> way_back(const sn_path &p, int64_t t, const sn_memory *h2) const {
+        return backward_job<A>(p.plan, h2, at((const void *)p.product, t), p.weight, at((const void *)p.dgate, t),
+                               tables(p, t), tables(p, t) + l.scratch, at(p.dproduct, t), dw, db);
+    }
+    bool denormalize(const Job<A> &J) const {
+        return tiles([&](int64_t a, int64_t n) {
+            Passes e(J, a);
+            return backward_step(J, 0, 0, a, n, e);
+        });
+    }
+    // From the gradient at the gate's input to that of its product, if G takes it in: `settle` will know.
+    void denormalize(int i, int64_t t) {
+        const sn_path &p = l.path[i];
+        if (!denormalize(way_back(p, t, memory[i].use())))
+            __atomic_store_n(&news.wrong[t & 1][i], 1, __ATOMIC_RELAXED);
         A *sum_w = (A *)p.dweight, *sum_b = (A *)p.dbias;
-        for (int64_t i = 0; i < l.H; i++) sum_w[i] += dw[i], sum_b[i] += db[i];
+        for (int64_t u = from; u < from + wide; u++) sum_w[u] += dw[u], sum_b[u] += db[u];
     }
-    int64_t *skipped(const sn_path &p) const { return p.h2->skipped; }
+    // Once all have done so: G takes in what arrived, or leaves it out if any of it is not finite. Returns whether
+    // that changed the gradients of products, for which all have to wait.
+    bool settle(int i, int64_t t) {
+        const sn_path &p = l.path[i];
+        const sn_memory *h2 = memory[i].use();
+        if (!h2) return false;
+        Job<A> J = way_back(p, t, h2);
+        if (__atomic_load_n(&news.wrong[t & 1][i], __ATOMIC_RELAXED)) {
+            J.refused = true;
+            denormalize(J);
+            ++*h2->skipped;
+            return true;
+        }
+        commit(*h2, J.S, from, wide, J.fresh, J.last, J.last + J.S);
+        arrived(*h2, 1);
+        return false;
+    }
+    // Between the first and the last wait of a step: all have read the news of the step before, and none of the step to
+    // come has any yet.
+    void forget(int64_t t) {
+        if (member.number == 0)
+            for (int &wrong : news.wrong[(t + 1) & 1]) __atomic_store_n(&wrong, 0, __ATOMIC_RELAXED);
+    }
 
     // h = f(x + norm(W h))
-    int rnn_forward() const {
+    void rnn_forward() {
         for (int64_t t = 0; t < l.T; t++) {
-            const sn_path &p = l.path[0];
-            A *y = (A *)l.spare, *out = at(l.out, t);
-            if (!normalize(p, t, before(t), y)) return 1;
-            const A *x = at(p.input, t);
-            each(size, [&](int64_t i, int k) { put_at(out, i, k, activate<A>(get(x, i, k) + get(y, i, k), l.relu)); });
+            A *y = (A *)l.spare, *out = after(t);
+            normalize(0, t, before(t), y);
+            const A *x = at(l.path[0].input, t);
+            each([&](int64_t i, int k) { put_at(out, i, k, activate<A>(get(x, i, k) + get(y, i, k), l.relu)); });
+            member.wait();
         }
-        return 0;
+        write_back();
     }
-    void rnn_backward(A *dw, A *db) const {
+    void rnn_backward() {
         const sn_path &p = l.path[0];
         A *dh = (A *)l.dh;
         for (int64_t t = l.T - 1; t >= 0; t--) {
-            const A *out = at((const void *)l.out, t), *dout = at(l.dout, t);
+            const A *out = after(t), *dout = at(l.dout, t);
             A *da = at(p.dgate, t);
-            each(size, [&](int64_t i, int k) {
+            each([&](int64_t i, int k) {
                 put_at(da, i, k, (get(dh, i, k) + get(dout, i, k)) * slope_at<A>(get(out, i, k), l.relu));
             });
-            denormalize(p, t, dw, db);
+            denormalize(0, t);
+            member.wait();
+            if (settle(0, t)) member.wait();
+            forget(t);
             multiply(p.matrix, false, at(p.dproduct, t), dh, 0);
+            member.wait();
         }
+        write_back();
     }
 
     // r, z = sigmoid(x + norm(W h)); c = f(x + norm(W (r h))); h = z c + (1 - z) h
-    int gru_forward() const {
+    void gru_forward() {
         const sn_path &R = l.path[0], &Z = l.path[1], &C = l.path[2];
         for (int64_t t = 0; t < l.T; t++) {
             const A *h = before(t), *xr = at(R.input, t), *xz = at(Z.input, t), *xc = at(C.input, t);
-            A *r = at(R.gate, t), *z = at(Z.gate, t), *c = at(C.gate, t), *rh = at(l.masked, t), *out = at(l.out, t);
+            A *r = at(R.gate, t), *z = at(Z.gate, t), *c = at(C.gate, t), *rh = at(l.masked, t), *out = after(t);
             A *y = (A *)l.spare;
-            if (!normalize(R, t, h, r) || !normalize(Z, t, h, z)) return 1;
-            each(size, [&](int64_t i, int k) {
+            normalize(0, t, h, r);
+            normalize(1, t, h, z);
+            each([&](int64_t i, int k) {
                 vec<A> g = sigmoid<A>(get(xr, i, k) + get(r, i, k));
                 put_at(r, i, k, g);
                 put_at(rh, i, k, g * get(h, i, k));
                 put_at(z, i, k, sigmoid<A>(get(xz, i, k) + get(z, i, k)));
             });
-            if (!normalize(C, t, rh, y)) return 1;
-            each(size, [&](int64_t i, int k) {
+            member.wait();
+            normalize(2, t, rh, y);
+            each([&](int64_t i, int k) {
                 vec<A> fresh = activate<A>(get(xc, i, k) + get(y, i, k), l.relu), old = get(h, i, k);
                 put_at(c, i, k, fresh);
                 put_at(out, i, k, old + get(z, i, k) * (fresh - old));
             });
+            member.wait();
         }
-        return 0;
+        write_back();
     }
-    void gru_backward(A *dw, A *db) const {
+    void gru_backward() {
         const sn_path &R = l.path[0], &Z = l.path[1], &C = l.path[2];
         A *dh = (A *)l.dh, *drh = (A *)l.dmasked;
         for (int64_t t = l.T - 1; t >= 0; t--) {
             const A *h = before(t), *dout = at(l.dout, t);
             const A *r = at((const void *)R.gate, t), *z = at((const void *)Z.gate, t), *c = at((const void *)C.gate, t);
             A *dr = at(R.dgate, t), *dz = at(Z.dgate, t), *dc = at(C.dgate, t);
-            each(size, [&](int64_t i, int k) {
+            each([&](int64_t i, int k) {
                 vec<A> g = get(dh, i, k) + get(dout, i, k), u = get(z, i, k), fresh = get(c, i, k);
                 put_at(dc, i, k, g * u * slope_at<A>(fresh, l.relu));
                 put_at(dz, i, k, g * (fresh - get(h, i, k)) * u * (all((A)1) - u));
                 put_at(dh, i, k, g * (all((A)1) - u));
             });
-            denormalize(C, t, dw, db);
+            denormalize(2, t);
+            denormalize(1, t);
+            member.wait();
+            if (settle(2, t) | settle(1, t)) member.wait();
+            forget(t);
             multiply(C.matrix, false, at(C.dproduct, t), drh, 0);
-            each(size, [&](int64_t i, int k) {
+            each([&](int64_t i, int k) {
                 vec<A> g = get(drh, i, k), reset = get(r, i, k);
                 put_at(dr, i, k, g * get(h, i, k) * reset * (all((A)1) - reset));
                 put_at(dh, i, k, get(dh, i, k) + g * reset);
             });
-            denormalize(R, t, dw, db);
-            denormalize(Z, t, dw, db);
+            denormalize(0, t);
+            member.wait();
+            if (settle(0, t)) member.wait();
             multiply(R.matrix, false, at(R.dproduct, t), dh, 1);
             multiply(Z.matrix, false, at(Z.dproduct, t), dh, 1);
         }
+        write_back();
     }
 };
 
+constexpr int64_t ALONE = 1 << 20;  // multiplications in a product up to which threads cost more than they save
+
+// Whether everything was finite, of the paths forward.
+template <class A, class F> bool scan(const sn_layer &l, bool back, A *work, const F &run) {
+    News news;
+    const bool alone = l.n * l.H * l.H < ALONE;
+    const int before = alone && l.gemm_threads ? l.gemm_threads(1) : 0;
+    together(alone ? 1 : l.threads, [&](const sn_member &member) {
+        Scan<A> one(l, member, news, back, work);
+        run(one);
+    });
+    if (alone && l.gemm_threads) l.gemm_threads(before);
+    return !(news.wrong[0][0] | news.wrong[0][1] | news.wrong[0][2]);
+}
+
 }  // namespace
 
-// Forward: 0, or 1 where something was not finite, with memories that have seen the steps before. work: (2 H).
+// Forward: 0, or 1 where something was not finite, with memories that have seen the steps before. work: (2, H).
 #define SCANS(A, name)                                                                                                 \
-    SN_EXPORT(int, rnn_forward_##name)(const sn_layer *l) { return Scan<A>(*l).rnn_forward(); }                        \
-    SN_EXPORT(int, gru_forward_##name)(const sn_layer *l) { return Scan<A>(*l).gru_forward(); }                        \
-    SN_EXPORT(void, rnn_backward_##name)(const sn_layer *l, A *work) { Scan<A>(*l).rnn_backward(work, work + l->H); }  \
-    SN_EXPORT(void, gru_backward_##name)(const sn_layer *l, A *work) { Scan<A>(*l).gru_backward(work, work + l->H); }
+    SN_EXPORT(int, rnn_forward_##name)(const sn_layer *l) {                                                            \
+        return !scan<A>(*l, false, nullptr, [](Scan<A> &one) { one.rnn_forward(); });                                  \
+    }                                                                                                                  \
+    SN_EXPORT(int, gru_forward_##name)(const sn_layer *l) {                                                            \
+        return !scan<A>(*l, false, nullptr, [](Scan<A> &one) { one.gru_forward(); });                                  \
+    }                                                                                                                  \
+    SN_EXPORT(void, rnn_backward_##name)(const sn_layer *l, A *work) {                                                 \
+        scan<A>(*l, true, work, [](Scan<A> &one) { one.rnn_backward(); });                                             \
+    }                                                                                                                  \
+    SN_EXPORT(void, gru_backward_##name)(const sn_layer *l, A *work) {                                                 \
+        scan<A>(*l, true, work, [](Scan<A> &one) { one.gru_backward(); });                                             \
+    }
 
 SCANS(float, f32)
 SCANS(double, f64)

@@ -17,19 +17,24 @@ template <class T> struct Job {
     A *mu, *sigma, *est_mu, *est_sigma, *tilt;
     A *fresh;                           // (2, S): the memory after this call, written back if all is finite
     A *last;                            // (2, S): G's latest estimate
+    bool refused;                       // what arrives at G is not finite: estimate without it
     A *dweight, *dbias;                 // (S), or null
     bool past;                          // store past the caches
     bool once;                          // the estimates are known ahead: one pass over the data does
 };
 
 // The shares of the memory's members in what step j makes of an arrival s:  m <- m + r (s - m),
-// estimate = lng long + mem m + own s.  m is short, or the running average itself for Exponential.
+// estimate = lng long + mem m + own s.  m is short, or the running average itself for Exponential. Whichever of long and
+// short is empty, the other stands in for it; s does if both are, which takes an arrival that is refused.
 struct Shares { double r, lng, mem, own; };
 
-SN_INLINE Shares shares(const sn_memory &h, int64_t j) {
-    if (h.rate > 0) return {*h.count == 0 && j == 0 ? 1.0 : h.rate, 0, 1, 0};
-    double has_long = *h.updates > 0;
-    return {1.0 / (double)(*h.count + j + 1), h.mix[0] * has_long, h.mix[1] + h.mix[0] * (1 - has_long), h.mix[2]};
+SN_INLINE Shares shares(const sn_memory &h, int64_t j, bool taken = true) {
+    const int64_t count = *h.count + j + taken;
+    const double has_short = count > 0, has_long = h.rate == 0 && *h.updates > 0, r = taken ? 1.0 / (double)count : 0;
+    if (h.rate > 0) return {taken && count > 1 ? h.rate : r, 0, has_short, 1 - has_short};
+    const double lng = has_long * (h.mix[0] + h.mix[1] * (1 - has_short));
+    const double mem = has_short * (h.mix[1] + h.mix[0] * (1 - has_long));
+    return {r, lng, mem, has_long + has_short > 0 ? h.mix[2] : h.mix[0] + h.mix[1] + h.mix[2]};
 }
 // Whether estimates do not depend on what arrives: the one-pass corner.
 SN_INLINE bool ahead(const sn_memory *h) {
@@ -51,8 +56,7 @@ template <class A> SN_INLINE void keep(A *p, int k, vec<A> v) {
     else store_part(p, k, v);
 }
 template <class A> SN_INLINE mask<A> not_finite(vec<A> v) { return ~(mask<A>)(v - v == vec<A>{}); }
-template <class A> SN_INLINE bool any(mask<A> m, int k) {
-    m &= before<A>(k);
+template <class A> SN_INLINE bool any(mask<A> m) {
     bool found = false;
     for (int i = 0; i < lanes<A>::W; i++) found |= m[i] != 0;
     return found;
@@ -60,17 +64,19 @@ template <class A> SN_INLINE bool any(mask<A> m, int k) {
 
 // The memory takes in `s` at step j, for slots a .. a+n of one row of its tables (0: of the mean, 1: of sigma).
 template <class A>
-void observe(const sn_memory &h, int row, int64_t S, int64_t a, int64_t n, int64_t j, const A *s, A *fresh, A *estimate) {
-    Shares share = shares(h, j);
+void observe(const sn_memory &h, int row, int64_t S, int64_t a, int64_t n, int64_t j, bool taken, const A *s, A *fresh,
+             A *estimate) {
+    Shares share = shares(h, j, taken);
     const A *lng = (const A *)h.long_ + row * S + a;
     const A *old = j > 0 ? fresh + row * S + a : h.rate > 0 ? lng : (const A *)h.short_ + row * S + a;
     A *out = fresh + row * S + a;
     vec<A> r = all((A)share.r), L = all((A)share.lng), M = all((A)share.mem), O = all((A)share.own);
     slots<A>(n, [&](int64_t i, int k) {
         vec<A> now = load(s + i), m = table(old + i, k);
-        m += r * (now - m);
+        if (taken) m += r * (now - m);
         keep(out + i, k, m);
-        store(estimate + i, L * table(lng + i, k) + M * m + O * now);
+        vec<A> known = L * table(lng + i, k) + M * m;
+        store(estimate + i, share.own == 0 ? known : known + O * now);  // 0 of what is no number is none of it
     });
 }
 template <class A> void predict(const sn_memory &h, int row, int64_t S, int64_t a, int64_t n, A *estimate) {
@@ -78,10 +84,15 @@ template <class A> void predict(const sn_memory &h, int row, int64_t S, int64_t 
     const A *lng = (const A *)h.long_ + row * S + a;
     slots<A>(n, [&](int64_t i, int k) { store(estimate + i, L * table(lng + i, k)); });
 }
-template <class A> void commit(const sn_memory &h, int64_t S, int64_t steps, const A *fresh, const A *mean, const A *sigma) {
-    memcpy(h.rate > 0 ? h.long_ : h.short_, fresh, 2 * S * sizeof(A));
-    memcpy(h.estimate, mean, S * sizeof(A));
-    memcpy((A *)h.estimate + S, sigma, S * sizeof(A));
+// What the slots a .. a+n have become, and then how many steps that were.
+template <class A>
+void commit(const sn_memory &h, int64_t S, int64_t a, int64_t n, const A *fresh, const A *mean, const A *sigma) {
+    A *now = (A *)(h.rate > 0 ? h.long_ : h.short_), *estimate = (A *)h.estimate;
+    const size_t bytes = n * sizeof(A);
+    memcpy(now + a, fresh + a, bytes), memcpy(now + S + a, fresh + S + a, bytes);
+    memcpy(estimate + a, mean + a, bytes), memcpy(estimate + S + a, sigma + a, bytes);
+}
+SN_INLINE void arrived(const sn_memory &h, int64_t steps) {
     *h.count += steps;
     *h.seen += steps;
 }
@@ -102,7 +113,6 @@ template <class A> void fold(const sn_memory &h, int64_t S, double keep1, double
 // One step of the stream on n slots, forward: statistics, F, map. `e` runs the passes over the data.
 template <class T, class E> bool forward_step(const Job<T> &J, int64_t j, int64_t a, int64_t n, E &e) {
     typedef A_<T> A;
-    constexpr int W = lanes<A>::W;
     const sn_plan &p = J.p;
     alignas(64) A mu[TILE], sigma[TILE], est_mu[TILE], est_sigma[TILE];
     Work<A> &w = e.w;
@@ -111,7 +121,6 @@ template <class T, class E> bool forward_step(const Job<T> &J, int64_t j, int64_
     const bool known = J.once;
     const bool one_value = J.count == 1 && !known;  // of which k1 is the value itself
     const vec<A> per = all((A)1 / J.count), none{};
-    bool fine = true;
 
     auto ready = [&](const A *center, const A *spread) {  // y = (x - m) a + b
         slots<A>(n, [&](int64_t i, int k) {
@@ -145,29 +154,35 @@ template <class T, class E> bool forward_step(const Job<T> &J, int64_t j, int64_
         store(mu + i, m);
         keep(J.mu + at + i, k, m);
     });
-    if (J.h) observe(*J.h, 0, J.S, a, n, j, mu, J.fresh, est_mu);
+    if (J.h) observe(*J.h, 0, J.S, a, n, j, true, mu, J.fresh, est_mu);
     const A *center = p.center == 0 ? mu : est_mu;
 
     // The moment about the center from the sums about k2; where nearly all of it cancels, from the data once more.
+    // One slot's data never decide on another's digits: how slots are cut into tiles depends on the number of threads.
     mask<A> lost{};
     slots<A>(n, [&](int64_t i, int k) {
         vec<A> s2 = load(w.s2 + i) * per, value = s2;
+        mask<A> bad{};
         if (!about_zero && (p.p == 2 || one_value)) {
             vec<A> d = load(center + i) - load(w.k1 + i);
             value = p.p == 2 ? s2 - d * (2 * per * load(w.s1 + i) - d) : absolute<A>(d);
-            mask<A> bad = (mask<A>)(s2 > 64 * value);
-            if (p.p == 2) lost |= bad & before<A>(k);
+            if (p.p == 2) bad = (mask<A>)(s2 > 64 * value) & before<A>(k);
         }
+        lost |= bad;
+        store(w.c + i, (vec<A>)bad);
         store(sigma + i, value);
     });
     const bool again = p.p == 1 && !about_zero && !one_value && !(known && p.center == 1);
-    if (again || any<A>(lost, W)) {
+    if (again || any<A>(lost)) {
         memcpy(w.k1, center, sizeof mu);
         memcpy(w.k2, center, sizeof mu);
         if (p.p == 2) e.template moments<SQUARE, false>(n);
         else if (p.center == 0) e.template moments<SIGN, false>(n);
         else e.template moments<ABS, false>(n);
-        slots<A>(n, [&](int64_t i, int) { store(sigma + i, load(w.s2 + i) * per); });
+        slots<A>(n, [&](int64_t i, int) {
+            vec<A> value = load(w.s2 + i) * per;
+            store(sigma + i, again ? value : choose<A>((mask<A>)load(w.c + i), value, load(sigma + i)));
+        });
     }
     if (p.p == 1 && p.center == 0)
         slots<A>(n, [&](int64_t i, int k) { keep(J.tilt + at + i, k, load(w.s1 + i) * per); });
@@ -181,26 +196,24 @@ template <class T, class E> bool forward_step(const Job<T> &J, int64_t j, int64_
         keep(J.sigma + at + i, k, v);
         wrong |= (not_finite<A>(v) | not_finite<A>(load(mu + i))) & before<A>(k);
     });
-    fine = !any<A>(wrong, W);
     if (J.h) {
-        observe(*J.h, 1, J.S, a, n, j, sigma, J.fresh, est_sigma);
+        observe(*J.h, 1, J.S, a, n, j, true, sigma, J.fresh, est_sigma);
         slots<A>(n, [&](int64_t i, int k) {
             keep(J.est_mu + at + i, k, load(est_mu + i));
             keep(J.est_sigma + at + i, k, load(est_sigma + i));
         });
     }
-    if (J.y && !known) {
+    if (!known) {
         p.uses_estimate ? ready(est_mu, est_sigma) : ready(mu, sigma);
         e.map(n);
     }
-    return fine;
+    return !any<A>(wrong);
 }
 
 // One step of the stream on n slots, backward: gradients of the statistics, G, gradient of the input. Step j is the
 // i-th to arrive.
 template <class T, class E> bool backward_step(const Job<T> &J, int64_t arrival, int64_t j, int64_t a, int64_t n, E &e) {
     typedef A_<T> A;
-    constexpr int W = lanes<A>::W;
     const sn_plan &p = J.p;
     alignas(64) A g_mu[TILE], g_sigma[TILE], hat_mu[TILE], hat_sigma[TILE];
     Work<A> &w = e.w;
@@ -245,8 +258,8 @@ template <class T, class E> bool backward_step(const Job<T> &J, int64_t arrival,
         if (J.dbias) keep(J.dbias + a + i, k, arrival ? table(J.dbias + a + i, k) + s1 : s1);
     });
     if (J.h) {
-        observe(*J.h, 0, J.S, a, n, arrival, g_mu, J.fresh, hat_mu);
-        observe(*J.h, 1, J.S, a, n, arrival, g_sigma, J.fresh, hat_sigma);
+        observe(*J.h, 0, J.S, a, n, arrival, !J.refused, g_mu, J.fresh, hat_mu);
+        observe(*J.h, 1, J.S, a, n, arrival, !J.refused, g_sigma, J.fresh, hat_sigma);
         if (arrival == p.k0 - 1) slots<A>(n, [&](int64_t i, int k) {
             keep(J.last + a + i, k, load(hat_mu + i));
             keep(J.last + J.S + a + i, k, load(hat_sigma + i));
@@ -256,7 +269,7 @@ template <class T, class E> bool backward_step(const Job<T> &J, int64_t arrival,
         J.h ? ready(hat_mu, hat_sigma) : ready(g_mu, g_sigma);
         p.p == 2 ? e.template grads<2, false>(n) : e.template grads<1, false>(n);
     }
-    return !any<A>(wrong, W);
+    return !any<A>(wrong);
 }
 
 // --- the four functions by themselves, for rules that only Python knows; tables are given whole, (k0, S) ---

@@ -1,0 +1,212 @@
+"""Compiled calls read what they were told: what changes between two calls is noticed, or left to torch operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from threading import Barrier, Thread
+from typing import Any
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from close import assert_close, rounding
+from torch import Tensor, nn
+
+import streamnorm as sn
+from streamnorm import kernels, op
+from streamnorm.kernels import using
+
+BACKENDS = pytest.mark.parametrize("backend", [None, "eager"])
+
+
+def both(run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """What ``run`` makes with the fastest kernels, and in torch operations."""
+    made = []
+    for backend in (None, "eager"):
+        with using(backend):
+            torch.manual_seed(3)
+            made.append(run())
+    return made[0], made[1]
+
+
+@BACKENDS
+def test_an_eval_call_may_go_back_after_training_went_on(backend: str | None) -> None:
+    x = torch.randn(8, 3, requires_grad=True)
+    with using(backend):
+        layer = sn.StreamingNorm(3)
+        layer(torch.randn(8, 3))
+        sigma = layer.H1.estimate[1].clone()
+        y = layer.eval()(x)
+        layer.train()(5 * torch.randn(8, 3))
+        y.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, (1 / sigma).expand(8, 3))
+
+
+def test_members_of_a_memory_may_be_replaced() -> None:
+    def run() -> Tensor:
+        layer = sn.StreamingNorm(6)
+        layer(torch.randn(8, 6))
+        layer.H1.long, layer.H1.short = torch.full((2, 6), 2.0), torch.ones(2, 6)
+        layer(torch.randn(8, 6))
+        return torch.cat([layer.H1.short, layer.H1.estimate])
+
+    assert_close("H1", *both(run), terms=8, dtype=torch.float32)
+
+
+def test_members_of_another_size_are_never_written_past() -> None:
+    layer = sn.StreamingNorm(6)
+    layer(torch.randn(8, 6))
+    for name in ("long", "short", "estimate"):
+        setattr(layer.H1, name, torch.zeros(2, 3))
+    with pytest.raises(RuntimeError):
+        layer(torch.randn(8, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_counters_of_another_dtype_are_no_counters(dtype: torch.dtype) -> None:
+    def run() -> Tensor:
+        layer = sn.StreamingNorm(4)
+        layer(torch.randn(8, 4))
+        layer.type(dtype)
+        for _ in range(2):
+            layer(torch.randn(8, 4, dtype=dtype))
+        return torch.cat([layer.H1.short.flatten(), layer.H1.count.reshape(1)])
+
+    assert_close("H1", *both(run), terms=8, dtype=torch.float32)
+
+
+def test_a_definition_rule_or_memory_may_be_replaced() -> None:
+    def run() -> Tensor:
+        layer, made = sn.StreamingNorm(4), []
+        changes: list[Callable[[], Any]] = [
+            lambda: None,
+            lambda: setattr(layer, "definition", replace(layer.definition, moment=sn.Lp(2, "estimate", 100.0))),
+            lambda: setattr(layer, "H1", sn.StreamingNorm(4).H1),
+            lambda: setattr(layer.H1, "rule", replace(layer.H1.rule, mix=(0.1, 0.9, 0.0))),
+        ]
+        for change in changes:
+            change()
+            made.append(layer(torch.randn(8, 4)))
+            layer.fold()
+        return torch.stack(made)
+
+    assert_close("y", *both(run), terms=64)
+
+
+def test_saved_tensors_may_come_back_in_another_order() -> None:
+    def run() -> Tensor:
+        x = torch.randn(4, 3, 5, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+        layer = sn.StreamingNorm(3)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy(force=True).copy("C"), torch.from_numpy):
+            y = layer(x)
+        y.backward(torch.randn(4, 3, 5, 5))
+        assert x.grad is not None
+        return x.grad
+
+    assert_close("dx", *both(run), terms=100)
+
+
+@pytest.mark.parametrize("kind", ["one value", "its own forward", "of bfloat16"])
+def test_a_gain_and_bias_of_another_kind(kind: str) -> None:
+    def run() -> Tensor:
+        layer = sn.StreamingNorm(64)
+        assert layer.affine is not None
+        if kind == "one value":
+            layer.affine.weight = nn.Parameter(torch.full((1,), 2.0))
+            layer.affine.bias = nn.Parameter(torch.ones(1))
+        elif kind == "of bfloat16":
+            nn.init.uniform_(layer.affine.bfloat16().weight)
+        else:
+            layer.affine.forward = lambda x: 3 * x  # type: ignore[method-assign]
+        return layer(torch.randn(8, 64)).detach()
+
+    assert_close("y", *both(run), terms=64)
+
+
+@BACKENDS
+def test_a_gain_without_data_is_not_left_out(backend: str | None) -> None:
+    layer = sn.StreamingNorm(3)
+    assert layer.affine is not None
+    layer.affine.to("meta")
+    with using(backend), pytest.raises(RuntimeError):
+        layer(torch.randn(8, 3))
+
+
+@BACKENDS
+def test_an_input_made_in_inference_mode(backend: str | None) -> None:
+    with torch.inference_mode():
+        x = torch.randn(8, 3)
+    layer = sn.StreamingNorm(3)
+    with using(backend):
+        layer(x).sum().backward()
+    assert layer.H1.seen == 1
+    assert_close("dbias", layer.bias.grad, torch.full((3,), 8.0))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, of make_dual
+def test_a_forward_derivative_is_not_lost() -> None:
+    layer = sn.SampleNorm(4, affine=False)
+    with forward_ad.dual_level(), torch.no_grad():
+        x = forward_ad.make_dual(torch.randn(3, 4), torch.randn(3, 4))
+        with pytest.raises(NotImplementedError):
+            layer(x)
+
+
+def test_a_refused_input_is_no_call_of_a_cycle() -> None:
+    layer = sn.StreamingNorm(3)
+    with sn.vectorized(layer, 4):
+        with pytest.raises(ValueError, match="expected 3 features"):
+            sn.Norm.forward(layer, torch.randn(8, 5))
+        sn.Norm.forward(layer, torch.randn(8, 3))
+        with pytest.raises(ValueError, match="called twice"):
+            sn.Norm.forward(layer, torch.randn(8, 3))
+
+
+def test_threads_do_not_set_each_other_s_backend() -> None:
+    """Two threads that are inside ``latest_statistics`` and ``using``, and leave in the order they came."""
+    turn = Barrier(2, timeout=10)
+
+    def visit(first: bool) -> None:
+        if not first:
+            turn.wait()
+        with op.latest_statistics():
+            turn.wait() if first else None
+            turn.wait()
+        turn.wait()
+
+    threads = [Thread(target=visit, args=(first,)) for first in (True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert kernels.may_use("cpu")
+    assert not op._latest.get()
+
+
+def test_sums_of_many_short_rows_keep_their_digits() -> None:
+    """Groups of features that lie together: rows of 2 values, 2^18 of them to a statistic, summed about a far value."""
+    x = torch.rand(1, 4, 512, 512) + 1
+    x[:, :, 0, 0] = 0  # what sums are taken about is no typical value
+    layer = sn.Norm(4, sn.NormRef(2, "all", "batch"), sn.Lp(2, "batch", 0.0), sn.Batch(1.0))
+    layer(x.contiguous(memory_format=torch.channels_last))
+    want = x.double().reshape(2, -1).std(1, correction=0)
+    # A lane sums 4,096 values in float32, the rest is added in float64.
+    assert (layer.H1.estimate[1] - want).abs().max() <= rounding(torch.float32, 4096 // 16)
+
+
+def test_one_feature_s_outlier_changes_no_other_feature_s_digits() -> None:
+    """How features are dealt out to threads depends on their number; what they are computed from must not."""
+    x = torch.randn(4000, 64)
+    x[0, 0] = 50  # a first value about which nearly all of the second moment cancels
+    threads, seen = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            layer = sn.BatchNorm(64, affine=False)
+            layer(x)
+            seen.append(layer.H1.estimate.clone())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(seen[0], other) for other in seen[1:])
