@@ -1,6 +1,8 @@
-"""How close is close: tolerances derived from the arithmetic, never chosen to pass."""
+"""How close is close: tolerances derived from the arithmetic, never chosen to pass; and what is equal to the bit."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,3 +22,14 @@ def assert_close(name: str, got: Tensor, want: Tensor, terms: int = 1, dtype: to
     bound = rounding(dtype or got.dtype, terms, scale)
     worst = (got.double() - want.double()).abs().max().item() if want.numel() else 0.0
     assert worst <= bound, f"{name}: off by {worst:.2e}, rounding allows {bound:.2e}"
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two nests are equal to the bit: in structure, types, dtypes, shapes and values; "seconds" may differ."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(k == "seconds" or same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return isinstance(b, list) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b

@@ -1,4 +1,4 @@
-"""What every test stands on: seeds, poisoned memory, shape checks at run time, and where the real data lie."""
+"""What every test stands on: seeds, shape checks at run time, what several files ask for, where the real data lie."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+pytest.register_assert_rewrite("images", "nets", "toy", "twins")  # what they assert is shown as a test's own
 
 torch.set_num_threads(1)  # the tensors of a test are small, and workers share the cores
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -29,6 +31,29 @@ def _shapes() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where a compiled online step is expected and an ordinary one is taken."""
+    from streamnorm import OnlineTrainer
+    from streamnorm.kernels import library
+
+    if library.library() is None:
+        pytest.skip("there are no compiled kernels")
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("an ordinary step")
+
+    monkeypatch.setattr(OnlineTrainer, "_ordinary", never)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the cache is, for a test that is to see neither the user's cache nor the user's data folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.delenv("STREAMNORM_DATA", raising=False)
+    return tmp_path / "xdg" / "streamnorm"
 
 
 @pytest.fixture(scope="session")

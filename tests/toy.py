@@ -1,12 +1,14 @@
-"""A made-up data set of small images and a small run on it: what the tests of training stand on."""
+"""A made-up data set of small images, a small run on it and its steps: what the tests of training stand on."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from streamnorm.training.data import Data
+from streamnorm.training.loop import Trainer
 from streamnorm.training.run import Run
 
 
@@ -30,3 +32,21 @@ def small(**changes: Any) -> Run:
         "learning_rate": 0.05,
     }
     return Run(**{**defaults, **changes})
+
+
+def steps(trainer: Trainer, count: int) -> Trainer:
+    for _ in range(count):
+        assert not trainer.finished
+        trainer.step()
+    return trainer
+
+
+def to_the_end(trainer: Trainer) -> Trainer:
+    while not trainer.finished:
+        trainer.step()
+    return trainer
+
+
+def flat(model: nn.Module) -> Tensor:
+    """The weights and all that the memories hold, end to end."""
+    return torch.cat([v.double().flatten() for v in model.state_dict().values()])

@@ -1,0 +1,84 @@
+"""What recurrent layers refuse: input, states and settings, shown and without a change of state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from sequences import same_state, state_of
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+import streamnorm as sn
+
+
+def packed(sizes: list[int], rows: int, width: int = 4) -> PackedSequence:
+    return PackedSequence(torch.randn(rows, width), torch.tensor(sizes, dtype=torch.int64), None, None)
+
+
+BAD: dict[str, tuple[Any, Any, type[Exception], str]] = {
+    "no steps": (torch.randn(0, 5, 4), None, ValueError, r"5 sequences of 0 time steps in \(0, 5, 4\)"),
+    "no sequences": (torch.randn(6, 0, 4), None, ValueError, r"0 sequences of 6 time steps"),
+    "input size": (torch.randn(6, 5, 3), None, ValueError, r"input_size 4, got \(6, 5, 3\)"),
+    "rank": (torch.randn(4), None, ValueError, r"\(T, n, input_size\) or \(T, input_size\).*got \(4,\)"),
+    "no tensor": ([1.0], None, TypeError, "or a PackedSequence, got list"),
+    "dtype": (torch.randn(6, 5, 4).double(), None, ValueError, "the input is torch.float64 on cpu"),
+    "state": (torch.randn(6, 5, 4), torch.randn(1, 4, 3), ValueError, r"\(num_layers, n, hidden_size\) = \(1, 5, 3\)"),
+    "state of one": (torch.randn(6, 4), torch.randn(1, 1, 3), ValueError, r"\(num_layers, hidden_size\) = \(1, 3\)"),
+    "state dtype": (torch.randn(6, 5, 4), torch.randn(1, 5, 3).double(), ValueError, "the state h_0 is torch.float64"),
+    "state pair": (torch.randn(6, 5, 4), (torch.randn(1, 5, 3),) * 2, TypeError, "a tensor h_0 or None, got tuple"),
+    "packed rows": (packed([3, 2], 6), None, ValueError, r"6 rows with batch_sizes \(3, 2\), 5 in all"),
+    "packed order": (packed([2, 3], 5), None, ValueError, "must never increase"),
+    "packed empty": (packed([2, 0], 2), None, ValueError, "be at least 1"),
+    "packed width": (packed([3, 2], 5, 3), None, ValueError, r"\(rows, input_size\) = \(5, 4\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_bad_input_is_shown_and_changes_nothing(case: str, mode: str) -> None:
+    x, hx, kind, message = BAD[case]
+    net = sn.NormGRU(4, 3)
+    net(torch.randn(6, 5, 4))
+    net.train(mode == "train")
+    before = state_of(net)
+    with pytest.raises(kind, match=message):
+        net(x, hx)
+    assert same_state(net, before)
+
+
+def test_a_step_with_too_few_sequences_for_a_norm_is_refused_before_the_first_step() -> None:
+    net = sn.NormRNN(4, 3, norm=sn.BatchNorm)
+    x = pack_sequence([torch.randn(5, 4), torch.randn(2, 4)])
+    before = state_of(net)
+    with pytest.raises(sn.DegenerateReferenceError):
+        net(x)
+    assert same_state(net, before)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (lambda: sn.NormRNN(0, 3), ValueError, "input_size is a whole number >= 1, got 0"),
+        (lambda: sn.NormRNN(4, 2.5), ValueError, "hidden_size is a whole number >= 1, got 2.5"),
+        (lambda: sn.NormRNN(4, 3, 0), ValueError, "num_layers is a whole number >= 1, got 0"),
+        (lambda: sn.NormRNN(4, 3, 2, dropout=1.5), ValueError, "dropout is a probability"),
+        (lambda: sn.NormGRU(4, 3, nonlinearity="selu"), ValueError, "nonlinearity is .* got 'selu'"),
+        (lambda: sn.NormGRU(4, 3, backward_stats="last"), ValueError, "backward_stats is .* got 'last'"),
+        (lambda: sn.NormGRU(4, 3, norm=sn.StreamingNorm(3)), TypeError, "by what makes one of c features"),
+        (lambda: sn.NormGRU(4, 3, norm=lambda c: None), TypeError, "by what makes one of c features"),
+    ],
+)
+def test_wrong_settings_are_shown(make: Callable[[], nn.Module], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        make()
+
+
+@pytest.mark.parametrize("hx", [torch.randn(5, 3), (torch.randn(5, 3),), (torch.randn(5, 3), None)])
+def test_an_lstm_wants_a_pair(hx: Any) -> None:
+    with pytest.raises(TypeError, match=r"a tuple \(h, c\) of tensors"):
+        sn.NormLSTMCell(4, 3)(torch.randn(5, 4), hx)
+    with pytest.raises(TypeError, match=r"a tuple \(h_0, c_0\) of tensors"):
+        sn.NormLSTM(4, 3)(torch.randn(6, 5, 4), hx)
