@@ -5,8 +5,9 @@ Imports the training room. A study trains what is not finished yet and goes on w
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,8 @@ Record = dict[str, Any]
 Records = Mapping[str, Sequence[Record]]
 """For each name the records of its seeds, in the order of the seeds."""
 
-Verdict = Literal["reproduced", "partly", "contradicted"]
+Verdict = Literal["reproduced", "partly", "contradicted", "reported"]
+"""``reported`` is for what the paper makes no claim about."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,16 @@ def carry_out(
     records: dict[str, list[Record]] = {name: [] for name in runs}
     for seed in seeds:
         for name, run in runs.items():
-            record = train(replace(run, seed=seed), data, out / name.replace(" ", "-") / f"seed{seed}")
+            record = train(replace(run, seed=seed), data, folder_of(out, name, seed))
             records[name].append({**record, "label": name})
             last = record["metrics"][-1] if record["metrics"] else {}
             say(f"{name}, seed {seed}: " + (record["failed"] or f"test error {last['test_error']:.3f}"))
     return records
+
+
+def folder_of(out: Path, name: str, seed: int) -> Path:
+    """Where ``carry_out`` keeps a run."""
+    return out / name.replace(" ", "-") / f"seed{seed}"
 
 
 def final(records: Records, name: str, key: str = "test_error") -> list[float]:
@@ -76,3 +83,32 @@ def judge(differences: Sequence[float], margin: float, sign_alone_is_partly: boo
     if mean(differences) >= margin and enough:
         return "reproduced"
     return "partly" if sign_alone_is_partly and mean(differences) > 0 else "contradicted"
+
+
+def alike(differences: Sequence[float], margin: float) -> Verdict:
+    """``reproduced`` if the mean of the paired differences and two thirds of the seeds stay within ``margin``."""
+    near = sum(abs(d) <= margin for d in differences) >= 2 / 3 * len(differences)
+    return "reproduced" if abs(mean(differences)) <= margin and near else "contradicted"
+
+
+def together(verdicts: Sequence[Verdict]) -> Verdict:
+    """Of a claim with several parts."""
+    if set(verdicts) == {"reproduced"}:
+        return "reproduced"
+    return "contradicted" if set(verdicts) == {"contradicted"} else "partly"
+
+
+def first_at(curve: Iterable[tuple[float, float]], level: float) -> float:
+    """Where a curve of points (x, y) first comes down to ``level``, between points by a straight line; inf if never.
+
+    >>> first_at([(100, 3.0), (200, 2.0), (300, 1.0)], 1.5)
+    250.0
+    """
+    before: tuple[float, float] | None = None
+    for x, y in curve:
+        if y <= level:
+            if before is None or before[1] == y:
+                return x
+            return before[0] + (x - before[0]) * (before[1] - level) / (before[1] - y)
+        before = x, y
+    return math.inf

@@ -18,6 +18,7 @@ from streamnorm.normop import Scale
 from streamnorm.normref import BA1, REFS, SP1, SP2, NormRef
 from streamnorm.normstats import Lp
 from streamnorm.policy import Batch, Policy, Sample, Streaming
+from streamnorm.timespecific import TimeSpecific
 from streamnorm.training.run import Run
 
 NormFactory = Callable[[int], nn.Module]
@@ -31,12 +32,15 @@ ARMS: dict[str, NormRef | None] = {
     "group": NormRef(GROUPS, "all", "one"),
     "rms": SP2,
     "batch": BA1,
+    "tsbn": BA1,
     "streaming": BA1,
     **{f"{name}-{form}": ref for name, ref in REFS.items() for form in "BS"},
 }
 """Every arm by name with its reference.
 
-``-B`` is the batch (or sample) form of a reference, ``-S`` its streaming one."""
+``-B`` is the batch (or sample) form of a reference, ``-S`` its streaming one. Where a layer is called at several time
+steps, ``batch`` is the paper's original BN, whose running estimate all steps share, and ``tsbn`` keeps an estimate for
+each step under a shared gain and bias."""
 
 
 def norm_factory(run: Run) -> NormFactory:
@@ -59,7 +63,11 @@ def norm_factory(run: Run) -> NormFactory:
     if streams:
         policy = Streaming(run.alpha, run.beta, run.kappa)
     moment = Lp(run.p, run.center or ("estimate" if streams else "batch"))
-    return lambda c: Norm(c, ref, moment, policy, affine=True)
+
+    def norm(c: int) -> Norm:
+        return Norm(c, ref, moment, policy, affine=True)
+
+    return TimeSpecific(norm) if run.arm == "tsbn" else norm
 
 
 class FullyConnected(nn.Sequential):
@@ -172,11 +180,8 @@ class FullyRecurrent(nn.Module):
         return nn.Sequential(nn.Upsample(scale_factor=1 << (j - i)), convolution) if j > i else convolution
 
     def forward(self, x: Tensor) -> Tensor:
+        expect_quarters(x)
         n, _, height, width = x.shape
-        if height % 4 or width % 4:
-            raise ValueError(
-                f"architecture D halves maps twice: height and width are multiples of 4, got {tuple(x.shape)}"
-            )
         h = [self.enter(x)]
         for i in range(1, self.STATES):
             h.append(h[0].new_zeros(n, self.features[i], height >> i, width >> i))
@@ -193,6 +198,13 @@ class FullyRecurrent(nn.Module):
         return convolution(relu(at(norm, h, t)))
 
 
+def expect_quarters(x: Tensor) -> None:
+    """Raise unless a map ``(..., height, width)`` can be halved twice."""
+    height, width = x.shape[-2:]
+    if height % 4 or width % 4:
+        raise ValueError(f"architecture D halves maps twice: height and width are multiples of 4, got {tuple(x.shape)}")
+
+
 def _conv(before: int, after: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(before, after, 3, stride, 1, bias=False)
 
@@ -201,17 +213,22 @@ def build(run: Run, sample: Tensor, classes: int) -> nn.Module:
     """The network of a run for inputs like ``sample (c, *place)``, its weights drawn from the run's seed.
 
     Raises:
-        ValueError: for an unknown arm, or architecture B on inputs that are no images.
+        ValueError: for an unknown arm, or inputs that the architecture does not take.
     """
     norm = norm_factory(run)
+    if run.architecture != "A" and sample.ndim != 3:
+        raise ValueError(
+            f"architecture {run.architecture} takes images (c, height, width), got {tuple(sample.shape)}; use A"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         if run.architecture == "A":
             model: nn.Module = FullyConnected(sample.numel(), classes, norm, run.width)
-        elif sample.ndim == 3:
-            model = Convolutional(sample.shape[0], classes, norm, run.width)
+        elif run.architecture == "D":
+            expect_quarters(sample)
+            model = FullyRecurrent(sample.shape[0], classes, norm, run.width, *run.loops)
         else:
-            raise ValueError(f"architecture B takes images (c, height, width), got {tuple(sample.shape)}; use A")
+            model = Convolutional(sample.shape[0], classes, norm, run.width, run.loops or (1, 1))  # type: ignore[arg-type]
         for module in model.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

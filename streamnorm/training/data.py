@@ -135,7 +135,7 @@ def load_mnist(root: Path | None) -> Raw:
     if root is None:
         return _load_hub("mnist", "ylecun/mnist", "image", (1, 28, 28))
     paths = [found[0] for found in _find("mnist", root)]
-    contents = [_read_gzip(path) for path in paths]
+    contents = [read_gzip(path) for path in paths]
     pairs = []
     for i in (0, 2):
         x = _parse_idx(contents[i], IDX_IMAGES, paths[i])
@@ -257,7 +257,7 @@ def _shard_gaps(paths: Sequence[Path]) -> list[str]:
     return sorted(whole - names)
 
 
-def _read_gzip(path: Path) -> bytes:
+def read_gzip(path: Path) -> bytes:
     """The bytes of a file, unpacked if they are gzipped (by content: browsers unpack and keep the ``.gz`` name)."""
     content = path.read_bytes()
     if not content.startswith(b"\x1f\x8b"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,7 +34,11 @@ class Kept(Protocol):
 
 
 def run_to_end(
-    trainer: Kept, folder: Path | None, described: dict[str, Any], progress: Callable[[], None] | None
+    trainer: Kept,
+    folder: Path | None,
+    described: dict[str, Any],
+    progress: Callable[[], None] | None,
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
     """Step ``trainer`` until it is finished, from its last checkpoint if ``folder`` holds one.
 
@@ -41,6 +46,7 @@ def run_to_end(
         folder: where the run is kept; None keeps nothing.
         described: what ``run.json`` says of it.
         progress: called after each step.
+        within: entered around all steps, once the trainer is where its checkpoint left it.
 
     Raises:
         CheckpointError: if the folder holds another run, or a damaged checkpoint.
@@ -57,14 +63,15 @@ def run_to_end(
         checkpoint.write(folder / "run.json", json.dumps(described, indent=1))
         _save_metrics(trainer, folder)
     saved, lines = time.monotonic(), len(trainer.metrics)
-    while not trainer.finished:
-        trainer.step()
-        if progress:
-            progress()
-        late = time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS
-        if folder is not None and (late or trainer.finished or len(trainer.metrics) > lines):
-            save(trainer, folder)
-            saved, lines = time.monotonic(), len(trainer.metrics)
+    with within():
+        while not trainer.finished:
+            trainer.step()
+            if progress:
+                progress()
+            late = time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS
+            if folder is not None and (late or trainer.finished or len(trainer.metrics) > lines):
+                save(trainer, folder)
+                saved, lines = time.monotonic(), len(trainer.metrics)
 
 
 def save(trainer: Kept, folder: Path) -> None:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 import platform
+import re
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from streamnorm.dau import AUTO_WARMUP, DAU
+from streamnorm.monitor import monitor
 from streamnorm.normstats import DegenerateReferenceError
+from streamnorm.op import latest_statistics
 from streamnorm.training import checkpoint
 from streamnorm.training.architectures import build
 from streamnorm.training.data import Data
@@ -28,6 +33,7 @@ from streamnorm.training.run import Run
 
 Progress = Callable[[int, int], None]
 EVALUATION_BATCH = 1000
+MONITOR = "monitor.jsonl"
 
 
 def versions() -> dict[str, str]:
@@ -101,6 +107,7 @@ class Trainer:
             F.cross_entropy,
             samples_per_batch=run.samples_per_batch,
             batches_per_update=run.batches_per_update,
+            vectorize=not run.loops,  # in a loop mini-batches take turns at a layer
             warmup=0,
         )
         self.per_epoch = len(data.train_x) // size
@@ -124,7 +131,8 @@ class Trainer:
             x, y = self._cycle(self.done)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.run, self.done, self.updates)
-            loss, output = self.dau.update(x, y)
+            with latest_statistics() if self.run.backward_stats == "latest" else nullcontext():
+                loss, output = self.dau.update(x, y)
         except DegenerateReferenceError as error:
             self.failed = str(error).split(";")[0]
             return
@@ -191,7 +199,8 @@ class Trainer:
         Raises:
             CheckpointError: if it was taken of another run.
         """
-        if differing := differences({**state["run"], **state["data"]}, {**self.run.to_json(), **self._identity()}):
+        there = {**Run().to_json(), **state["run"], **state["data"]}  # an older run lacks newer settings
+        if differing := differences(there, {**self.run.to_json(), **self._identity()}):
             raise checkpoint.CheckpointError(f"the checkpoint is of another run: {differing}")
         load_model(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -219,13 +228,14 @@ def load_model(model: nn.Module, state: dict[str, Tensor]) -> None:
     Raises:
         CheckpointError: with the names and shapes that do not fit.
     """
-    mine = model.state_dict()
-    missing, unknown = sorted(set(mine) - set(state)), sorted(set(state) - set(mine))
+    mine, there = model.state_dict(), {_first_step(name) for name in state}
+    missing = sorted(name for name in mine if _first_step(name) not in there)
+    unknown = sorted(name for name in state if _first_step(name) not in mine)
     # A memory of streamnorm that has seen nothing yet is empty here and takes the shape that it has there.
     shapes = [
-        f"{name} {tuple(state[name].shape)} there and {tuple(value.shape)} here"
-        for name, value in mine.items()
-        if name in state and value.numel() and state[name].shape != value.shape
+        f"{name} {tuple(value.shape)} there and {tuple(here.shape)} here"
+        for name, value in state.items()
+        if (here := mine.get(_first_step(name))) is not None and here.numel() and value.shape != here.shape
     ]
     if missing or unknown or shapes:
         parts = [
@@ -235,6 +245,23 @@ def load_model(model: nn.Module, state: dict[str, Tensor]) -> None:
         ]
         raise checkpoint.CheckpointError(f"the checkpoint is of another architecture; {'; '.join(parts)}")
     model.load_state_dict(state)
+
+
+def _first_step(name: str) -> str:
+    """Statistics per time step are as many as training had; those of the first step speak for all."""
+    return re.sub(r"\btimes\.\d+\.", "times.0.", name)
+
+
+def reloop(trainer: Trainer, loops: tuple[int, ...]) -> nn.Module:
+    """The model of a run with other loops than it was trained with: the same weights, gains and statistics.
+
+    Raises:
+        ValueError: for loops that its architecture does not have.
+    """
+    run, data = replace(trainer.run, loops=loops), trainer.data
+    model = build(run, data.train_x[0], data.classes)
+    load_model(model, trainer.model.state_dict())
+    return model
 
 
 def description(run: Run, data: Data) -> dict[str, Any]:
@@ -251,12 +278,15 @@ def description(run: Run, data: Data) -> dict[str, Any]:
     }
 
 
-def train(run: Run, data: Data, folder: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
+def train(
+    run: Run, data: Data, folder: Path | None = None, progress: Progress | None = None, monitored: int | None = None
+) -> dict[str, Any]:
     """Train ``run`` to its end, from its last checkpoint if ``folder`` holds one.
 
     Args:
         folder: where the run is kept; None keeps nothing.
         progress: called with (updates done, updates in all).
+        monitored: record pre-activations and memories every so many updates, in ``monitor.jsonl`` of the folder.
 
     Returns:
         The record: what was run, on what, and the metrics of every epoch. ``failed`` says in a sentence why a run
@@ -267,5 +297,11 @@ def train(run: Run, data: Data, folder: Path | None = None, progress: Progress |
     """
     trainer = Trainer(run, data)
     show = (lambda: progress(trainer.done, trainer.updates)) if progress else None
-    run_to_end(trainer, folder, description(run, data), show)
+
+    def within() -> AbstractContextManager[Any]:
+        if monitored is None or folder is None or trainer.finished:
+            return nullcontext()
+        return monitor(trainer.model, trainer.optimizer, folder / MONITOR, every=monitored, start=trainer.done)
+
+    run_to_end(trainer, folder, description(run, data), show, within)
     return trainer.record()

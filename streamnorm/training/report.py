@@ -62,7 +62,8 @@ def _page(runs: Sequence[Run], title: str, light: bytes, dark: bytes) -> str:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    return {key: value for key, value in run["run"].items() if key not in ("arm", "seed", "data")}
+    """All but what the table says, and what an architecture does not have."""
+    return {key: value for key, value in run["run"].items() if key not in ("arm", "seed", "data") and value != []}
 
 
 def _values(dicts: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:

@@ -34,19 +34,34 @@ class Described:
         return cls(**fields_)
 
 
+ARCHITECTURES = {
+    "A": "fully connected",
+    "B": "convolutional",
+    "C": "convolutional with looped blocks",
+    "D": "fully recurrent",
+}
+LOOPS = {"C": (5, 5), "D": (5,)}
+"""The architectures that call a layer several times: the paper's k1 and k2 (Figure 9), and its k (Figure 8)."""
+
+
 @dataclass(frozen=True)
 class Settings(Described):
     """What the arms of a comparison have in common.
 
     Attributes:
         data: digits, which needs no files, mnist or cifar10.
-        architecture: A, fully connected, or B, convolutional (paper, Figure 2; ours in every number).
-        width: features of the first layer; B doubles them in its second stage.
+        architecture: A, fully connected; B, convolutional; C, the same with its blocks in loops; D, three states of
+            maps, each renewed from all (paper, Figure 2; ours in every number).
+        loops: of C, how often its two blocks are applied, k1 and k2; of D, the number of time steps, k. By default 5
+            each; A and B have none.
+        width: features of the first layer; B and C double them in their second stage, D in its second and third state.
         p: order of the moment.
         center: batch (Setting A), estimate (B), zero (C); None: estimate for streaming arms, batch for others.
         alpha: of streaming arms.
         beta: of streaming arms.
         kappa: of streaming arms; None: (alpha1, alpha2, alpha1, alpha2).
+        backward_stats: of streaming arms in C and D; going back, N uses the estimate saved at its time step, or the
+            latest one, which is the paper's caveat (section 4.3).
         samples_per_batch: m, S/B.
         batches_per_update: n, B/U.
         epochs: passes over the training data; what does not fill a last cycle is left out.
@@ -59,13 +74,15 @@ class Settings(Described):
     """
 
     data: str = "digits"
-    architecture: Literal["A", "B"] = "A"
+    architecture: Literal["A", "B", "C", "D"] = "A"
+    loops: tuple[int, ...] = ()
     width: int = 128
     p: float = 2.0
     center: Literal["batch", "estimate", "zero"] | None = None
     alpha: tuple[float, float] = (0.7, 0.3)
     beta: tuple[float, float, float] = (0.7, 0.3, 0.0)
     kappa: tuple[float, float, float, float] | None = None
+    backward_stats: Literal["saved", "latest"] = "saved"
     samples_per_batch: int = 1
     batches_per_update: int = 32
     epochs: int = 10
@@ -78,11 +95,19 @@ class Settings(Described):
 
     def __post_init__(self) -> None:
         for name in ("width", "samples_per_batch", "batches_per_update", "epochs"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _is_count(value := getattr(self, name)):
                 raise ValueError(f"{name} is a whole number >= 1, got {value!r}")
-        if self.architecture not in ("A", "B"):
-            raise ValueError(f'architecture is "A" (fully connected) or "B" (convolutional), got {self.architecture!r}')
+        if self.architecture not in ARCHITECTURES:
+            named = ", ".join(f'"{letter}" ({what})' for letter, what in ARCHITECTURES.items())
+            raise ValueError(f"architecture is one of {named}, got {self.architecture!r}")
+        object.__setattr__(self, "loops", self._checked_loops())
+        if self.backward_stats not in ("saved", "latest"):
+            raise ValueError(f'backward_stats is "saved" or "latest", got {self.backward_stats!r}')
+        if self.backward_stats == "latest" and not self.loops:
+            raise ValueError(
+                'backward_stats is "latest" for architectures C and D alone: a layer of '
+                f"{self.architecture} is called once before it goes back, so that its saved estimate is the latest"
+            )
         for name in ("learning_rate", "momentum", "weight_decay"):
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
@@ -90,10 +115,35 @@ class Settings(Described):
         if self.warmup is not None and (not isinstance(self.warmup, int) or self.warmup < 0):
             raise ValueError(f"warmup is a number of cycles >= 0, got {self.warmup!r}")
 
+    def _checked_loops(self) -> tuple[int, ...]:
+        default = LOOPS.get(self.architecture, ())
+        if isinstance(self.loops, (tuple, list)) and not self.loops:
+            return default
+        if not default:
+            raise ValueError(f"loops is for architectures C and D, {self.architecture} has none; got {self.loops!r}")
+        fits = isinstance(self.loops, (tuple, list)) and len(self.loops) == len(default)
+        if not fits or not all(map(_is_count, self.loops)):
+            wanted = "two whole numbers >= 1, k1 and k2," if len(default) == 2 else "one whole number >= 1, k,"
+            raise ValueError(f"loops is {wanted} for architecture {self.architecture}, got {self.loops!r}")
+        return tuple(self.loops)
+
     @property
     def samples_per_update(self) -> int:
         """m n."""
         return self.samples_per_batch * self.batches_per_update
+
+    @property
+    def network(self) -> str:
+        """The architecture with its loops.
+
+        >>> Settings(architecture="C").network, Settings(architecture="B").network
+        ('C(5, 5)', 'B')
+        """
+        return self.architecture + (f"({', '.join(map(str, self.loops))})" if self.loops else "")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @dataclass(frozen=True)
@@ -101,9 +151,10 @@ class Run(Settings):
     """One training run. The same seed gives the same initial weights and the same order of data to every arm.
 
     Attributes:
-        arm: the normalization: none, layer, instance, group, rms, batch, streaming, or a reference of the paper with
-            -S for its streaming form (BA6-S) or -B for the one without a stream (BA6-B, SP3-B). Without a map
-            (architecture A) BA1, BA4 and BA6 are one, and so are SP2, SP3 and SP5, and BA2, BA3 and BA5.
+        arm: the normalization: none, layer, instance, group, rms, batch, tsbn, streaming, or a reference of the paper
+            with -S for its streaming form (BA6-S) or -B for the one without a stream (BA6-B, SP3-B). Without a map
+            (architecture A) BA1, BA4 and BA6 are one, and so are SP2, SP3 and SP5, and BA2, BA3 and BA5. In C and D the
+            running estimate of batch is shared over time (the paper's original BN), that of tsbn is one per time step.
         seed: of weights and order.
 
     >>> Run(arm="batch", samples_per_batch=64, batches_per_update=1).label
