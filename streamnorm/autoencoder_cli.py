@@ -1,0 +1,115 @@
+"""The commands of auto-encoders: train one, test it, and show what it finds alike. Nothing is computed here. Needs the
+extra ``cli``, and is imported by the command line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from streamnorm.training.autoencoder_run import AutoencoderRun
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """Train an auto-encoder of documents; a stopped run goes on from its last checkpoint."""
+
+    run: AutoencoderRun = field(default_factory=AutoencoderRun)
+    out: Path | None = None
+    """Folder of the run. Default: runs/DATA-autoencoder-ARM-SEED."""
+    data_root: Path | None = None
+    """Folder of the data files; default: the environment variable STREAMNORM_DATA."""
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """Show the documents that a trained auto-encoder finds most like others, and how often they share a label."""
+
+    checkpoint: Positional[Path]
+    """Folder of a run that `streamnorm train --arch autoencoder` made, or its checkpoint file."""
+    titles: Positional[tuple[str, ...]] = ()
+    """The documents asked for, such as "Toy Story". None: only how often the held-out documents share a label."""
+    beside: tuple[Path, ...] = ()
+    """More of such folders or files, shown side by side with the first."""
+    k: int = 10
+    """Neighbors of each document."""
+    data_root: Path | None = None
+    """Folder of the data files; default: the environment variable STREAMNORM_DATA."""
+
+
+def train_autoencoder(command: Autoencoder) -> None:
+    """Train one auto-encoder and show its epochs."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import Progress
+
+    from streamnorm.training import autoencoder
+    from streamnorm.training.documents import load_documents
+
+    run = command.run
+    console = Console()
+    out = command.out or Path("runs") / f"{Path(run.data).name.split('.')[0]}-autoencoder-{run.arm}-{run.seed}"
+    documents = load_documents(run.data, command.data_root, vocabulary=run.vocabulary, train_limit=run.train_limit)
+    said = f"{run.label} on {escape(documents.source)}, seed {run.seed}; kept in {out}"
+    console.print(said, highlight=False, soft_wrap=True)
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(run.label)
+        record = autoencoder.train_autoencoder(
+            run, documents, out, lambda trainer: bar.update(task, completed=trainer.done, total=trainer.updates)
+        )
+    for line in record["metrics"]:
+        console.print(
+            f"epoch {line['epoch']:3d}   train cost {line['train_cost']:.3f}   test cost {line['test_cost']:.3f} nats "
+            f"a document, {line['test_cost'] / run.vocabulary:.5f} a word   norm of W {line['norm']:.2f}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if record["failed"]:
+        raise ValueError(f"{run.label} could not train: {record['failed']}")
+
+
+def evaluate_autoencoder(folder: Path, data_root: Path | None) -> None:
+    """Load the checkpoint of an auto-encoder and test it."""
+    from streamnorm.training.autoencoder import cost_of_frequencies, evaluate, trained
+    from streamnorm.training.documents import load_documents, same_documents
+
+    run, model, state = trained(folder)
+    documents = load_documents(run.data, data_root, vocabulary=run.vocabulary, train_limit=run.train_limit)
+    same_documents(documents, state["data"]["documents"], folder)
+    nats = evaluate(model, documents.words, documents.tested)
+    print(
+        f"{run.label} on {documents.name}, after {state['done']} of {state['updates']} updates: test cost {nats:.3f} "
+        f"nats a document, {nats / run.vocabulary:.5f} a word, of {len(documents.tested)}; "
+        f"{cost_of_frequencies(documents):.3f} from how often each word occurs"
+    )
+
+
+def show_neighbors(command: Neighbors) -> None:
+    """Print nearest neighbors side by side, and the precision of each checkpoint."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from streamnorm.training.neighbors import codes_of, nearest, precision, precision_by_chance, side_by_side
+
+    documents, columns = codes_of([command.checkpoint, *command.beside], command.data_root)
+    asked = [documents.find(title) for title in command.titles]
+    console = Console()
+    for i in asked:
+        labels = ", ".join(documents.labels_of(i))
+        table = Table("", *map(escape, columns), title=escape(documents.titles[i] + (f": {labels}" if labels else "")))
+        for rank, row in enumerate(side_by_side(documents, i, columns, command.k), 1):
+            table.add_row(str(rank), *map(escape, row))
+        console.print(table)
+    if not documents.label_names:
+        return
+    queries = documents.tested
+    chance = precision_by_chance(queries, documents.labels)
+    for name, code in columns.items():
+        share = precision(nearest(code, queries, command.k)[0], queries, documents.labels)
+        print(
+            f"{' '.join(name.split())}: {share:.1%} of the {command.k} nearest of {len(queries)} held-out documents "
+            f"share a label with them, {chance:.1%} would by chance"
+        )

@@ -1,0 +1,84 @@
+"""The study of auto-encoders as a picture, drawn from records and never trained. Needs matplotlib when it draws."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from streamnorm.training.curves import COLOURS, DASHES, OTHER_COLOURS
+
+Records = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def picture(records: Records, dropouts: Sequence[float]) -> bytes:
+    """A PNG of four panels: costs and norms of W by epoch one document at a time, cost by learning rate, dropout.
+
+    A line is the mean over the seeds of a name, its band from the lowest seed to the highest.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(13, 9.5), dpi=120, layout="constrained")
+    (costs, norms), (rates, dropout) = figure.subplots(2, 2)
+    online = {name: whole for name, seeds in records.items() if "online" in name and (whole := _trained(seeds))}
+    for name, style in zip(online, _styles([online[name][0]["arm"] for name in online]), strict=True):
+        for panel, key in ((costs, "test_cost"), (norms, "norm")):
+            values = [[line[key] for line in record["metrics"]] for record in online[name]]
+            epochs = range(1, len(values[0]) + 1)
+            _draw(panel, epochs, values, {**style, "marker": "o", "label": name.replace(" online", "")})
+            panel.set_xticks(epochs)
+    for arm in ("none", "layer"):
+        own = sorted((n for n in online if n.startswith(f"{arm} online, rate")), key=lambda n: _rate(online[n]))
+        values = list(zip(*([r["metrics"][-1]["test_cost"] for r in online[n]] for n in own), strict=True))
+        style = {"color": COLOURS[arm], "marker": "o", "label": arm}
+        _draw(rates, [_rate(online[n]) for n in own], values, style)
+    for arm in ("none", "batch"):
+        for share, dash in zip(dropouts, DASHES, strict=False):
+            values = [[m["test_cost"] for m in r["metrics"]] for r in _trained(records[f"{arm}, dropout {share}"])]
+            if values:
+                style = {"color": COLOURS[arm], "linestyle": dash, "label": f"{arm}, dropout {share}"}
+                _draw(dropout, range(1, len(values[0]) + 1), values, style)
+    rates.set_xscale("log")
+    tried = sorted({_rate(seeds) for seeds in online.values()})
+    rates.set_xticks(tried, labels=[f"{rate:g}" for rate in tried])
+    rates.minorticks_off()
+    dropout.xaxis.set_major_locator(MaxNLocator(integer=True))
+    titles = {
+        costs: ("One document at a time: test cost, nats a document", "epoch"),
+        norms: ("One document at a time: norm of W", "epoch"),
+        rates: ("One document at a time: test cost after the last epoch", "learning rate"),
+        dropout: ("Mini-batches, few documents: test cost, nats a document", "epoch"),
+    }
+    for panel, (title, axis) in titles.items():
+        panel.set_title(title, loc="left", size=11)
+        panel.set_xlabel(axis)
+        panel.grid(alpha=0.3)
+        if panel is not norms:  # its lines are those of the costs beside it
+            panel.legend(frameon=False, fontsize=8)
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()
+
+
+def _trained(seeds: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [record for record in seeds if record["metrics"] and not record["failed"]]
+
+
+def _rate(seeds: Sequence[Mapping[str, Any]]) -> float:
+    return seeds[0]["run"]["learning_rate"]
+
+
+def _styles(arms: Sequence[str]) -> list[dict[str, Any]]:
+    """An arm is a color, each of its runs another dash."""
+    return [
+        {"color": COLOURS.get(arm, OTHER_COLOURS[0]), "linestyle": DASHES[arms[:i].count(arm) % len(DASHES)]}
+        for i, arm in enumerate(arms)
+    ]
+
+
+def _draw(panel: Any, x: Sequence[float], seeds: Sequence[Sequence[float]], style: dict[str, Any]) -> None:
+    columns = list(zip(*seeds, strict=True))
+    panel.plot(x, [statistics.fmean(column) for column in columns], linewidth=1.4, markersize=4, **style)
+    panel.fill_between(x, [*map(min, columns)], [*map(max, columns)], color=style["color"], alpha=0.15, linewidth=0)

@@ -1,0 +1,373 @@
+"""Auto-encoders of sparse binary documents: the network, its cost, and its training loop (seeds 000 and 003).
+
+A document is the set of its words and enters as the sum of their rows of W; only those rows have a gradient, so that a
+step of plain SGD moves no others. Imports the layers and the rest of the room.
+
+Legend: ``n`` documents, ``V`` words, ``h`` units of a hidden layer.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from streamnorm.dau import attach, vectorized
+from streamnorm.normstats import DegenerateReferenceError
+from streamnorm.training import checkpoint
+from streamnorm.training.architectures import NormFactory, norm_factory
+from streamnorm.training.autoencoder_run import AutoencoderRun
+from streamnorm.training.documents import Bags, Documents
+from streamnorm.training.keeping import CHECKPOINT, run_to_end
+from streamnorm.training.language import tested
+from streamnorm.training.loop import differences, load_model, machine, order, versions
+from streamnorm.training.run import Run
+
+EVALUATION_BATCH = 500
+
+
+class WordSum(nn.Module):
+    """A linear layer for bags of words: ``y = sum of W[j] over the words j``, plus a bias if wanted.
+
+    It is ``x W`` for the binary rows x, without making x. The gradient of W is sparse.
+
+    Shapes: ``bags`` of n documents ``-> y (n, h)``; ``weight (V, h)``, ``bias (h)``.
+
+    >>> layer = WordSum(3, 2)
+    >>> layer(Bags.of([[0, 2], []], 3)).shape
+    torch.Size([2, 2])
+    """
+
+    def __init__(self, words: int, units: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(words, units))
+        self.bias = nn.Parameter(torch.zeros(units)) if bias else None
+        nn.init.kaiming_normal_(self.weight, mode="fan_out")  # of (V, h), whose first axis is the input
+
+    def forward(self, bags: Bags) -> Tensor:
+        y = F.embedding_bag(bags.members, self.weight, bags.offsets, mode="sum", sparse=True, include_last_offset=True)
+        return y if self.bias is None else y + self.bias
+
+
+class Autoencoder(nn.Module):
+    """Bags of words -> hidden layers -> a logit for each word.
+
+    ::
+
+        g = W x,  h = (g - mu) / sigma,  f = max(0, a h + b)        a layer with a norm: W has no bias (seed 003)
+        f = max(0, W x + b)                                         a layer without
+
+    Args:
+        words: V.
+        hidden: units of each hidden layer.
+        norm: ``c -> layer`` for the normalized layers; None: no layer is.
+        on_hidden, on_top: which layers are normalized.
+        nonlinearity: of the hidden layers; the top layer's sigmoid is part of the cost.
+        dropout: share of hidden units left out in training; the others are scaled up for it.
+
+    Shapes: ``bags`` of n documents ``-> logits (n, V)``.
+
+    >>> from streamnorm import SampleNorm
+    >>> model = Autoencoder(5, (3,), SampleNorm)
+    >>> model(Bags.of([[0, 4], [1]], 5)).shape
+    torch.Size([2, 5])
+    """
+
+    def __init__(
+        self,
+        words: int,
+        hidden: tuple[int, ...],
+        norm: NormFactory | None,
+        on_hidden: bool = True,
+        on_top: bool = False,
+        nonlinearity: Callable[[Tensor], Tensor] = torch.relu,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.nonlinearity, self.dropout = nonlinearity, dropout
+        normalized = [norm is not None and on for on in (*[on_hidden] * len(hidden), on_top)]
+        self.read = WordSum(words, hidden[0], bias=not normalized[0])
+        self.linears = nn.ModuleList(
+            _linear(before, after, bias=not on)
+            for (before, after), on in zip(pairwise([*hidden, words]), normalized[1:], strict=True)
+        )
+        self.norms = nn.ModuleList(
+            norm(c) if norm is not None and on else nn.Identity()
+            for c, on in zip((*hidden, words), normalized, strict=True)
+        )
+
+    def layers(self, bags: Bags, random: torch.Generator | None = None) -> list[Tensor]:
+        """The activations ``(n, h)`` of each hidden layer, then the logits ``(n, V)``.
+
+        Args:
+            random: what dropout draws from; None: torch's own generator.
+        """
+        x = self.read(bags)
+        found = []
+        for linear, norm in zip(self.linears, self.norms, strict=False):
+            found.append(self.nonlinearity(norm(x)))
+            x = linear(self._dropped(found[-1], random))
+        return [*found, self.norms[-1](x)]
+
+    def forward(self, bags: Bags, random: torch.Generator | None = None) -> Tensor:
+        return self.layers(bags, random)[-1]
+
+    def top_bias(self) -> Tensor:
+        """What is added to the logits last ``(V,)``."""
+        top = self.linears[-1] if isinstance(self.norms[-1], nn.Identity) else self.norms[-1]
+        return top.bias  # type: ignore[return-value]
+
+    def _dropped(self, h: Tensor, random: torch.Generator | None) -> Tensor:
+        if not (self.training and self.dropout):
+            return h
+        kept = 1 - self.dropout
+        return h * torch.empty_like(h).bernoulli_(kept, generator=random).div_(kept)
+
+
+def _linear(before: int, after: int, bias: bool) -> nn.Module:
+    # A layer's own initialization would draw its bias too, and weights that come later would depend on who has one.
+    linear = nn.utils.skip_init(nn.Linear, before, after, bias=bias)
+    nn.init.kaiming_normal_(linear.get_parameter("weight"))
+    if bias:
+        nn.init.zeros_(linear.get_parameter("bias"))
+    return linear
+
+
+def build(run: AutoencoderRun, words: int) -> Autoencoder:
+    """The network of a run, its weights drawn from the run's seed: the same ones for every arm.
+
+    Raises:
+        ValueError: for an unknown arm.
+    """
+    norm = None
+    if run.arm != "none":
+        shared = {name: getattr(run, name) for name in ("arm", "p", "center", "alpha", "beta", "kappa")}
+        norm = norm_factory(Run(**shared))
+    options = {"on_hidden": run.normalized != "top", "on_top": run.normalized != "hidden"}
+    nonlinearity = {"relu": torch.relu, "sigmoid": torch.sigmoid}[run.nonlinearity]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        return Autoencoder(words, run.hidden, norm, **options, nonlinearity=nonlinearity, dropout=run.dropout)
+
+
+def cost(logits: Tensor, bags: Bags) -> Tensor:
+    """Cross-entropy between each document and its reconstruction, summed over the words: nats ``(n,)``.
+
+    ``- sum_j x_j log sigmoid(z_j) + (1 - x_j) log(1 - sigmoid(z_j))``
+    """
+    x = bags.dense(logits.dtype)
+    return F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(1)
+
+
+def in_batches(bags: Bags, index: Tensor) -> list[Bags]:
+    """The documents ``index``, cut into batches for testing."""
+    return [bags.select(part) for part in index.split(EVALUATION_BATCH)]
+
+
+def evaluate(model: Autoencoder, bags: Bags, index: Tensor) -> float:
+    """The mean cost of the documents ``index`` in eval mode, in nats a document."""
+    with tested(model):
+        return sum(cost(model(batch), batch).sum().item() for batch in in_batches(bags, index)) / len(index)
+
+
+def log_odds(documents: Documents) -> Tensor:
+    """``log(p / (1 - p))`` of each word ``(V,)``, float64, p the share of training documents that have it.
+
+    Half a document with and half a one without it are added, so that a word of none or of all has odds, too.
+    """
+    training = documents.words.select(torch.arange(documents.train))
+    counts = torch.bincount(training.members, minlength=training.size).double()
+    return torch.logit((counts + 0.5) / (documents.train + 1))
+
+
+def cost_of_frequencies(documents: Documents) -> float:
+    """The mean cost of the documents that test, for a reconstruction that knows how often each word occurs, no more."""
+    logits = log_odds(documents).expand(EVALUATION_BATCH, -1)
+    batches = in_batches(documents.words, documents.tested)
+    return sum(cost(logits[: len(batch)], batch).sum().item() for batch in batches) / len(documents.tested)
+
+
+class AutoencoderTrainer:
+    """A run under way: model, optimizer, the position in the documents, and the metrics so far."""
+
+    def __init__(self, run: AutoencoderRun, documents: Documents) -> None:
+        size = run.samples_per_update
+        if size > documents.train:
+            raise ValueError(
+                f"one update takes {run.samples_per_batch} S/B x {run.batches_per_update} B/U = {size} documents, "
+                f"{documents.name} has {documents.train} to train on"
+            )
+        self.run = run
+        self.documents = documents
+        self.model = build(run, documents.words.size)
+        if run.top_bias == "frequencies":
+            self.model.top_bias().data.copy_(log_odds(documents))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=run.learning_rate)
+        self.link = attach(self.model, self.optimizer, "auto" if run.warmup is None else run.warmup)
+        self.random = torch.Generator().manual_seed(run.seed)
+        self.per_epoch = documents.train // size
+        self.updates = self.per_epoch * run.epochs
+        self.done = 0
+        self.sums = {"cost": 0.0, "seconds": 0.0}
+        self.metrics: list[dict[str, Any]] = []
+        self.failed: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.failed is not None or self.done == self.updates
+
+    def step(self) -> None:
+        """One weight update; at the end of an epoch a line of metrics. What cannot go on says why in ``failed``."""
+        start, n = time.perf_counter(), self.run.batches_per_update
+        bags = self._cycle()
+        try:
+            with vectorized(self.model, n) if n > 1 else nullcontext():
+                logits = self.model(bags, self.random)
+        except DegenerateReferenceError as error:
+            self.failed = str(error).split(";")[0]
+            return
+        loss = cost(logits, bags).mean()
+        nats = loss.item()
+        if not math.isfinite(nats):
+            self.failed = f"diverged: the cost became {nats} at update {self.done + 1}"
+            return
+        self._update_weights(loss)
+        self.done += 1
+        self.sums["cost"] += nats
+        self.sums["seconds"] += time.perf_counter() - start
+        if self.done % self.per_epoch == 0:
+            self._close_epoch()
+
+    def _cycle(self) -> Bags:
+        epoch, place = divmod(self.done, self.per_epoch)
+        size = self.run.samples_per_update
+        index = order(self.run.seed, epoch, self.documents.train)[place * size : (place + 1) * size]
+        return self.documents.words.select(index)
+
+    def _update_weights(self, loss: Tensor) -> None:
+        n = self.run.batches_per_update
+        # Backward in the units of the loop, the sum over mini-batches of their mean costs: H2 remembers them.
+        (loss * n).backward()
+        if n > 1:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.div_(n)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _close_epoch(self) -> None:
+        documents, model = self.documents, self.model
+        test_cost = evaluate(model, documents.words, documents.tested)
+        if not math.isfinite(test_cost):
+            self.failed = f"diverged: the test cost became {test_cost} after update {self.done}"
+            return
+        self.metrics.append(
+            {
+                "epoch": self.done // self.per_epoch,
+                "updates": self.done,
+                "documents": self.done * self.run.samples_per_update,
+                "train_cost": self.sums["cost"] / self.per_epoch,
+                "test_cost": test_cost,
+                "norm": model.read.weight.norm().item(),
+                "top_norm": model.linears[-1].weight.norm().item(),  # type: ignore[union-attr]
+                "seconds": self.sums["seconds"],
+            }
+        )
+        self.sums = {"cost": 0.0, "seconds": 0.0}
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs."""
+        return {
+            "run": self.run.to_json(),
+            "data": self._identity(),
+            "model": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "link": self.link.state_dict(),
+            "random": self.random.get_state(),
+            "done": self.done,
+            "updates": self.updates,
+            "sums": self.sums,
+            "metrics": self.metrics,
+            "failed": self.failed,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where ``state()`` was taken.
+
+        Raises:
+            CheckpointError: if it was taken of another run or other documents.
+        """
+        if differing := differences({**state["run"], **state["data"]}, {**self.run.to_json(), **self._identity()}):
+            raise checkpoint.CheckpointError(f"the checkpoint is of another run: {differing}")
+        load_model(self.model, state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.link.load_state_dict(state["link"])
+        self.random.set_state(state["random"])
+        self.done, self.sums, self.metrics, self.failed = (state[k] for k in ("done", "sums", "metrics", "failed"))
+
+    def _identity(self) -> dict[str, Any]:
+        return {"documents": self.documents.source}
+
+    def record(self) -> dict[str, Any]:
+        """What a report reads."""
+        run, documents = self.run, self.documents
+        named = {"arm": run.arm, "label": run.label, "seed": run.seed, "run": run.to_json()}
+        data = {"data": documents.name, "source": documents.source}
+        where = {"versions": versions(), "machine": machine()}
+        return {**named, **data, **where, "metrics": self.metrics, "failed": self.failed}
+
+
+def train_autoencoder(
+    run: AutoencoderRun,
+    documents: Documents,
+    folder: Path | None = None,
+    progress: Callable[[AutoencoderTrainer], None] | None = None,
+) -> dict[str, Any]:
+    """Train ``run`` to its end, from its last checkpoint if ``folder`` holds one.
+
+    Args:
+        folder: where the run is kept; None keeps nothing.
+        progress: called with the trainer after each update.
+
+    Returns:
+        The record: what was run, on what, and the metrics of every epoch. ``failed`` says in a sentence why a run
+        could not go on, or is None.
+
+    Raises:
+        CheckpointError: if the folder holds another run, or a damaged checkpoint.
+    """
+    trainer = AutoencoderTrainer(run, documents)
+    described = {k: v for k, v in trainer.record().items() if k not in ("metrics", "failed")}
+    run_to_end(trainer, folder, described, (lambda: progress(trainer)) if progress else None)
+    return trainer.record()
+
+
+def trained(path: Path) -> tuple[AutoencoderRun, Autoencoder, dict[str, Any]]:
+    """The run, the model and all else of the checkpoint at ``path``, or in the folder ``path``.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        CheckpointError: if it is damaged.
+        ValueError: if it is of no auto-encoder, or of a run that could not train.
+    """
+    state = checkpoint.load(path / CHECKPOINT if path.is_dir() else path)
+    if state["run"].get("arch") != "autoencoder":
+        raise ValueError(
+            f"{path} holds a network of {state['run'].get('data')} that is no auto-encoder; make one by: "
+            "streamnorm train --arch autoencoder"
+        )
+    if state["failed"]:
+        raise ValueError(f"{path} holds a run that could not train: {state['failed']}")
+    run = AutoencoderRun.from_json(state["run"])
+    model = build(run, run.vocabulary)
+    load_model(model, state["model"])
+    return run, model, state
