@@ -223,7 +223,8 @@ class DAU:
     The update uses the mean of the n mini-batch gradients; the gradients are cleared after it; n = 1 is conventional
     training. Streaming layers are folded at every update (``attach``). To clip gradients, do it in an
     ``optimizer.register_step_pre_hook``: they are the mean by then. A scheduler steps after ``update``, or after
-    ``accumulate`` when ``accumulated`` is 0. For a gradient scaler, use ``attach`` and a loop of your own.
+    ``accumulate`` when ``accumulated`` is 0. For a gradient scaler, use ``attach`` and a loop of your own. To test the
+    weights with which the statistics were taken (section 3.3.1), test between ``cycle`` and ``step``.
 
     Args:
         model, optimizer: as in any loop.
@@ -277,22 +278,35 @@ class DAU:
         """
         if len(x) != self.m or len(y) != self.m:
             raise ValueError(f"a mini-batch is {self.m} samples, got {len(x)} inputs and {len(y)} targets")
+        if self.accumulated == self.n:
+            raise ValueError(f"all {self.n} mini-batches of this cycle are accumulated; call step() first")
+        results = self._one(x, y)
+        if self.accumulated == self.n:
+            self.step()
+        return results
+
+    def _one(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         output = self.model(x)
         loss = self.loss_fn(output, y)
         loss.backward()
         self.accumulated += 1
-        if self.accumulated == self.n:
-            self._step()
         return loss.detach(), output.detach()
 
     def update(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """One whole cycle ``x (n m, ...)`` in order of arrival, and the weight update at its end.
+        """One whole cycle ``x (n m, ...)`` in order of arrival, and the weight update at its end: ``cycle`` and
+        ``step``, which say what is returned and raised."""
+        results = self.cycle(x, y)
+        self.step()
+        return results
+
+    def cycle(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """One whole cycle ``x (n m, ...)`` in order of arrival, whose weight update is still to come.
 
         Returns:
             The mean loss of the cycle and the model's outputs ``(n m, ...)``, detached.
 
         Raises:
-            ValueError: for another number of samples, or in the middle of a cycle that ``accumulate`` began.
+            ValueError: for another number of samples, or before a cycle that was begun has had its ``step``.
         """
         if len(x) != self.m * self.n or len(y) != len(x):
             raise ValueError(
@@ -300,16 +314,18 @@ class DAU:
                 f"got {len(x)} inputs and {len(y)} targets; leave out an unfilled last cycle (drop_last=True)"
             )
         if self.accumulated:
-            raise ValueError(f"{self.accumulated} of {self.n} mini-batches are accumulated; finish that cycle first")
+            raise ValueError(
+                f"{self.accumulated} of {self.n} mini-batches are accumulated; finish that cycle and its step first"
+            )
         if not self.vectorize or self.n == 1:
-            results = [self.accumulate(a, b) for a, b in zip(x.split(self.m), y.split(self.m), strict=True)]
+            results = [self._one(a, b) for a, b in zip(x.split(self.m), y.split(self.m), strict=True)]
             return torch.stack([loss for loss, _ in results]).mean(), torch.cat([output for _, output in results])
         with vectorized(self.model, self.n):
             output = self.model(x)
         loss = self.loss_fn(output, y)
         # Backward in the units of the loop, the sum over mini-batches of their mean losses: H2 remembers them.
         (loss * self.n).backward()
-        self._step()
+        self.accumulated = self.n
         return loss.detach(), output.detach()
 
     @torch.no_grad()
@@ -337,7 +353,16 @@ class DAU:
         copy(x)
         return has_tiny_references(norms(copy))
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """The weight update at the end of a ``cycle``, with the mean of its gradients.
+
+        Raises:
+            ValueError: in the middle of a cycle.
+        """
+        if self.accumulated != self.n:
+            raise ValueError(
+                f"{self.accumulated} of {self.n} mini-batches are accumulated; the weights are updated after {self.n}"
+            )
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None and self.n > 1:

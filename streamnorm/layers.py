@@ -27,6 +27,7 @@ from streamnorm.normstats import Center, Lp
 from streamnorm.policy import Batch, Policy, Sample, Streaming
 from streamnorm.stream import Memory
 
+Device = torch.device | str | int | None
 FORGOTTEN = 1000
 """Training calls without a weight update after which a streaming layer asks whether it was forgotten."""
 
@@ -40,11 +41,11 @@ class Affine(nn.Module):
     torch.Size([2, 3, 4])
     """
 
-    def __init__(self, num_features: int) -> None:
+    def __init__(self, num_features: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.num_features = num_features
-        self.weight = nn.Parameter(torch.ones(num_features))
-        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
         """Gain 1, bias 0."""
@@ -93,6 +94,7 @@ class Norm(nn.Module):
         policy: ``Sample()``, ``Batch()``, ``Streaming()`` or one of your own with F and G.
         affine: follow with a gain and a bias per feature (``Affine``).
         op: N, ``Standardize()`` as in the paper, ``Scale()``, or one of your own.
+        device, dtype: as torch's; statistics stay float32 or wider.
 
     Shapes: ``x (n, c)``, ``(n, c, x)``, ``(n, c, x, y)`` or ``(n, c, x, y, z)`` -> ``y`` of the same shape and dtype.
     Statistics are kept in float32 or wider.
@@ -120,6 +122,8 @@ class Norm(nn.Module):
         policy: Policy,
         affine: bool = False,
         op: Standardize | Scale | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(num_features, int) or num_features < 1:
@@ -139,6 +143,8 @@ class Norm(nn.Module):
         self.H2 = None if policy.G is None else Memory(policy.G, shape)
         self.affine = Affine(num_features) if affine else None
         self._calls = Calls()
+        if device is not None or dtype is not None:
+            self.to(device=device, dtype=dtype)
 
     @property
     def ref(self) -> NormRef:
@@ -374,6 +380,7 @@ class StreamingNorm(Norm):
         p, center, eps: of ``Lp``: the order of the moment, Setting A ``"batch"``, B ``"estimate"`` or C ``"zero"``.
         alpha, beta, kappa: of ``Streaming``.
         affine: follow with a gain and a bias per feature.
+        device, dtype: as torch's; statistics stay float32 or wider.
 
     Shapes: ``x (n, c, *place) -> y (n, c, *place)``, up to three axes of place.
 
@@ -395,8 +402,11 @@ class StreamingNorm(Norm):
         kappa: tuple[float, ...] | None = None,
         eps: float = 1e-5,
         affine: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, ref, Lp(p, center, eps), Streaming(alpha, beta, kappa), affine)
+        policy = Streaming(alpha, beta, kappa)
+        super().__init__(num_features, ref, Lp(p, center, eps), policy, affine, device=device, dtype=dtype)
 
     def __repr__(self) -> str:
         policy = self.policy
@@ -425,6 +435,7 @@ class BatchNorm(Norm):
         p, center, eps: of ``Lp``.
         rate: weight of the newest mini-batch in the running estimate, of mu and of sigma (torch averages the variance).
         affine: follow with a gain and a bias per feature.
+        device, dtype: as torch's; statistics stay float32 or wider.
 
     >>> BatchNorm(8, rate=0.05)
     BatchNorm(8, rate=0.05)
@@ -439,8 +450,10 @@ class BatchNorm(Norm):
         rate: float = 0.1,
         eps: float = 1e-5,
         affine: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, ref, Lp(p, center, eps), Batch(rate), affine)
+        super().__init__(num_features, ref, Lp(p, center, eps), Batch(rate), affine, device=device, dtype=dtype)
 
     def __repr__(self) -> str:
         policy = self.policy
@@ -466,6 +479,7 @@ class SampleNorm(Norm):
         ref: one of ``SP1 ... SP5`` or ``NormRef(groups, "all", "one")``.
         p, center, eps: of ``Lp``.
         affine: follow with a gain and a bias per feature.
+        device, dtype: as torch's; statistics stay float32 or wider.
 
     >>> SampleNorm(8, ref=NormRef(2, "all", "one"))
     SampleNorm(8, ref=NormRef(features=2, place='all', samples='one'))
@@ -479,8 +493,10 @@ class SampleNorm(Norm):
         center: Center = "batch",
         eps: float = 1e-5,
         affine: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, ref, Lp(p, center, eps), Sample(), affine)
+        super().__init__(num_features, ref, Lp(p, center, eps), Sample(), affine, device=device, dtype=dtype)
 
     def __repr__(self) -> str:
         return _call(

@@ -31,7 +31,7 @@ from streamnorm.cells import (
     expect,
     given_state,
 )
-from streamnorm.layers import Calls, Norm, StreamingNorm
+from streamnorm.layers import Calls, Device, Norm, StreamingNorm
 from streamnorm.scan import scan
 from streamnorm.timespecific import Factory, TimeSpecificNorm
 
@@ -122,6 +122,8 @@ class Recurrent(nn.Module):
         dropout: float,
         bidirectional: bool,
         backward_stats: BackwardStats,
+        device: Device,
+        dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
         if not isinstance(num_layers, int) or isinstance(num_layers, bool) or num_layers < 1:
@@ -140,6 +142,8 @@ class Recurrent(nn.Module):
         for layer in range(num_layers):
             width = hidden_size * len(self._directions) if layer else input_size
             self.cells.update({f"l{layer}{direction}": make(width) for direction in self._directions})
+        if device is not None or dtype is not None:
+            self.to(device=device, dtype=dtype)
 
     def forward(self, x: Any, hx: Any = None) -> tuple[Any, Any]:
         cells: list[Cell] = list(self.cells.values())  # type: ignore[arg-type]
@@ -241,11 +245,14 @@ class _WithNonlinearity(Recurrent):
         norm: Factory | None = StreamingNorm,
         norm_h: HiddenNorm = "same",
         backward_stats: BackwardStats = "saved",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         def make(width: int) -> Cell:
             return self.cell(width, hidden_size, nonlinearity, norm, norm_h)
 
-        super().__init__(make, input_size, hidden_size, num_layers, batch_first, dropout, bidirectional, backward_stats)
+        as_torch = (input_size, hidden_size, num_layers, batch_first, dropout, bidirectional)
+        super().__init__(make, *as_torch, backward_stats, device, dtype)
         self.nonlinearity: Nonlinearity = nonlinearity
 
 
@@ -257,7 +264,7 @@ class NormRNN(_WithNonlinearity):
     Args:
         input_size, hidden_size, num_layers: as torch's.
         nonlinearity: f, ``"tanh"`` or ``"relu"``.
-        batch_first, dropout, bidirectional: as torch's.
+        batch_first, dropout, bidirectional, device, dtype: as torch's.
         norm: makes a Norm of c features: a class such as ``StreamingNorm``, ``BatchNorm`` (statistics shared over time)
             or ``SampleNorm``, a ``functools.partial``, a function, ``TimeSpecific(BatchNorm)``; None: no norm, and a
             bias.
@@ -335,8 +342,11 @@ class NormLSTM(Recurrent):
         norm_h: HiddenNorm = "same",
         norm_c: Factory | None = None,
         backward_stats: BackwardStats = "saved",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         def make(width: int) -> Cell:
             return NormLSTMCell(width, hidden_size, norm, norm_h, norm_c)
 
-        super().__init__(make, input_size, hidden_size, num_layers, batch_first, dropout, bidirectional, backward_stats)
+        as_torch = (input_size, hidden_size, num_layers, batch_first, dropout, bidirectional)
+        super().__init__(make, *as_torch, backward_stats, device, dtype)

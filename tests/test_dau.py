@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from typing import Any
 
@@ -176,3 +177,27 @@ def test_a_warm_up_cycle_keeps_no_graph(vectorize: bool) -> None:
 
 def test_one_call_needs_the_memory_of_all_mini_batches() -> None:
     assert most_saved(24, vectorize=True) > 8 * most_saved(2, vectorize=True)
+
+
+def test_a_cycle_waits_for_its_step() -> None:
+    """So that weights can be tested with which the statistics were taken."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), sn.StreamingNorm(4), nn.Linear(4, 2))
+    sizes = {"samples_per_batch": 2, "batches_per_update": 3}
+    twin = copy.deepcopy(model)
+    ours, plain = (
+        sn.DAU(net, torch.optim.SGD(net.parameters(), lr=0.1), F.cross_entropy, **sizes) for net in (model, twin)
+    )
+    x, y = torch.randn(6, 3), torch.randint(2, (6,))
+    with pytest.raises(ValueError, match="0 of 3 mini-batches are accumulated"):
+        ours.step()
+    before = model[0].weight.detach().clone()
+    ours.cycle(x, y)
+    assert torch.equal(model[0].weight, before)
+    with pytest.raises(ValueError, match="finish that cycle and its step first"):
+        ours.cycle(x, y)
+    with pytest.raises(ValueError, match=r"call step\(\) first"):
+        ours.accumulate(x[:2], y[:2])
+    ours.step()
+    plain.update(x, y)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -437,3 +439,26 @@ def test_a_layer_does_not_keep_activations_in_its_file() -> None:
     with sn.vectorized(layer, 32):
         layer(torch.randn(32, 4, 8, 8))
     assert len(pickle.dumps(layer)) < 3 * len(pickle.dumps(layer.state_dict()))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        sn.Affine,
+        sn.StreamingNorm,
+        sn.BatchNorm,
+        sn.SampleNorm,
+        partial(sn.Norm, ref=sn.BA4, moment=sn.Lp(1), policy=sn.Streaming(), affine=True),
+        partial(sn.NormRNN, 3),
+        partial(sn.NormGRU, 3),
+        partial(sn.NormLSTM, 3),
+    ],
+)
+def test_layers_are_made_on_a_device_and_of_a_dtype(make: Callable[..., nn.Module]) -> None:
+    """As ``nn.utils.skip_init`` and people who replace a layer of torch's expect it."""
+    there = make(6, device="meta", dtype=torch.float64)
+    tensors = [*there.parameters(), *(b for b in there.buffers() if b.is_floating_point())]
+    assert all(t.is_meta and t.dtype == torch.float64 for t in tensors)
+    narrow = make(6, dtype=torch.bfloat16)
+    assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in narrow.buffers() if b.is_floating_point()} <= {torch.float32}

@@ -28,11 +28,16 @@ ROWS = {
     ],
     "Algorithms": [f"Algorithm {i}" for i in range(1, 7)],
     "Equations and settings": [
-        *("Equation 1", "Equation 2", "Setting A", "Setting B", "Setting C"),
+        *(f"Equation {i}" for i in range(1, 8)),
+        *("Setting A", "Setting B", "Setting C"),
         *("Special case A-2", "Special case p=1", "Special case of 3.3.3"),
     ],
     "References": NAMES,
-    "Figures": [*(f"Figure 1 {letter}" for letter in "ABCDE"), "Figure 2 A", "Figure 2 B"],
+    "Figures": [
+        *(f"Figure 1 {letter}" for letter in "ABCDE"),
+        *(f"Figure 2 {letter}" for letter in "ABCD"),
+        *(f"Figure {number}" for number in (8, 9, 10, 11, 12)),
+    ],
     "Symbols": [
         *("$m$", "$n$", "$x_i$", "$R$, $R_i$", "$S$", "$s_i$", r"$\mu$", r"$\sigma$", "$N$", "$H_1$", "$H_2$", "$F$"),
         *("$G$", r"$\hat s$", r"$\hat s_{long}$", r"$\hat s_{short}$", "counter", r"$\hat g_{long}$, $\hat g_{short}$"),

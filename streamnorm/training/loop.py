@@ -123,7 +123,12 @@ class Trainer:
         return self.failed is not None or self.done == self.updates
 
     def step(self) -> None:
-        """One weight update; at the end of an epoch a line of metrics. What cannot go on says why in ``failed``."""
+        """One cycle of mini-batches and its weight update; before that, at the end of an epoch, a test. What cannot go on
+        says why in ``failed``.
+
+        The weights that are tested are those with which the statistics were taken, and so the last update of all is
+        left undone (section 3.3.1).
+        """
         start = time.perf_counter()
         try:
             if self.done == 0:
@@ -132,7 +137,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.run, self.done, self.updates)
             with latest_statistics() if self.run.backward_stats == "latest" else nullcontext():
-                loss, output = self.dau.update(x, y)
+                loss, output = self.dau.cycle(x, y)
         except DegenerateReferenceError as error:
             self.failed = str(error).split(";")[0]
             return
@@ -145,6 +150,10 @@ class Trainer:
         self.sums["seconds"] += time.perf_counter() - start
         if self.done % self.per_epoch == 0:
             self._close_epoch()
+        if not self.finished:
+            start = time.perf_counter()
+            self.dau.step()
+            self.sums["seconds"] += time.perf_counter() - start
 
     def _warm_up(self) -> None:
         cycles = self.run.warmup
@@ -163,7 +172,7 @@ class Trainer:
         samples = self.per_epoch * self.run.samples_per_update
         test_loss, test_error = evaluate(self.model, self.data.test_x, self.data.test_y)
         if not math.isfinite(test_loss):
-            self.failed = f"diverged: the test loss became {test_loss} after update {self.done}"
+            self.failed = f"diverged: the test loss became {test_loss} at update {self.done}"
             return
         self.metrics.append(
             {
