@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from texts import small, tiny, to_the_end
 
-from streamnorm.experiments.shakespeare import CLAIMS, TIERS, Arguments, faster, lower, main, reached, rise, runs
+from streamnorm.experiments.shakespeare import FIGURES, TIERS, Arguments, main, runs, statistics_over_time
+from streamnorm.experiments.textclaims import CLAIMS, faster, lower, reached, rise
 from streamnorm.experiments.textcurves import smooth
+from streamnorm.training.language_loop import TextTrainer
 
 
 def record(*curve: float, failed: str | None = None, **more: Any) -> dict[str, Any]:
@@ -49,8 +53,54 @@ def test_an_arm_that_falls_twice_as_fast_is_twice_as_fast() -> None:
 
 def test_the_rise_is_the_loss_beyond_the_trained_steps_less_that_before() -> None:
     along = [9.0, 1.0, 1.5, 2.0]
-    assert rise(record(1.0, run={"steps": 2}, along=along)) == 0.75
+    assert rise(record(1.0, run={"steps": [2]}, along=along)) == 0.75
     assert math.isnan(rise(record(failed="diverged")))
+
+
+def test_statistics_over_time_are_those_of_the_steps() -> None:
+    text = tiny()
+    model = to_the_end(TextTrainer(small(carry_state=False), text)).model
+    found = statistics_over_time(model, text, 10)
+    n = len(text.train) // 10
+    assert found["noise"] == n**-0.5
+    cell = model.recurrent.cells["l0"]
+    model.eval()
+    with torch.no_grad():  # step by step, each from the sequences' own state
+        steps, h = [], None
+        for t in range(9):
+            _, h = model(text.train[t : n * 10 : 10][None], h)
+            steps.append((h[0] @ cell.weight_hh.T).double())
+    mu, sigma = torch.stack([a.mean(0) for a in steps]), torch.stack([a.std(0) for a in steps])
+    moved = (mu - mu.mean(0)) / sigma.mean(0)
+    # float32 activations of order 1; a unit's own sigma is not tiny.
+    assert found["drift"] == pytest.approx((moved**2).mean(1).sqrt().tolist(), abs=1e-4)
+    steadiest, wildest = ((moved**2).sum(0).argsort()[i] for i in (0, -1))
+    assert found["mu"][0] == pytest.approx(moved[:, steadiest].tolist(), abs=1e-4)
+    assert found["mu"][-1] == pytest.approx(moved[:, wildest].tolist(), abs=1e-4)
+    assert found["sigma"][-1] == pytest.approx((sigma / sigma.mean(0))[:, wildest].tolist(), abs=1e-4)
+
+
+def test_drift_at_the_first_steps_alone_is_seen() -> None:
+    def of(drift: list[float]) -> dict[str, list[dict[str, Any]]]:
+        runs = ("rnn streaming", "rnn tsbn", "rnn streaming, state reset", "rnn tsbn, state reset")
+        return {name: [record(2.0, drift=drift, noise=0.1)] for name in runs}
+
+    check = next(claim.check for claim in CLAIMS if claim.id == "C-59")
+    assert check(of([0.25, 0.1, 0.1]))[0] == "reproduced"
+    assert check(of([0.15, 0.1, 0.1]))[0] == "partly"
+
+
+def test_mixed_lengths_are_better_in_one_update_if_all_arms_are() -> None:
+    check = next(claim.check for claim in CLAIMS if claim.id == "C-33")
+
+    def of(streaming: float, layer: float) -> dict[str, list[dict[str, Any]]]:
+        ends = {"streaming, mixed lengths, 3 B/U": streaming, "layer, mixed lengths, 3 B/U": layer}
+        ends |= {"streaming, mixed lengths, 1 B/U": 2.0, "layer, mixed lengths, 1 B/U": 2.0}
+        return {f"rnn {name}": [record(end, run={"steps": [5, 10]})] for name, end in ends.items()}
+
+    assert check(of(1.9, 1.95))[0] == "reproduced"
+    assert check(of(1.9, 2.05))[0] == "partly"
+    assert check(of(2.1, 2.05))[0] == "contradicted"
 
 
 @pytest.mark.parametrize("tier", ["reduced", "full"])
@@ -60,10 +110,21 @@ def test_the_runs_have_the_papers_settings(tier: str) -> None:
         for arm, m, n in (("tsbn", 64, 1), ("layer", 64, 1), ("streaming", 32, 2)):
             run = named[f"{arch} {arm}"]
             assert (run.arch, run.arm, run.samples_per_batch, run.batches_per_update) == (arch, arm, m, n)
-            assert (run.hidden, run.layers, run.steps, run.epochs, run.learning_rate) == (100, 1, 100, 3, 0.01)
+            assert (run.hidden, run.layers, run.steps, run.epochs, run.learning_rate) == (100, 1, (100,), 3, 0.01)
             assert (run.p, run.center, run.alpha, run.beta) == (2, None, (0.7, 0.3), (0.7, 0.0, 0.3))
             assert run.validate_every == 20 * n
     assert len(set(named.values())) == len(named), "two names for one run"
+    assert {name for names in FIGURES.values() for name in names} == set(named), "every run is drawn"
+
+
+def test_mixed_lengths_have_equal_samples_an_update_and_are_validated_after_as_many() -> None:
+    named = runs(TIERS["reduced"])
+    one, three = (named[f"rnn layer, mixed lengths, {n} B/U"] for n in (1, 3))
+    assert one.steps == three.steps == (50, 100, 150)
+    assert (one.samples_per_batch, three.samples_per_batch) == (96, 32)
+    assert (one.samples_per_update, one.validate_every) == (three.samples_per_update, 20)
+    assert three.validate_every == 60
+    assert not one.carry_state
 
 
 def test_a_smoke_run_goes_from_training_to_the_record_and_is_not_trained_twice(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -87,12 +88,17 @@ def build(run: TextRun, symbols: int) -> LanguageModel:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown arm {run.arm!r} of a language model; {hint}the arms are {', '.join(ARMS)}")
     options: dict[str, Any] = {"num_layers": run.layers, "norm": ARMS[run.arm](run)}
-    options["backward_stats"] = run.backward_stats
+    options |= {"backward_stats": run.backward_stats, "norm_h": None if run.vertical else "same"}
     if run.arch != "lstm":
         options["nonlinearity"] = run.nonlinearity
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        return LanguageModel(symbols, CELLS[run.arch](symbols, run.hidden, **options))
+        model = LanguageModel(symbols, CELLS[run.arch](symbols, run.hidden, **options))
+    with torch.no_grad():
+        for name, weight in model.recurrent.named_parameters():
+            if name.endswith(("weight_ih", "weight_hh")):
+                weight.mul_(run.weight_scale)
+    return model
 
 
 def bits(nats: float) -> float:
@@ -156,9 +162,10 @@ def evaluate(model: LanguageModel, symbols: Tensor, steps: int, chunks: int = 1)
     return (sums.sum() / counts.sum()).item()
 
 
-def validation_chunks(run: TextRun) -> int:
-    """How many chunks of a validation stream the state goes through: validated as trained."""
-    return CARRIED_CHUNKS if run.carry_state else 1
+def validate(model: LanguageModel, symbols: Tensor, run: TextRun) -> float:
+    """The loss in nats, tested as ``run`` trains: with the state carried or not, at each of its lengths, the mean."""
+    chunks = CARRIED_CHUNKS if run.carry_state else 1
+    return statistics.fmean(evaluate(model, symbols, steps, chunks) for steps in run.steps)
 
 
 def sample(

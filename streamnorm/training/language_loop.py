@@ -2,14 +2,17 @@
 
 The text is cut into m n streams. An update reads the next chunk of all of them: n mini-batches of m streams, one after
 another, their gradients accumulated (paper, section 2), each with the state in which its streams stood (section 7.6:
-100 steps). A folder holds one run, like those of ``loop``: ``run.json``, ``metrics.jsonl``, ``checkpoint.safetensors``.
+100 steps). Before a test the weight update is still to come, and the last one of all is left undone: the weights that
+are tested are those that the statistics were taken with (section 3.3.1). A folder holds one run, like those of
+``loop``: ``run.json``, ``metrics.jsonl``, ``checkpoint.safetensors``.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,10 @@ from streamnorm.dau import attach
 from streamnorm.normstats import DegenerateReferenceError
 from streamnorm.training import checkpoint
 from streamnorm.training.keeping import run_to_end
-from streamnorm.training.language import LanguageModel, State, bits, build, detached, evaluate, validation_chunks
+from streamnorm.training.language import LanguageModel, State, bits, build, detached, validate
 from streamnorm.training.loop import differences, machine, versions
 from streamnorm.training.manhattan import Manhattan
-from streamnorm.training.text import Text, streams
+from streamnorm.training.text import Text, chunk, streams
 from streamnorm.training.textrun import TextRun
 
 SMOOTHED = 50
@@ -43,12 +46,13 @@ class TextTrainer:
         self.run = run
         self.text = text
         self.x, self.y = streams(text.train, run.samples_per_update)
-        self.per_epoch = len(self.x) // run.steps
+        self.per_epoch = len(self.x) // sum(run.steps) * len(run.steps)
         if not self.per_epoch:
             raise ValueError(
                 f"{text.name} has {len(text.train)} characters to train on: {run.samples_per_batch} S/B x "
                 f"{run.batches_per_update} B/U are {run.samples_per_update} streams of {len(self.x)}, too short for "
-                f"chunks of {run.steps} time steps; ask for fewer streams or steps, or give a longer text"
+                f"chunks of {' + '.join(map(str, run.steps))} time steps; ask for fewer streams or steps, or give a "
+                "longer text"
             )
         self.model = build(run, len(text.vocabulary))
         self.optimizer = Manhattan(self.model.parameters(), lr=run.learning_rate)
@@ -67,6 +71,15 @@ class TextTrainer:
         return self.failed is not None or self.done == self.updates
 
     @property
+    def characters(self) -> int:
+        """How many have been trained on, those of earlier epochs again."""
+        run = self.run
+        epochs, update = divmod(self.done, self.per_epoch)
+        rows = epochs * run.batches_per_update * (self.per_epoch // len(run.steps) * sum(run.steps))
+        rows += sum(chunk(run.steps, update, j).start for j in range(run.batches_per_update))
+        return rows * run.samples_per_batch
+
+    @property
     def train_loss(self) -> float | None:
         """The mean over the latest mini-batches, ``SMOOTHED`` of them, in nats."""
         latest = self.losses[-SMOOTHED:]
@@ -77,15 +90,33 @@ class TextTrainer:
         return sum(latest) / len(latest) if latest else None
 
     def step(self) -> None:
-        """One weight update, and a line of metrics where a validation is due. What cannot go on says why in
-        ``failed``."""
+        """One cycle of mini-batches, a line of metrics where a validation is due, and the weight update, except after
+        the last cycle. What cannot go on says why in ``failed``."""
+        n, every = self.run.batches_per_update, self.run.validate_every
+        with self._timed():
+            self._accumulate()
+        if self.failed:
+            return
+        self.done += 1
+        if self.finished or self.done * n // every > (self.done - 1) * n // every:
+            self._validate()
+        if not self.finished:
+            with self._timed():
+                self._update_weights()
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
         start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
+
+    def _accumulate(self) -> None:
         run, n = self.run, self.run.batches_per_update
-        chunk = self.done % self.per_epoch
-        rows = slice(chunk * run.steps, (chunk + 1) * run.steps)
-        if chunk == 0 or not run.carry_state:
+        update = self.done % self.per_epoch
+        if update == 0 or not run.carry_state:
             self.states = [None] * n
         for j in range(n):
+            rows = chunk(run.steps, update, j)
             columns = slice(j * run.samples_per_batch, (j + 1) * run.samples_per_batch)
             try:
                 logits, state = self.model(self.x[rows, columns], self.states[j])
@@ -97,18 +128,14 @@ class TextTrainer:
             if not math.isfinite(nats):
                 self.failed = f"diverged: the loss became {nats} at update {self.done + 1}"
                 return
-            loss.backward()
+            # Every character weighs alike, whatever the length of its chunk; and H2 keeps one unit.
+            (loss * ((rows.stop - rows.start) * len(run.steps) / sum(run.steps))).backward()
             self.states[j] = detached(state)
             self.losses.append(nats)
-        self._update_weights()
-        self.done += 1
-        self.seconds += time.perf_counter() - start
-        if self.finished or self.done * n // run.validate_every > (self.done - 1) * n // run.validate_every:
-            self._validate()
 
     def _update_weights(self) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.run, self.done, self.updates)
+            group["lr"] = learning_rate(self.run, self.done - 1, self.updates)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter.grad.div_(self.run.batches_per_update)
@@ -116,16 +143,16 @@ class TextTrainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _validate(self) -> None:
-        nats = evaluate(self.model, self.text.validation, self.run.steps, validation_chunks(self.run))
+        nats = validate(self.model, self.text.validation, self.run)
         if not math.isfinite(nats):
-            self.failed = f"diverged: the validation loss became {nats} after update {self.done}"
+            self.failed = f"diverged: the validation loss became {nats} at update {self.done}"
             return
         self.metrics.append(
             {
                 "epoch": self.done / self.per_epoch,
                 "updates": self.done,
                 "batches": self.done * self.run.batches_per_update,
-                "characters": self.done * self.run.samples_per_update * self.run.steps,
+                "characters": self.characters,
                 "train_loss": self.train_loss,
                 "train_losses": self.losses,
                 "validation_loss": nats,

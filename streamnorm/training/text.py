@@ -1,7 +1,8 @@
 """The texts of the language models, as symbols: ``load_text("tinyshakespeare")``.
 
 What lives here: finding and reading a text, its vocabulary, the split into training and validation, and how a text is
-cut into streams. Imports torch, the standard library, and from ``data`` the name of the environment variable.
+cut into streams and they into chunks. Imports torch, the standard library, and from ``data`` the name of the
+environment variable.
 
 Legend: ``V`` symbols of the vocabulary, ``n`` streams, ``T`` time steps.
 """
@@ -12,7 +13,7 @@ import difflib
 import hashlib
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,3 +179,19 @@ def streams(symbols: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """
     length = (len(symbols) - 1) // n
     return symbols[: n * length].view(n, length).T, symbols[1 : n * length + 1].view(n, length).T
+
+
+def chunk(lengths: Sequence[int], update: int, batch: int) -> slice:
+    """The rows of the streams that mini-batch ``batch`` of an update reads.
+
+    Lengths take turns from update to update, and mini-batch j begins with the j-th of them: the mini-batches of an
+    update differ in length, and after a turn of all lengths every stream has come equally far.
+
+    >>> [chunk((2, 5), update, 0) for update in range(3)]
+    [slice(0, 2, None), slice(2, 7, None), slice(7, 9, None)]
+    >>> [chunk((2, 5), update, 1) for update in range(3)]
+    [slice(0, 5, None), slice(5, 7, None), slice(7, 12, None)]
+    """
+    turns, since = divmod(update, len(lengths))
+    start = turns * sum(lengths) + sum(lengths[(batch + i) % len(lengths)] for i in range(since))
+    return slice(start, start + lengths[(batch + since) % len(lengths)])

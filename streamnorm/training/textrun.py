@@ -16,6 +16,10 @@ from streamnorm.training.run import Described
 CHOICES = {"arch": ("rnn", "gru", "lstm"), "nonlinearity": ("tanh", "relu"), "backward_stats": ("saved", "latest")}
 
 
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 @dataclass(frozen=True)
 class TextRun(Described):
     """One training run of a language model.
@@ -35,15 +39,20 @@ class TextRun(Described):
         kappa: of streaming; None: (alpha1, alpha2, alpha1, alpha2).
         backward_stats: going back through a streaming layer, N uses the estimate saved at its time step, or the latest
             one, which is the paper's caveat (section 4.3).
+        vertical: normalize W_x x_t alone and not W_h h_{t-1} (section 6).
         samples_per_batch: m, S/B: streams of text that are read side by side.
         batches_per_update: n, B/U; the text is cut into m n streams.
-        steps: time steps of a chunk, through which gradients go back (truncated BPTT).
+        steps: time steps of a chunk, through which gradients go back (truncated BPTT). Several lengths take turns, from
+            mini-batch to mini-batch and from update to update.
         carry_state: go on from the state in which the chunk before ended; otherwise every chunk starts from 0.
         epochs: passes over the training text; what does not fill a last chunk is left out.
         learning_rate: of the Manhattan rule; a tenth of it in the last third of the updates (the paper's 2 : 1 epochs).
         validate_every: mini-batches between two validations, over the whole validation text.
         warmup: first updates that move the statistics alone; None: up to 4, while streaming references are tiny, as
             that of W_h h_0 is where h_0 = 0.
+        weight_scale: the first weights of the recurrent layers are torch's times this. A norm forgets how large they
+            are, and the Manhattan rule moves them by its rate all the same: k times larger ones are a k times smaller
+            rate at first.
         limit: use so many characters of the text only, the first, before 1 % of them are set apart for validation.
         seed: of the weights; the order of the text is the same for every run.
 
@@ -65,23 +74,26 @@ class TextRun(Described):
     beta: tuple[float, float, float] = (0.7, 0.0, 0.3)
     kappa: tuple[float, float, float, float] | None = None
     backward_stats: Literal["saved", "latest"] = "saved"
+    vertical: bool = False
     samples_per_batch: int = 32
     batches_per_update: int = 2
-    steps: int = 100
+    steps: tuple[int, ...] = (100,)
     carry_state: bool = True
     epochs: int = 3
     learning_rate: float = 0.01
     validate_every: int = 20
     warmup: int | None = None
+    weight_scale: float = 1.0
     limit: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        sizes = ("hidden", "layers", "samples_per_batch", "batches_per_update", "steps", "epochs", "validate_every")
+        sizes = ("hidden", "layers", "samples_per_batch", "batches_per_update", "epochs", "validate_every")
         for name in (*sizes, *(["limit"] if self.limit is not None else [])):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is a whole number >= 1, got {value!r}")
+            if not _is_size(getattr(self, name)):
+                raise ValueError(f"{name} is a whole number >= 1, got {getattr(self, name)!r}")
+        if not isinstance(self.steps, tuple) or not self.steps or not all(map(_is_size, self.steps)):
+            raise ValueError(f"steps is a tuple of whole numbers >= 1 such as (100,), got {self.steps!r}")
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -90,6 +102,8 @@ class TextRun(Described):
         rate = self.learning_rate
         if not (isinstance(rate, (int, float)) and math.isfinite(rate) and rate >= 0):
             raise ValueError(f"learning_rate is a finite number >= 0, got {rate!r}")
+        if not (isinstance(self.weight_scale, (int, float)) and 0 < self.weight_scale < math.inf):
+            raise ValueError(f"weight_scale is a finite number > 0, got {self.weight_scale!r}")
         if self.warmup is not None and (not isinstance(self.warmup, int) or self.warmup < 0):
             raise ValueError(f"warmup is a number of updates >= 0, got {self.warmup!r}")
 

@@ -1,0 +1,55 @@
+"""Testing with the last mini-batch's statistics, or with a running average (paper, section 3.3.3).
+
+    python -m streamnorm.experiments.specialcase --data-root DATA
+
+With n = 1, alpha = (0, 1) and beta = (0, 0, 1) streaming trains as batch normalization does, and its estimate for
+testing is the last mini-batch's. Architecture B as in ``convolutional``: 10,000 images of CIFAR-10, here 3 epochs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from streamnorm.experiments.convolutional import BASE
+from streamnorm.experiments.online import Arguments
+from streamnorm.experiments.study import Claim, Records, Verdict, carry_out, final, judge, spread
+from streamnorm.training.run import Run
+
+AVERAGE, LAST = "batch 32 x 1", "special case 32 x 1"
+_BATCH = replace(BASE, arm="batch", samples_per_batch=32, batches_per_update=1, epochs=3)
+_SETTINGS = {"alpha": (0.0, 1.0), "beta": (0.0, 0.0, 1.0), "kappa": (0.0, 1.0, 0.0, 1.0)}
+RUNS: dict[str, Run] = {AVERAGE: _BATCH, LAST: replace(_BATCH, arm="streaming", center="batch", **_SETTINGS)}
+
+
+def _c36(records: Records) -> tuple[Verdict, str]:
+    errors = {name: final(records, name) for name in RUNS}
+    worse = [b - a for a, b in zip(errors[AVERAGE], errors[LAST], strict=True)]
+    losses = {name: final(records, name, "train_loss") for name in RUNS}
+    apart = [b - a for a, b in zip(losses[AVERAGE], losses[LAST], strict=True)]
+    figures = f"test error: running average {spread(errors[AVERAGE])}, last mini-batch {spread(errors[LAST])}, "
+    figures += f"worse by {spread(worse)}; training losses apart by {spread(apart)} nats"
+    return judge([0.015 - d for d in worse], 0, sign_alone_is_partly=False), figures
+
+
+CLAIMS = [Claim("C-36", "Testing with the last mini-batch's statistics works well (section 3.3.3).", _c36)]
+
+
+def main(arguments: Arguments) -> None:
+    """Train what is missing, check the claim, write the report."""
+    from streamnorm.experiments.record import write_results
+    from streamnorm.training.data import load
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    data = load(BASE.data, arguments.data_root, train_limit=BASE.train_limit)
+    records = carry_out(RUNS, arguments.seeds, data, arguments.out)
+    write_results(records, CLAIMS, arguments.out, "The special case of section 3.3.3: CIFAR-10, architecture B")
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Arguments, default=Arguments(out=Path("runs/specialcase"))))
