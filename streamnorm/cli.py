@@ -1,16 +1,19 @@
-"""The command line: ``streamnorm compare | train | language | evaluate | sample | bench | doctor``. Flags are derived
-from dataclasses; nothing is computed here. Needs the extra ``cli``.
+"""The command line: ``streamnorm compare | train | language | autoencoder | evaluate | recalibrate | gap | sample |
+neighbors | bench | doctor``. Flags are derived from dataclasses; nothing is computed here. Needs the extra ``cli``.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,9 @@ try:
 except ImportError as error:
     raise SystemExit(f"streamnorm: the command line needs {error.name}; pip install 'streamnorm[cli]'") from error
 
+from streamnorm.autoencoder_cli import Autoencoder, Neighbors, evaluate_autoencoder, show_neighbors, train_autoencoder
 from streamnorm.bench.settings import Bench
+from streamnorm.recalibrate_cli import Gap, Recalibrate, recalibrate_run, show_gap
 from streamnorm.training.run import Run, Settings
 from streamnorm.training.textrun import TextRun
 
@@ -33,8 +38,8 @@ class Compare:
 
     settings: Settings = field(default_factory=Settings)
     arms: tuple[str, ...] = ARMS
-    """Arms to compare: none, layer, batch, streaming, instance, group, rms, or a reference such as BA6-S. An arm may
-    have its own S/B x B/U, written after a colon: batch:64x1."""
+    """Arms to compare: none, layer, batch, tsbn, streaming, instance, group, rms, or a reference such as BA6-S. An arm
+    may have its own S/B x B/U, written after a colon: batch:64x1."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds that every arm is trained with."""
     out: Path | None = None
@@ -47,13 +52,17 @@ class Compare:
 class Train:
     """Train one network; a stopped run goes on from its last checkpoint.
 
-    With --arch rnn, gru or lstm it is a language model, and the flags are those of `streamnorm language`."""
+    With --arch rnn, gru or lstm it is a language model, with --arch autoencoder an auto-encoder of documents, and the
+    flags are those of `streamnorm language` or `streamnorm autoencoder`."""
 
     run: Run = field(default_factory=Run)
     out: Path | None = None
     """Folder of the run. Default: runs/DATA-ARM-SEED."""
     data_root: Path | None = None
     """Folder of the data files; default: the environment variable STREAMNORM_DATA."""
+    monitor: int | None = None
+    """Every so many weight updates, record the distributions of pre-activations and the statistics of the
+    normalizations, in monitor.jsonl of the folder and as a picture in monitor.png."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,9 @@ class Evaluate:
     """Folder of the data files; default: the environment variable STREAMNORM_DATA."""
     lengths: tuple[int, ...] = ()
     """Of a language model: test it on sequences of so many time steps too, each from a state of 0."""
+    loops: tuple[int, ...] = ()
+    """Of architecture C or D: test it with so many loops too (k1 and k2, or k), in the place of those it was trained
+    with."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +169,7 @@ def compare(command: Compare) -> None:
             folder = out / re.sub(r"[^\w.-]+", "-", run.label) / f"seed{run.seed}"
             records.append(train(run, data, folder, show))
             bar.update(task, completed=done + 1)
-    title = f"{data.name}, architecture {settings.architecture}"
+    title = f"{data.name}, architecture {settings.network}"
     report = write_report(records, out, title)
     rows = summarize(records)
     console.print(_table(rows, title))
@@ -182,17 +194,22 @@ def train_one(command: Train) -> None:
     """Train one run and show its epochs."""
     from rich.console import Console
 
+    from streamnorm.monitor import read
+    from streamnorm.monitorcurves import picture
+    from streamnorm.training.checkpoint import write
     from streamnorm.training.data import load
-    from streamnorm.training.loop import train
+    from streamnorm.training.loop import MONITOR, train
 
-    run = command.run
+    run, every = command.run, command.monitor
+    if every is not None and every < 1:
+        raise ValueError(f"--monitor is a number of weight updates >= 1, got {every}")
     console = Console()
     out = command.out or Path("runs") / f"{run.data}-{run.arm}-{run.seed}"
     data = load(run.data, command.data_root, train_limit=run.train_limit, test_limit=run.test_limit)
-    console.print(f"{run.label} on {data.name}, architecture {run.architecture}, seed {run.seed}; kept in {out}")
+    console.print(f"{run.label} on {data.name}, architecture {run.network}, seed {run.seed}; kept in {out}")
     with _progress(console) as bar:
         task = bar.add_task(run.label)
-        record = train(run, data, out, lambda done, total: bar.update(task, completed=done, total=total))
+        record = train(run, data, out, lambda done, total: bar.update(task, completed=done, total=total), every)
     for line in record["metrics"]:
         console.print(
             f"epoch {line['epoch']:3d}   train loss {line['train_loss']:.4f} nats, error {line['train_error']:.2%}   "
@@ -200,6 +217,9 @@ def train_one(command: Train) -> None:
             highlight=False,
             soft_wrap=True,
         )
+    if every is not None and (out / MONITOR).is_file():
+        write((out / MONITOR).with_suffix(".png"), picture(read(out / MONITOR)))
+        console.print(f"Monitor: {out / MONITOR} and .png", soft_wrap=True)
     if record["failed"]:
         raise ValueError(f"{run.label} could not train: {record['failed']}")
 
@@ -243,10 +263,16 @@ def evaluate_one(command: Evaluate) -> None:
     """Load a checkpoint and test it."""
     from streamnorm.training import checkpoint
     from streamnorm.training.data import load
-    from streamnorm.training.loop import Trainer, evaluate
+    from streamnorm.training.loop import Trainer, evaluate, reloop
 
     state = checkpoint.load(command.folder / "checkpoint.safetensors")
+    if state["run"].get("arch") == "autoencoder":
+        if command.lengths or command.loops:
+            raise ValueError(f"{command.folder} holds an auto-encoder, which has no --lengths and no --loops")
+        return evaluate_autoencoder(command.folder, command.data_root)
     if "arch" in state["run"]:
+        if command.loops:
+            raise ValueError(f"--loops are those of architecture C or D, {command.folder} holds a language model")
         return evaluate_language(command)
     if command.lengths:
         raise ValueError(f"--lengths are those of a language model, {command.folder} holds a classifier; leave it out")
@@ -256,16 +282,20 @@ def evaluate_one(command: Evaluate) -> None:
     data = load(run.data, command.data_root, train_limit=run.train_limit, test_limit=run.test_limit)
     trainer = Trainer(run, data)
     trainer.restore(state)
+    other = reloop(trainer, command.loops) if command.loops else None
     loss, error = evaluate(trainer.model, data.test_x, data.test_y)
     print(
-        f"{run.label} on {data.name}, after {trainer.done} of {trainer.updates} updates: "
+        f"{run.label} on {data.name}, architecture {run.network}, after {trainer.done} of {trainer.updates} updates: "
         f"test loss {loss:.4f} nats, error {error:.2%} of {len(data.test_x)}"
     )
+    if other is not None:
+        loss, error = evaluate(other, data.test_x, data.test_y)
+        print(f"with loops {' '.join(map(str, command.loops))}: test loss {loss:.4f} nats, error {error:.2%}")
 
 
 def evaluate_language(command: Evaluate) -> None:
     """Load the checkpoint of a language model and test it on its whole validation text."""
-    from streamnorm.training.language import bits, evaluate, validation_chunks
+    from streamnorm.training.language import bits, evaluate, validate
     from streamnorm.training.language_loop import trained
     from streamnorm.training.text import load_text
 
@@ -276,7 +306,7 @@ def evaluate_language(command: Evaluate) -> None:
     characters = len(text.validation) - 1
     if wrong := [length for length in command.lengths if not 1 <= length <= characters]:
         raise ValueError(f"a length is 1 to {characters} time steps, the whole validation text; got {wrong[0]}")
-    nats = evaluate(model, text.validation, run.steps, validation_chunks(run))
+    nats = validate(model, text.validation, run)
     print(
         f"{run.label} on {text.name}, after {state['done']} of {state['updates']} updates: validation loss "
         f"{nats:.4f} nats, {bits(nats):.4f} bits per character of {characters}"
@@ -293,7 +323,7 @@ def write_text(command: Sample) -> None:
 
     run, model, state = trained(command.checkpoint)
     vocabulary, prompt = state["data"]["vocabulary"], command.prompt
-    options = {"temperature": command.temperature, "seed": command.seed, "steps": run.steps}
+    options = {"temperature": command.temperature, "seed": command.seed, "steps": max(run.steps)}
     print(prompt + sample(model, vocabulary, prompt, command.length, **options))
 
 
@@ -346,29 +376,60 @@ def _spread(mean: float | None, sd: float | None, unit: float, places: int) -> s
 
 
 def _routed(arguments: list[str]) -> list[str]:
-    """``train --arch gru ...`` is ``language --arch gru ...``.
+    """``train --arch gru ...`` is ``language --arch gru ...``, ``train --arch autoencoder ...`` is ``autoencoder ...``.
 
-    A classifier and a language model share few flags, and of those some defaults differ; joined in one dataclass, half
-    of its fields would be refused for either. So they are two commands, and the flag that only one of them has chooses.
+    A classifier, a language model and an auto-encoder share few flags, and of those some defaults differ; joined in one
+    dataclass, half of its fields would be refused for each. So they are three commands, and the flag chooses.
     """
-    chosen = any(word.split("=")[0] == "--arch" for word in arguments)
-    return ["language", *arguments[1:]] if chosen and arguments[0] == "train" else arguments
+    words = " ".join(arguments).replace("=", " ").split()
+    if words[:1] != ["train"] or "--arch" not in words:
+        return arguments
+    chosen = "autoencoder" if words[words.index("--arch") + 1 :][:1] == ["autoencoder"] else "language"
+    return [chosen, *arguments[1:]]
+
+
+def _parsed(arguments: list[str]) -> Any:
+    """The command that the arguments make.
+
+    Raises:
+        ValueError: for a value that a dataclass of ours refuses, in its words; tyro would add the names of its own
+            inner parts. All else it says itself, and exits.
+    """
+    parse: Callable[[], Any] = partial(
+        tyro.cli,
+        Compare | Train | Language | Autoencoder | Evaluate | Recalibrate | Gap | Sample | Neighbors | Bench | Doctor,
+        prog="streamnorm",
+        description="Normalization for neural networks that learn from streams.",
+        args=arguments,
+        config=(OmitArgPrefixes,),
+    )
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            return parse()
+    except SystemExit as stop:
+        cause = stop.__context__
+        while cause is not None:
+            if isinstance(cause, ValueError) and _is_ours(cause):
+                raise cause from None
+            cause = cause.__context__
+    return parse()  # the same once more, aloud
+
+
+def _is_ours(error: BaseException) -> bool:
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals["__name__"].startswith("streamnorm.")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the command ``streamnorm``. Returns the exit status: 2 for input that cannot be used."""
-    command = tyro.cli(
-        Compare | Train | Language | Evaluate | Sample | Bench | Doctor,
-        prog="streamnorm",
-        description="Normalization for neural networks that learn from streams.",
-        args=_routed(sys.argv[1:] if arguments is None else arguments),
-        config=(OmitArgPrefixes,),
-    )
+    command: Any = None
     commands = {Compare: compare, Train: train_one, Language: train_language, Evaluate: evaluate_one}
+    commands |= {Recalibrate: recalibrate_run, Gap: show_gap}
+    commands |= {Autoencoder: train_autoencoder, Neighbors: show_neighbors}
     commands |= {Sample: write_text, Bench: time_layers, Doctor: examine}
-    run = commands[type(command)]
     try:
-        run(command)
+        command = _parsed(_routed(sys.argv[1:] if arguments is None else arguments))
+        commands[type(command)](command)
     except (ValueError, OSError, ImportError) as error:
         print(f"streamnorm: {error}", file=sys.stderr)
         return 2

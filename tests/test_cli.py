@@ -16,20 +16,33 @@ from streamnorm.cli import Compare, arms, main
 
 QUICK = ["--epochs", "2", "--width", "16", "--batches-per-update", "16"]
 RUN_FLAGS = [
-    *("--data", "--architecture", "--width", "--p", "--center", "--alpha", "--beta", "--kappa"),
+    *("--data", "--architecture", "--loops", "--width", "--p", "--center", "--alpha", "--beta", "--kappa"),
+    "--backward-stats",
     *("--samples-per-batch", "--batches-per-update", "--epochs", "--learning-rate", "--momentum", "--weight-decay"),
     *("--warmup", "--train-limit", "--test-limit"),
 ]
 TEXT_FLAGS = [
     *("--data", "--arch", "--hidden", "--layers", "--nonlinearity", "--arm", "--p", "--center", "--alpha", "--beta"),
-    *("--kappa", "--backward-stats", "--samples-per-batch", "--batches-per-update", "--steps", "--carry-state"),
-    *("--epochs", "--learning-rate", "--validate-every", "--warmup", "--limit", "--seed"),
+    *("--kappa", "--backward-stats", "--vertical", "--samples-per-batch", "--batches-per-update", "--steps"),
+    *("--carry-state", "--epochs", "--learning-rate", "--validate-every", "--warmup", "--weight-scale"),
+    *("--limit", "--seed"),
+]
+AUTOENCODER_FLAGS = [
+    *("--data", "--arch", "--vocabulary", "--hidden", "--nonlinearity", "--arm", "--normalized", "--top-bias"),
+    *("--dropout", "--p", "--center", "--alpha", "--beta", "--kappa", "--samples-per-batch", "--batches-per-update"),
+    *("--epochs", "--learning-rate", "--warmup", "--train-limit", "--seed"),
 ]
 FLAGS = {
     "compare": ["--arms", "--seeds", "--out", "--data-root", *RUN_FLAGS],
-    "train": ["--out", "--data-root", *RUN_FLAGS, "--arm", "--seed"],
+    "train": ["--out", "--data-root", "--monitor", *RUN_FLAGS, "--arm", "--seed"],
     "language": ["--out", "--data-root", *TEXT_FLAGS],
-    "evaluate": ["--data-root", "--lengths"],
+    "autoencoder": ["--out", "--data-root", *AUTOENCODER_FLAGS],
+    "neighbors": ["--beside", "--k", "--data-root"],
+    "evaluate": ["--data-root", "--lengths", "--loops"],
+    "recalibrate": [
+        *("--estimator", "--passes", "--samples-per-batch", "--limit", "--data", "--data-root", "--out"),
+    ],
+    "gap": ["--samples-per-batch", "--limit", "--data", "--data-root"],
     "sample": ["--prompt", "--length", "--temperature", "--seed"],
     "bench": ["--groups", "--rounds", "--threads", "--out", "--allocator", "--quick", "--compile", "--resume"],
     "doctor": [],
@@ -71,6 +84,50 @@ def test_train_then_evaluate_agree(tmp_path: Path, capsys: pytest.CaptureFixture
     assert re.findall(r"test loss ([\d.]+) nats, error ([\d.]+%)", evaluated) == [last]
 
 
+def test_a_monitored_run_trains_as_any_other_and_leaves_its_records(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("plain", "monitored")]
+    for folder, flags in zip(folders, ([], ["--monitor", "5"]), strict=True):
+        assert main(["train", "--out", str(folder), *flags, *QUICK]) == 0
+    ends = [json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]) for folder in folders]
+    assert [{**end, "seconds": 0} for end in ends[:1]] == [{**end, "seconds": 0} for end in ends[1:]]
+    records = [json.loads(line) for line in (folders[1] / "monitor.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(0, ends[0]["updates"], 5))
+    assert (folders[1] / "monitor.png").read_bytes().startswith(b"\x89PNG")
+    assert not (folders[0] / "monitor.jsonl").exists()
+    assert main(["train", "--out", str(tmp_path / "never"), "--monitor", "0", *QUICK]) == 2
+    assert not (tmp_path / "never").exists()
+
+
+def test_recalibrated_statistics_are_kept_in_a_folder_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, done = tmp_path / "run", tmp_path / "run-recalibrated"
+    assert main(["train", "--out", str(run), *QUICK]) == 0
+    before = (run / "checkpoint.safetensors").read_bytes()
+    capsys.readouterr()
+
+    def distances(folder: Path) -> list[float]:
+        assert main(["gap", str(folder)]) == 0
+        table = capsys.readouterr().out.splitlines()[4:]
+        assert [line.split()[0] for line in table] == ["2", "5", "8"], "the norms of architecture A"
+        return [float(line.split()[1]) for line in table]
+
+    assert min(distances(run)) > 1e-3
+    assert main(["recalibrate", str(run), "--samples-per-batch", "1"]) == 0
+    said = capsys.readouterr().out
+    assert f"statistics of 1437 samples of digits, pooled, 3 passes; kept in {done}" in " ".join(said.split())
+    after = re.findall(r"after +test (loss [\d.]+ nats, error [\d.]+%)", said)
+    assert main(["evaluate", str(done)]) == 0
+    assert re.findall(r"test (loss [\d.]+ nats, error [\d.]+%)", capsys.readouterr().out) == after
+    assert max(distances(done)) < 1e-4
+    assert json.loads((done / "run.json").read_text())["recalibrated"]["passes"] == 3
+    assert (run / "checkpoint.safetensors").read_bytes() == before
+    assert main(["recalibrate", str(run), "--out", str(run)]) == 2
+    assert "is the run itself" in capsys.readouterr().err
+    assert main(["recalibrate", str(run), "--limit", "1"]) == 2
+    assert "single activation" in capsys.readouterr().err
+
+
 def test_doctor_tells_what_serves_and_why(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
@@ -96,11 +153,21 @@ def test_an_arm_may_have_its_own_batch() -> None:
         (["compare", "--data", "digit"], "digits"),
         (["train", "--batches-per-update", "2000"], "2000 samples"),
         (["train", "--data", "mnist", "--data-root", "nowhere"], "nowhere"),
+        (["train", "--loops", "5", "5"], "loops is for architectures C and D, A has none; got (5, 5)"),
+        (["train", "--architecture", "C", "--loops", "5"], "loops is two whole numbers >= 1, k1 and k2"),
+        (["train", "--architecture", "D", "--loops", "0"], "loops is one whole number >= 1, k, for architecture D"),
+        (["train", "--backward-stats", "latest"], "for architectures C and D alone"),
+        (["compare", "--architecture", "B", "--loops", "2", "2"], "loops is for architectures C and D, B has none"),
         (["evaluate", "nowhere"], "no checkpoint at nowhere"),
         (["train", "--arch", "gru", "--data", "shakespere"], "Did you mean 'shakespeare'?"),
         (["train", "--arch", "gru", "--arm", "streming"], "did you mean 'streaming'?"),
         (["language", "--limit", "5000"], "too short for chunks of 100 time steps"),
+        (["train", "--arch", "autoencoder", "--data", "movie"], "Did you mean 'movies'?"),
+        (["train", "--arch=autoencoder", "--vocabulary", "100000"], "fewer than a vocabulary of 100000"),
+        (["neighbors", "nowhere", "Toy Story"], "no checkpoint at nowhere"),
         (["sample", "nowhere"], "no checkpoint at nowhere"),
+        (["recalibrate", "nowhere"], "no checkpoint at nowhere"),
+        (["gap", "nowhere", "--samples-per-batch", "0"], "samples_per_batch is a whole number >= 1, got 0"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(

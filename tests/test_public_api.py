@@ -12,6 +12,7 @@ import streamnorm
 NAMES = {
     *("Affine", "Batch", "BatchNorm", "DAU", "DegenerateReferenceError", "Exponential", "LongShort", "Lp", "Memory"),
     *(
+        "Monitor",
         "Norm",
         "NormGRU",
         "NormGRUCell",
@@ -29,7 +30,7 @@ NAMES = {
         "Standardize",
         "Streaming",
     ),
-    *("StreamingNorm", "TimeSpecific", "attach", "vectorized"),
+    *("StreamingNorm", "TimeSpecific", "attach", "monitor", "recalibrate", "vectorized"),
     *(f"SP{i}" for i in range(1, 6)),
     *(f"BA{i}" for i in range(1, 7)),
 }

@@ -1,0 +1,208 @@
+"""Estimators: the statistics of a whole data set from its mini-batches, in float64.
+
+They say what recalibration accumulates. ``Pooled`` and ``Mean`` are exact and do not see how the data were batched;
+``Moving`` is the running average of a post-processing pass. Imports the definitions and the op's packing.
+
+Legend: a table is ``(2, ...)``, row 0 the mean, row 1 sigma, shaped as what a memory is fed; ``view`` is the canonical
+view ``(1, m, G, q, *place)`` of a mini-batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamnorm.normref import NormRef
+from streamnorm.normstats import Lp
+from streamnorm.op import pack, unpack_row
+
+Across = Callable[[Tensor], Tensor]
+"""The sum of a tensor over all replicas, the same on each."""
+DECAY = 0.9
+"""Weight of the old value in a moving average, after the text that proposes it."""
+
+
+def alone(value: Tensor) -> Tensor:
+    """``across`` of a single process."""
+    return value
+
+
+def table(view: Tensor, ref: NormRef, moment: Lp, about: Tensor | None) -> Tensor:
+    """s of one mini-batch. Sigma is taken about the mean in the table ``about``, or (None) about the batch's own; in
+    Setting C about 0."""
+    mu = moment.mean(view, ref)
+    center = mu if about is None else unpack_row(about[:1], mu)
+    return pack(mu, moment.sigma(view, ref, center, center), ref)[0]
+
+
+class Estimator(ABC):
+    """What is known of one set of statistics after some mini-batches.
+
+    Args:
+        ref, moment: R and S of the layer.
+        unbiased: the variance is divided by the number of activations less one, as torch's running one is.
+        about: a table whose mean is the center of sigma, where one has to be known beforehand; None: the batch's own
+            mean stands in.
+
+    Attributes:
+        arrivals: mini-batches.
+        size: activations in a reference, of all mini-batches together.
+        weight: of this replica beside others: activations, samples, or mini-batches.
+        is_degenerate: a single activation was to tell its own sigma, which is 0 whatever it is.
+        initial_share: how much a value from before the data still weighs.
+    """
+
+    def __init__(self, ref: NormRef, moment: Lp, unbiased: bool = False, about: Tensor | None = None) -> None:
+        self.ref, self.moment, self.unbiased, self.about = ref, moment, unbiased, about
+        self.arrivals = self.size = self.weight = 0
+        self.is_degenerate = False
+        self.initial_share = 0.0
+        self.result: Tensor | None = None
+
+    @staticmethod
+    @abstractmethod
+    def needs_center(moment: Lp) -> bool:
+        """Whether sigma can be told only once the mean of all data is known."""
+
+    def add(self, view: Tensor) -> Tensor:
+        """Take in a mini-batch; its own s, a table."""
+        n = self.ref.size(view.shape)
+        self.arrivals += 1
+        self.size += n
+        return self._add(view, n)
+
+    @abstractmethod
+    def _add(self, view: Tensor, n: int) -> Tensor: ...
+
+    @abstractmethod
+    def value(self, across: Across = alone) -> Tensor:
+        """The table of all mini-batches, of all replicas."""
+
+    def _told(self, across: Across) -> tuple[Tensor, Tensor]:
+        """The table of this replica, and its share in the weight of all."""
+        assert self.result is not None
+        return self.result, self.weight / across(self._number(self.weight))
+
+    def _number(self, value: int) -> Tensor:
+        assert self.result is not None
+        return torch.tensor(float(value), dtype=torch.float64, device=self.result.device)
+
+
+class Pooled(Estimator):
+    """S of all data as one reference: exact, whatever the mini-batches were.
+
+    ::
+
+        n   = n_a + n_b                    mu = mu_a + (n_b / n) (mu_b - mu_a)
+        M   = M_a + (n_b / n) (M_b - M_a) + (n_a n_b / n^2) (mu_b - mu_a)^2
+
+    M is the mean of ``|x - c|^p``, and ``sigma = (M + eps^(p/2))^(1/p)``. The last term (Chan, Golub, LeVeque 1979) is
+    that of p = 2 about the mean. About a fixed c moments of any p are averaged, so there the mean comes first.
+    """
+
+    @staticmethod
+    def needs_center(moment: Lp) -> bool:
+        return moment.p != 2 and moment.center != "zero"
+
+    def _add(self, view: Tensor, n: int) -> Tensor:
+        new = table(view, self.ref, replace(self.moment, eps=0.0), self.about)
+        new[1] **= self.moment.p
+        self.weight += n
+        if self.result is None:
+            self.result = new.clone()
+        else:
+            share, step = n / self.weight, new - self.result
+            self.result += share * step
+            if self._moves:
+                self.result[1] += share * (1 - share) * step[0] ** 2
+        return self._table(new)
+
+    @property
+    def _moves(self) -> bool:
+        """Whether the center of M moves with the mean."""
+        return self.moment.p == 2 and self.moment.center != "zero"
+
+    def _table(self, moments: Tensor) -> Tensor:
+        p = self.moment.p
+        return torch.stack([moments[0], (moments[1] + self.moment.eps ** (p / 2)) ** (1 / p)])
+
+    def value(self, across: Across = alone) -> Tensor:
+        mine, share = self._told(across)
+        mu = across(share * mine[0])
+        M = across(share * (mine[1] + (mine[0] - mu) ** 2 if self._moves else mine[1]))
+        n = across(self._number(self.size))
+        self.is_degenerate = bool(n == 1) and self.moment.center != "zero"
+        if self.unbiased:
+            M = M * (n / (n - 1))
+        return self._table(torch.stack([mu, M]))
+
+
+class _Averaged(Estimator):
+    """What averages the s of mini-batches."""
+
+    @staticmethod
+    def needs_center(moment: Lp) -> bool:
+        return getattr(moment, "center", None) == "estimate"
+
+    def _add(self, view: Tensor, n: int) -> Tensor:
+        own = table(view, self.ref, self.moment, self.about)
+        arrival = own.clone()
+        if self.unbiased and n > 1:
+            eps = self.moment.eps
+            arrival[1] = ((own[1] ** 2 - eps).clamp_min(0) * (n / (n - 1)) + eps).sqrt()
+        self._average(arrival, view.shape[1], n)
+        return own
+
+    @abstractmethod
+    def _average(self, arrival: Tensor, samples: int, n: int) -> None: ...
+
+    def value(self, across: Across = alone) -> Tensor:
+        mine, share = self._told(across)
+        return across(share * mine)
+
+
+class Mean(_Averaged):
+    """The mean of s over samples, for references inside one sample: exact, whatever the mini-batches were."""
+
+    def _average(self, arrival: Tensor, samples: int, n: int) -> None:
+        self.weight += samples
+        self.result = arrival if self.result is None else self.result.lerp(arrival, samples / self.weight)
+
+
+class Moving(_Averaged):
+    """The running average of a post-processing pass ("Batch Normalization: The Untold Story").
+
+    ``s <- decay s + (1 - decay) s_batch``, the mean from 0, sigma from 1; it is sigma that is averaged, not its square.
+    """
+
+    def __init__(self, *args: Any, decay: float = DECAY, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.decay = decay
+
+    def _average(self, arrival: Tensor, samples: int, n: int) -> None:
+        self.is_degenerate |= n == 1 and self.about is None and getattr(self.moment, "center", None) != "zero"
+        if self.result is None:
+            self.result = self._initial(arrival)
+        self.weight += 1
+        self.result = torch.lerp(arrival, self.result, self.decay)
+        self.initial_share *= self.decay
+
+    def _initial(self, like: Tensor) -> Tensor:
+        self.initial_share = 1.0
+        return torch.stack([torch.zeros_like(like[0]), torch.ones_like(like[1])])
+
+
+class Corrected(Moving):
+    """``Moving`` without what the initial value weighs: from 0, and divided by ``1 - decay^k`` after k mini-batches."""
+
+    def _initial(self, like: Tensor) -> Tensor:
+        return torch.zeros_like(like)
+
+    def value(self, across: Across = alone) -> Tensor:
+        mine, share = self._told(across)
+        return across(share * mine / (1 - self.decay**self.weight))

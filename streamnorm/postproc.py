@@ -1,0 +1,321 @@
+"""The state postproc: layers hand what they are given to estimators, while nothing is learned and outputs are ignored.
+
+A layer is in one of three states ("Batch Normalization: The Untold Story"): ``train``; ``postproc``, where statistics
+are accumulated; ``test``, where they are fixed. Here is what is done to layers in it, ours and torch's. Imports the
+layers and what stands below them.
+
+Legend: a table is ``(2, ...)``, row 0 the mean, row 1 sigma; a site is one set of statistics that testing uses.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from streamnorm.estimators import Estimator
+from streamnorm.layers import Norm
+from streamnorm.normref import BA1, NormRef
+from streamnorm.normstats import Lp
+from streamnorm.timespecific import TimeSpecificNorm
+
+State = Literal["train", "postproc", "test"]
+
+
+# --- one set of statistics ---
+
+
+class Site(ABC):
+    """One set of statistics that testing uses: where it lies, and what it is of."""
+
+    ref: NormRef
+    moment: Lp
+    unbiased: bool
+    streams: bool
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @abstractmethod
+    def view(self, x: Tensor) -> Tensor:
+        """The canonical view of an input that the layer does not refuse."""
+
+    @abstractmethod
+    def stored(self) -> Tensor | None:
+        """The table that testing uses, in float64; None before there is one."""
+
+    @abstractmethod
+    def store(self, table: Tensor, arrivals: int | None = None) -> None:
+        """Let testing use this table; ``arrivals``: of so many mini-batches, None: for the moment."""
+
+    @abstractmethod
+    def snapshot(self) -> Any:
+        """What ``put_back`` needs."""
+
+    @abstractmethod
+    def put_back(self, snapshot: Any) -> None:
+        """Everything as it was."""
+
+
+class NormSite(Site):
+    """H1 of a layer of ours."""
+
+    unbiased = False
+
+    def __init__(self, name: str, norm: Norm) -> None:
+        super().__init__(name)
+        assert norm.H1 is not None
+        self.norm, self.memory = norm, norm.H1
+        self.ref, self.moment, self.streams = norm.ref, norm.moment, norm.policy.uses_estimate
+
+    def view(self, x: Tensor) -> Tensor:
+        return self.norm._view(x, steps=1)
+
+    def stored(self) -> Tensor | None:
+        return self.memory.estimate.double() if self.memory.known else None
+
+    def store(self, table: Tensor, arrivals: int | None = None) -> None:
+        memory = self.memory
+        memory._shape_like(table[None])
+        table = table.to(memory.estimate.dtype)
+        memory.estimate.copy_(table)
+        memory.seen.clamp_(min=1)
+        if arrivals is not None and not self.streams:
+            # Nothing but testing reads this memory: it goes on from here as if the data had been its first arrival.
+            memory._write(memory.rule.observe(memory.rule.empty(table.shape), table[None])[0])
+
+    def snapshot(self) -> Any:
+        return {name: buffer.clone() for name, buffer in self.memory.named_buffers()}, self.memory.shaped
+
+    def put_back(self, snapshot: Any) -> None:
+        buffers, self.memory.shaped = snapshot
+        for name, value in buffers.items():
+            self.memory.get_buffer(name).resize_(value.shape).copy_(value)
+        self.memory._known = False
+
+
+class TorchSite(Site):
+    """The running statistics of a batch normalization of torch's."""
+
+    unbiased, streams = True, False
+    ref = BA1
+    NAMES = ("running_mean", "running_var", "num_batches_tracked")
+
+    def __init__(self, name: str, norm: _BatchNorm) -> None:
+        super().__init__(name)
+        if norm.running_mean is None or norm.running_var is None or is_lazy(norm.running_mean):
+            raise ValueError(
+                f"{name}: {norm!r} has no running statistics to recalibrate; make it with track_running_stats=True, "
+                "or run a batch through a lazy layer first"
+            )
+        self.norm, self.moment = norm, Lp(2, "batch", norm.eps)
+
+    def view(self, x: Tensor) -> Tensor:
+        self.norm._check_input_dim(x)
+        return BA1.view(x)
+
+    def stored(self) -> Tensor | None:
+        norm = self.norm
+        return torch.stack([norm.running_mean.double(), (norm.running_var.double() + norm.eps).sqrt()])  # type: ignore[union-attr]
+
+    def store(self, table: Tensor, arrivals: int | None = None) -> None:
+        norm = self.norm
+        norm.running_mean.copy_(table[0])  # type: ignore[union-attr]
+        norm.running_var.copy_((table[1] ** 2 - norm.eps).clamp_min(0))  # type: ignore[union-attr]
+        if arrivals is not None and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.fill_(arrivals)
+
+    def snapshot(self) -> Any:
+        return {name: buffer.clone() for name in self.NAMES if (buffer := getattr(self.norm, name)) is not None}
+
+    def put_back(self, snapshot: Any) -> None:
+        for name, value in snapshot.items():
+            getattr(self.norm, name).copy_(value)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A module that is called, and its sites: one, or one for each time step."""
+
+    module: nn.Module
+    sites: list[Site]
+
+    def at(self, t: int) -> Site:
+        """The site that testing uses at time step t: the last one that has statistics, beyond those."""
+        t = min(t, len(self.sites) - 1)
+        while t and self.sites[t].stored() is None:
+            t -= 1
+        return self.sites[t]
+
+
+def layers(model: nn.Module) -> list[Layer]:
+    """Every layer of ``model`` that keeps statistics for testing.
+
+    Raises:
+        ValueError: if there is none, or if one of torch's keeps none.
+    """
+    found: list[Layer] = []
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module in inside:
+            continue
+        if isinstance(module, TimeSpecificNorm):
+            inside |= set(module.times)
+            found.append(Layer(module, [NormSite(f"{name}.times.{t}", one) for t, one in enumerate(module.times)]))  # type: ignore[arg-type]
+        elif isinstance(module, Norm) and module.H1 is not None:
+            found.append(Layer(module, [NormSite(name, module)]))
+        elif isinstance(module, _BatchNorm):
+            found.append(Layer(module, [TorchSite(name, module)]))
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no layer that keeps statistics for testing: no BatchNorm, StreamingNorm or "
+            "batch normalization of torch's; layer and sample normalizations need no recalibration"
+        )
+    return found
+
+
+# --- the state postproc ---
+
+
+class Gather:
+    """What a layer does in the state postproc, before it normalizes: it hands its input to the estimator of the site.
+
+    Args:
+        make: the estimator of a site that is called for the first time.
+        fixed: the sites that normalize with what is stored. Others normalize a mini-batch with its own statistics, or,
+            if it holds a single activation, with what is stored.
+        told: of all layers, the estimators of the sites that were called, in the order of their first calls.
+        finite: of all layers, whether the statistics of each call of this batch are finite.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        make: Callable[[Site], Estimator],
+        fixed: Container[Site],
+        told: dict[Site, Estimator],
+        finite: list[tuple[Site, Tensor]],
+    ) -> None:
+        self.layer, self.make, self.fixed, self.told, self.finite = layer, make, fixed, told, finite
+
+    @torch.no_grad()
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x, *rest = (*args, *kwargs.values())
+        if not x.numel():
+            return
+        site = self.layer.at(rest[0] if rest else 0)
+        view = site.view(x).double()
+        if site not in self.told:
+            self.told[site] = self.make(site)
+        table = self.told[site].add(view)
+        self.finite.append((site, table.isfinite().all()))
+        if site in self.fixed:
+            return
+        if site.ref.size(view.shape) > 1:
+            site.store(table)
+        elif site.stored() is None:
+            site.store(torch.stack([torch.zeros_like(table[0]), torch.ones_like(table[1])]))
+
+
+def state(layer: nn.Module) -> State:
+    """The state of a layer: it trains, it gathers statistics inside ``recalibrate`` or ``gap``, or it is tested.
+
+    >>> state(nn.BatchNorm1d(3))
+    'train'
+    """
+    if any(isinstance(hook, Gather) for hook in layer._forward_pre_hooks.values()):
+        return "postproc"
+    return "train" if layer.training else "test"
+
+
+@contextmanager
+def _postproc(model: nn.Module, gathers: list[Gather]) -> Iterator[None]:
+    """Inside, the layers are in the state postproc and everything else is as in testing; then all is as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    hooks = []
+    try:
+        # The flags themselves: train() and eval() of somebody's own module may do more, which nobody could undo.
+        for module, _ in modes:
+            module.training = False
+        for gather in gathers:
+            hooks.append(gather.layer.module.register_forward_pre_hook(gather, with_kwargs=True))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """What a pass through the data has told.
+
+    Attributes:
+        batches: how many there were.
+        sites: the estimator of every site that was called, in the order of their first calls.
+    """
+
+    batches: int
+    sites: Mapping[Site, Estimator]
+
+    @property
+    def calls(self) -> int:
+        """How many calls of layers a batch takes."""
+        return sum(math.ceil(one.arrivals / self.batches) for one in self.sites.values())
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether a layer's statistics act on what it is given itself, at a later call."""
+        return self.calls > len(self.sites)
+
+
+def once_through(
+    model: nn.Module,
+    data: Iterable[Any],
+    found: list[Layer],
+    make: Callable[[Site], Estimator],
+    fixed: Container[Site],
+    call: Callable[[nn.Module, Any], Any],
+    show: Callable[[int], None],
+) -> Told:
+    """Once through the data, all layers in the state postproc.
+
+    Args:
+        make: the estimator of a site.
+        fixed: the sites that normalize with what is stored; others normalize a mini-batch with its own statistics.
+        call: runs the model on a batch.
+        show: called with the number of batches so far.
+
+    Raises:
+        ValueError: for no data, and for statistics that are not finite.
+    """
+    batches = 0
+    told: dict[Site, Estimator] = {}
+    finite: list[tuple[Site, Tensor]] = []
+    with _postproc(model, [Gather(layer, make, fixed, told, finite) for layer in found]):
+        for batches, batch in enumerate(data, 1):
+            with torch.no_grad():
+                call(model, batch)
+            if bad := next((site.name for site, is_finite in finite if not is_finite), None):
+                raise ValueError(
+                    f"batch {batches} (counted from 1) has statistics that are not finite, first in layer {bad!r}; "
+                    "look at that batch with torch.isfinite, or leave it out"
+                )
+            finite.clear()
+            show(batches)
+    if not batches:
+        raise ValueError(
+            "the data yield no batches; an iterator that was used before is empty: give a list or a loader"
+        )
+    if not told:
+        raise ValueError(f"{batches} batches, and no layer that keeps statistics was called")
+    return Told(batches, told)

@@ -1,0 +1,389 @@
+"""Recalibration: the statistics that testing uses, taken anew from data with fixed weights; and how far off they are.
+
+The second of two ways to test a batch normalization ("Batch Normalization: The Untold Story"): statistics of
+mini-batches in training, then a pass over the data to fix those of testing. Imports the state postproc.
+
+Legend: a table is ``(2, ...)``, row 0 the mean, row 1 sigma; a site is one set of statistics that testing uses.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from streamnorm.estimators import DECAY, Across, Corrected, Estimator, Mean, Moving, Pooled, alone
+from streamnorm.normstats import DegenerateReferenceError, Lp
+from streamnorm.postproc import Site, Told, layers, once_through
+
+Choice = Literal["pooled", "moving", "corrected"]
+ESTIMATORS: dict[str, type[Estimator]] = {"pooled": Pooled, "moving": Moving, "corrected": Corrected}
+Call = Callable[[nn.Module, Any], Any]
+Progress = Callable[[int, int, int | None], None]
+
+TOLERANCE = 1e-5
+"""Passes end when no mean moved further than so many sigmas, and no sigma by a larger share."""
+LEFT = 0.01
+"""How much of its initial value a moving average may hold without a warning: 44 mini-batches at a decay of 0.9."""
+NEAR = 0.1
+"""Statistics that moved by less since the pass before are used in the next one, though they may not be exact yet."""
+PATIENCE = 50
+"""Passes for statistics that act on themselves, after those that a chain needs."""
+BAR = 30
+"""Characters of a progress bar."""
+
+
+def _given(model: nn.Module, batch: Any) -> Any:
+    """The model on a batch: a tensor, the first of a tuple or list, or the entries of a dictionary as arguments."""
+    is_tuple = isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence)
+    x = batch[0] if is_tuple and batch else batch
+    weight = next(model.parameters(), None)
+
+    def brought(part: Any) -> Any:
+        if weight is not None and isinstance(part, (Tensor, PackedSequence)):
+            part = part.to(weight.device)  # type: ignore[arg-type]
+        return part
+
+    if isinstance(x, (Tensor, PackedSequence)):
+        return model(brought(x))
+    if isinstance(x, Mapping):
+        return model(**{name: brought(part) for name, part in x.items()})
+    raise TypeError(
+        f"a batch is a tensor, a tuple that begins with one, or a dictionary of arguments, got {type(batch).__name__}; "
+        "for others say how the model is called: call=lambda model, batch: model(...)"
+    )
+
+
+def _bar(number: int, batch: int, batches: int | None) -> None:
+    """A progress bar on the standard error stream."""
+    drawn = f"batch {batch}"
+    if batches:
+        drawn = f"[{'#' * (BAR * batch // batches):{BAR}}] {drawn} of {batches}"
+    print(f"\rpass {number} {drawn}", end="\n" if batch == batches else "", file=sys.stderr, flush=True)
+
+
+def _show(progress: bool | Progress, data: Iterable[Any], number: int) -> Callable[[int], None]:
+    draw = _bar if progress is True else progress
+    try:
+        batches = len(data)  # type: ignore[arg-type]
+    except TypeError:
+        batches = None
+    return (lambda batch: draw(number, batch, batches)) if draw else lambda batch: None
+
+
+def _check(data: Iterable[Any], estimator: str) -> None:
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator is one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+    if isinstance(data, Tensor) or not isinstance(data, Iterable):
+        raise TypeError(
+            f"data is a loader, a list or anything else that yields batches, got {type(data).__name__}; of a tensor, "
+            "give its batches: x.split(64)"
+        )
+
+
+def recalibrate(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    estimator: Choice = "pooled",
+    decay: float = DECAY,
+    passes: int | None = None,
+    call: Call | None = None,
+    across: Across | None = None,
+    progress: bool | Progress = False,
+) -> int:
+    """Take the statistics that testing uses anew from ``data``, with the weights as they are, and store them.
+
+    ::
+
+        train      a mini-batch by itself, or F's estimate; weights are learned
+        postproc   in here: weights are frozen, outputs ignored, statistics accumulated
+        test       fixed statistics, which ``state_dict()`` holds beside the parameters
+
+    What comes out is what each layer meets in testing: the statistics of the layers before it are fixed already. In the
+    first pass every layer normalizes a mini-batch with its own statistics; after each pass one more layer, in the order
+    of their calls, is exact and normalizes with what was found, and so do those that hardly moved. So how the data are
+    batched does not matter. There are as many passes as layers at most, and about a dozen where there are many with
+    residual connections; twice as many where sigma has to wait for the mean (p other than 2, about the mean).
+
+    Works for every ``Norm`` that remembers, also where it is called several times or at every time step,
+    ``TimeSpecific`` ones included, and for ``torch.nn`` batch normalization (``running_mean``, unbiased
+    ``running_var``). Streaming layers go on in training as if nothing had been; the running average of a batch
+    normalization goes on from here. Modes, hooks and all else are left as they were, and after an error the statistics
+    too.
+
+    Args:
+        model: in any mode.
+        data: a loader, or any iterable of batches: tensors, tuples that begin with the input, dictionaries of
+            arguments. One that can be gone through once only (an iterator) needs ``passes=1``.
+        estimator: ``"pooled"``: S of all data as one reference. ``"moving"``: the running average of the s of
+            mini-batches, the mean from 0, sigma from 1, as proposed in "Batch Normalization: The Untold Story"; shuffle
+            the data. ``"corrected"``: the same without what the initial values weigh.
+        decay: of the moving averages.
+        passes: so many at most. 1 is the single pass that is usual elsewhere, in which layers before the one that is
+            looked at normalize each mini-batch with its own statistics. None: until all are exact, and 1 for moving
+            averages.
+        call: ``call(model, batch)`` runs the model on a batch that is none of the above.
+        across: the sum of a tensor over all replicas, each of which has batches of its own; they are weighted by their
+            counts.
+        progress: show a bar, or call ``progress(pass, batch, batches or None)`` after each batch.
+
+    Returns:
+        How many passes there were.
+
+    Raises:
+        ValueError: for a model without such layers, data that yield nothing, statistics that are not finite, or an
+            iterator where several passes are needed.
+        DegenerateReferenceError: for a sigma that single activations were to tell.
+        TypeError: for a batch that needs ``call``.
+
+    Warns:
+        UserWarning: where the initial values still weigh more than 0.01 in a moving average; for layers that were not
+            called, which keep their statistics; if the statistics of layers that are called several times still move.
+
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 3), nn.BatchNorm1d(3))
+    >>> x = torch.randn(100, 4)
+    >>> recalibrate(model, x.split(8))
+    2
+    >>> torch.allclose(model[1].running_mean, model[0](x).mean(0), atol=1e-6)
+    True
+    """
+    _check(data, estimator)
+    if not 0 < decay < 1:
+        raise ValueError(f"decay is the weight of the old value, between 0 and 1, got {decay!r}")
+    if passes is not None and (not isinstance(passes, int) or isinstance(passes, bool) or passes < 1):
+        raise ValueError(f"passes is a number of passes >= 1, or None, got {passes!r}")
+    most = 1 if passes is None and estimator != "pooled" else passes
+    if most != 1 and isinstance(data, Iterator):
+        raise ValueError(
+            f"data may be needed several times, and {type(data).__name__} can be gone through once; give a list or a "
+            "loader, or passes=1"
+        )
+    found = layers(model)
+    sites = [site for layer in found for site in layer.sites]
+    before = [(site, site.snapshot()) for site in sites]
+    tables: dict[Site, Tensor] = {}
+    fixed: set[Site] = set()
+    number, share, move = 0, 1.0, None
+    try:
+        while True:
+            number += 1
+            make = partial(_estimator, estimator, decay, tables)
+            told = once_through(model, data, found, make, fixed, call or _given, _show(progress, data, number))
+            new = _values(told, across)
+            moves = {site: _move(tables[site], new[site]) for site in new if site in tables}
+            still = max((way.abs().max().item() for way in moves.values()), default=math.inf)
+            settled = fixed >= set(told.sites)
+            if told.is_recurrent and settled:
+                last, move = move, torch.cat([moves[site].flatten() for site in moves])
+                share = _share(share, last, move)
+                new = {site: _on_the_way(tables[site], new[site], share) for site in new}
+            for site, one in told.sites.items():
+                site.store(new[site], one.arrivals)
+            tables |= new
+            if number >= (most or _enough(told)) or (settled and still <= TOLERANCE):
+                break
+            fixed = _exact(told, number) | {site for site, way in moves.items() if way.abs().max() <= NEAR}
+    except BaseException as error:
+        for site, snapshot in before:
+            site.put_back(snapshot)
+        error.add_note(f"in pass {number} of streamnorm.recalibrate; the model is as it was before")
+        raise
+    _warn(sites, told)
+    if most is None and told.is_recurrent and still > TOLERANCE:
+        warnings.warn(
+            f"after {number} passes, statistics of layers that are called several times still move, by {still:.2g} of "
+            f"their sigma; if that is too much, give passes={2 * number}",
+            stacklevel=2,
+        )
+    return number
+
+
+def _exact(told: Told, number: int) -> set[Site]:
+    """The sites that are exact after so many passes, if each is called once: in the order of their calls one more after
+    each pass, or after two where sigma has to wait for the mean."""
+    exact, cost = set(), 0
+    for site, one in told.sites.items():
+        cost += 1 + one.needs_center(one.moment)
+        if cost <= number:
+            exact.add(site)
+    return exact
+
+
+def _enough(told: Told) -> int:
+    """So many passes make all sites exact, if each is called once."""
+    return sum(1 + one.needs_center(one.moment) for one in told.sites.values()) + PATIENCE * told.is_recurrent
+
+
+def _estimator(choice: str, decay: float, tables: Mapping[Site, Tensor], site: Site) -> Estimator:
+    """The estimator of a site in a pass, after that in which ``tables`` were found."""
+    kind: type[Estimator] = ESTIMATORS[choice]
+    moment = site.moment
+    if kind is Pooled and site.ref.samples == "one":
+        kind = Mean  # each sample is a reference by itself
+    if kind is Pooled and (type(moment).sigma is not Lp.sigma or type(moment).norm is not Lp.norm):
+        raise ValueError(
+            f"{site.name}: pooled statistics are known of Lp, not of {moment!r}; average those of mini-batches: "
+            'estimator="corrected"'
+        )
+    center = tables.get(site) if kind.needs_center(moment) else None
+    if center is None and kind.needs_center(moment) and kind is not Pooled:
+        center = site.stored()
+    options: Any = {"decay": decay} if issubclass(kind, Moving) else {}
+    return kind(site.ref, moment, site.unbiased, center, **options)
+
+
+def _values(told: Told, across: Across | None) -> dict[Site, Tensor]:
+    """What a pass has told of every site."""
+    values = {site: one.value(across or alone) for site, one in told.sites.items()}
+    for site, one in told.sites.items():
+        if one.is_degenerate:
+            raise DegenerateReferenceError(
+                f"{site.name}: sigma of a single activation about itself ({site.ref!r}) is 0 whatever it is; give more "
+                'samples, or, where a batch holds one sample, estimator="pooled"'
+            )
+    return values
+
+
+def _move(old: Tensor, new: Tensor) -> Tensor:
+    """How far statistics have moved: means in sigmas, sigmas as the logarithm of their ratio."""
+    tiny = torch.finfo(new.dtype).tiny
+    before, sigma = old[1].clamp_min(tiny), new[1].clamp_min(tiny)
+    return torch.stack([(new[0] - old[0]) / sigma, (sigma / before).log()])
+
+
+def _share(share: float, last: Tensor | None, move: Tensor) -> float:
+    """Of the next move of statistics that act on themselves, which share to take: less where they swing about their
+    value, more where they creep up to it (Irons and Tuck 1969), from the share and the moves of the last two passes."""
+    turn = None if last is None or last.shape != move.shape else move - last
+    if last is None or turn is None or not turn.any():
+        return share
+    return min(max(-share * (last @ turn / (turn @ turn)).item(), 0.1), 2.0)
+
+
+def _on_the_way(old: Tensor, new: Tensor, share: float) -> Tensor:
+    """The statistics that lie ``share`` of the way from old to new: means on a line, sigmas by their ratio."""
+    tiny = torch.finfo(new.dtype).tiny
+    before, sigma = old[1].clamp_min(tiny), new[1].clamp_min(tiny)
+    return torch.stack([old[0].lerp(new[0], share), before * (sigma / before) ** share])
+
+
+def _warn(sites: list[Site], told: Told) -> None:
+    if missed := [site.name for site in sites if site not in told.sites]:
+        shown = ", ".join(map(repr, missed[:5])) + (" ..." if missed[5:] else "")
+        warnings.warn(f"not called, and left as they were: {shown}", stacklevel=3)
+    share, one = max(((one.initial_share, one) for one in told.sites.values()), key=lambda pair: pair[0])
+    if share > LEFT:
+        assert isinstance(one, Moving)
+        enough = math.ceil(math.log(LEFT) / math.log(one.decay))
+        warnings.warn(
+            f"after {one.arrivals} mini-batches the initial values, mean 0 and sigma 1, still weigh {share:.2g} in the "
+            f'moving average; give at least {enough}, or estimator="corrected" or "pooled"',
+            stacklevel=3,
+        )
+
+
+# --- the gap between what is stored and what the data say ---
+
+
+@dataclass(frozen=True)
+class Row:
+    """How far the stored statistics of a layer are from those of the data.
+
+    Attributes:
+        layer: its name in the model.
+        mean: root mean square over its statistics of (stored mean - mean of the data) / sigma of the data.
+        largest: the largest of them.
+        lowest, ratio, highest: stored sigma / sigma of the data: the lowest, the geometric mean, the highest.
+    """
+
+    layer: str
+    mean: float
+    largest: float
+    lowest: float
+    ratio: float
+    highest: float
+
+
+@dataclass(frozen=True)
+class Gap:
+    """What ``gap`` found; printed, a table. ``rows`` holds a ``Row`` for each layer in the order of the calls."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def largest(self) -> float:
+        """The largest distance of all: of a mean in sigmas, or of a sigma as the logarithm of its ratio."""
+        return max(max(row.largest, -math.log(row.lowest), math.log(row.highest)) for row in self.rows)
+
+    def __str__(self) -> str:
+        width = max(len("layer"), *(len(row.layer) for row in self.rows))
+        lines = [
+            f"{'':{width}}  {'mean off by (sigmas)':>21}  {'sigma, stored / data':>29}",
+            f"{'layer':{width}}  {'rms':>10} {'largest':>10}  {'lowest':>9} {'mean':>9} {'highest':>9}",
+        ]
+        for r in self.rows:
+            lines.append(
+                f"{r.layer:{width}}  {r.mean:10.2g} {r.largest:10.2g}  {r.lowest:9.4f} {r.ratio:9.4f} {r.highest:9.4f}"
+            )
+        return "\n".join(lines)
+
+
+def gap(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    call: Call | None = None,
+    across: Across | None = None,
+    progress: bool | Progress = False,
+) -> Gap:
+    """How far the statistics that testing uses are from those of ``data``, layer by layer.
+
+    The model runs as in testing, once through the data; nothing is changed. After ``recalibrate`` on the same data
+    there is no gap. For p other than 2, sigma is taken about the stored mean.
+
+    Args:
+        model, data, call, across, progress: as for ``recalibrate``.
+
+    Raises:
+        ValueError: as ``recalibrate``.
+        RuntimeError: for a layer that has no statistics yet.
+
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    >>> x = 3 + torch.randn(100, 4)
+    >>> gap(model, x.split(8)).largest > 0.1
+    True
+    >>> passes = recalibrate(model, x.split(8))
+    >>> gap(model, x.split(8)).largest < 1e-5
+    True
+    """
+    _check(data, "pooled")
+    found = layers(model)
+    sites = {site for layer in found for site in layer.sites}
+    stored = {site: table for site in sites if (table := site.stored()) is not None}
+    make = partial(_estimator, "pooled", DECAY, stored)
+    told = once_through(model, data, found, make, sites, call or _given, _show(progress, data, 1))
+    values = _values(told, across)
+    return Gap(tuple(_row(site, stored[site], values[site]) for site in told.sites))
+
+
+def _row(site: Site, stored: Tensor, data: Tensor) -> Row:
+    tiny = torch.finfo(data.dtype).tiny
+    off = (stored[0] - data[0]).abs() / data[1].clamp_min(tiny)
+    ratio = stored[1].clamp_min(tiny) / data[1].clamp_min(tiny)
+    return Row(
+        site.name,
+        off.square().mean().sqrt().item(),
+        off.max().item(),
+        ratio.min().item(),
+        ratio.log().mean().exp().item(),
+        ratio.max().item(),
+    )
