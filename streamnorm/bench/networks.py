@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from streamnorm.bench.gate import check_layer, compare
 from streamnorm.bench.layers import OURS, LayerStep, Pair
 from streamnorm.dau import DAU, attach
 from streamnorm.layers import BatchNorm, StreamingNorm
+from streamnorm.monitor import monitor
 from streamnorm.online import OnlineTrainer
 from streamnorm.training.architectures import Convolutional, FullyConnected
 from streamnorm.training.data import Data
@@ -27,6 +29,8 @@ INPUTS, CLASSES = 3072, 10
 RATE = 1e-3
 UPDATES = 20
 """Weight updates whose samples differ, one after the other."""
+EVERY = 100
+"""Weight updates from one record of a monitor to the next, its default."""
 
 
 @dataclass
@@ -233,6 +237,55 @@ def _check(model: MakeModel, norm: MakeNorm, shape: Sequence[int], size: int = 8
     off = max((a - b).abs().max().item() for a, b in zip(*ends, strict=True))
     if not off < 1e-9:  # float64 keeps 16 digits, of which a network this deep may lose 7
         raise WrongError(f"the vectorized cycle is off from the loop by {off:.1e}")
+
+
+class Watched:
+    """So many weight updates that one record of a monitor falls among them, with the monitor or without."""
+
+    def __init__(self, training: OnlineStep | Updates, is_watched: bool) -> None:
+        self.training, self.count = training, EVERY
+        self.loop = training.dau if isinstance(training, Updates) else training
+        if is_watched:
+            monitor(self.loop.model, self.loop.optimizer, os.devnull, every=EVERY)
+
+    def step(self) -> None:
+        for _ in range(self.count):
+            self.training.step()
+
+
+def watched(quick: bool) -> Iterator[Case]:
+    """The smallest step of training, and an update of a whole cycle, with a monitor and alone."""
+    inputs, width, size = (64, 16, 8) if quick else (INPUTS, 256, 64)
+    samples = Shared(partial(noise, size * UPDATES, inputs))
+
+    def single() -> OnlineStep:
+        return OnlineStep(_perceptron(inputs, width, StreamingNorm, depth=2), samples())
+
+    def cycles() -> Updates:
+        return Updates(dau(_perceptron(inputs, width, StreamingNorm), 1, size), samples())
+
+    makes: dict[str, Callable[[], OnlineStep | Updates]] = {
+        f"{inputs}-{width}-{width}-{CLASSES}, one sample": single,
+        f"update of A, {size} samples": cycles,
+    }
+    for name, make in makes.items():
+        alone = Variant(lambda make=make: Watched(make(), False))
+        with_monitor = Variant(lambda make=make: Watched(make(), True), partial(_check_unnoticed, make))
+        yield Case("monitor", name, "alone", {"watched": with_monitor, "alone": alone})
+
+
+def _check_unnoticed(make: Callable[[], OnlineStep | Updates]) -> None:
+    """A monitored training leaves the same weights and state, bit for bit."""
+    ends = []
+    for is_watched in (False, True):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            subject = Watched(make(), is_watched)
+        for _ in range(2):
+            subject.step()
+        ends.append(subject.loop.model.state_dict())
+    if different := [name for name, value in ends[0].items() if not torch.equal(value, ends[1][name])]:
+        raise WrongError(f"a monitored training ends with another {different[0]}")
 
 
 def convnet(quick: bool) -> Iterator[Case]:

@@ -22,6 +22,7 @@ GROUPS: dict[str, tuple[str, Callable[[bool, bool], Iterator[Case]]]] = {
     "single": ("One sample", lambda quick, _: layers.single(quick)),
     "online": ("Training on one sample at a time", lambda quick, _: networks.online(quick)),
     "cycle": ("Cycles of mini-batches of one sample", lambda quick, _: networks.cycle(quick)),
+    "monitor": ("Training with a monitor", lambda quick, _: networks.watched(quick)),
     "convnet": ("A convolutional network", lambda quick, _: networks.convnet(quick)),
     "recurrent": ("Recurrent layers", lambda quick, _: sequences.recurrent(quick)),
     "over_time": ("Recurrent layers, growth", lambda quick, _: sequences.over_time(quick)),

@@ -12,8 +12,8 @@ class Bench:
     """Time the layers beside their peers, once they are shown to be right; write a dated record."""
 
     groups: tuple[str, ...] = ()
-    """Groups of cases: contiguous, channels_last, bfloat16, features, single, online, cycle, convnet, growth. Default:
-    all."""
+    """Groups of cases: contiguous, channels_last, bfloat16, features, single, online, cycle, monitor, convnet,
+    growth. Default: all."""
     rounds: int = 15
     """Rounds; in each, everything that is compared is timed once, in random order."""
     threads: int | None = None

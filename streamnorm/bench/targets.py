@@ -58,6 +58,7 @@ TARGETS = (
     Target("single", "full B", LAYER, 1.25, cases="1x1024"),
     Target("online", "streaming", LAYER, 1.05),
     Target("online", "streaming fused", LAYER, 1 / 5, words="≤ 0.20, 5 times the steps a second"),
+    Target("monitor", "watched", "alone", 1.05, 1.05),
     Target("recurrent", "streaming", "nn.GRU", 0.50, cases="GRU 100"),
     Target("recurrent", "streaming", "nn.GRU", 0.80, cases="GRU 512"),
     Target("recurrent", "streaming", "layer norm loop", 0.33, cases="GRU 100"),

@@ -1,0 +1,342 @@
+"""A monitor of training: how pre-activations are distributed, and what the normalization layers remember.
+
+After the talk of Ioffe (2015), which follows the 15th, 50th and 85th percentile of a sigmoid's input over training. It
+reads and changes nothing: no weight, no state, no random number. Imports the sites and what stands below them.
+
+Legend: a site is a watched module; a record is what was seen between two weight updates.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from streamnorm.layers import Norm
+from streamnorm.sites import PERCENTILES, ROWS, Choice, Site, chosen_modules, finite, percentiles
+from streamnorm.stream import Memory
+
+Record = dict[str, Any]
+
+
+class Writer(Protocol):
+    """TensorBoard's ``SummaryWriter``, or whatever else has this."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any: ...
+
+
+def monitor(
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    path: str | Path | None = None,
+    *,
+    watch: Choice | Iterable[Choice] | None = None,
+    every: int = 100,
+    values: int = 4096,
+    axis: int = 1,
+    writer: Writer | None = None,
+    start: int | None = None,
+) -> Monitor:
+    """Record over training how pre-activations are distributed and what every normalization layer remembers.
+
+    A step is a weight update, as on the axis of a learning curve: however many mini-batches, time steps and calls it
+    takes, and not one that a gradient scaler skips. A record is made before update 0, ``every``, 2 ``every``, ...; of
+    all forward passes in training mode since the update before. Modules carry hooks while a record is made and at no
+    other time. Copies of the model are not watched.
+
+    Of a nonlinearity what goes in is recorded, of any other module the first tensor that comes out: percentiles 15, 50
+    and 85 (Ioffe 2015), ``mean`` and ``std`` over all values that are finite, and the share that is; ``dead``, the
+    share of units that are <= 0 at every value (a ReLU is silent there), and ``saturated``, of those beyond +-2.94 at
+    every value (a sigmoid is below 0.05 or above 0.95), both None where fewer than 16 values of a unit were looked at.
+
+    Of a ``Norm`` that remembers, the members of H1 and H2 are recorded: of tables the percentiles of mu and sigma over
+    the features, of counters the number (``skipped``: arrivals refused because they were not finite). Of ``torch.nn``
+    batch normalization it is the running statistics.
+
+    Args:
+        model: in any mode; only passes in training mode are recorded.
+        optimizer: counts the steps; None: call ``step()`` once per weight update.
+        path: of a file that gets a JSON line per record; None: the records are kept in memory.
+        watch: a pattern of names such as ``"layers.*.act"``, a module, a class of modules, a function ``(name, module)
+            -> bool``, or several of these; None: all modules that are nonlinearities, or in a model without any the
+            normalization layers; ``()``: none. What stands inside a normalization layer or cell of ours cannot be
+            watched, for a hook there turns off compiled kernels, which round otherwise.
+        every: updates from one record to the next.
+        values: that are looked at in a tensor, at most; their positions depend on the shape alone.
+        axis: of the features; -1 for sequences ``(n, T, c)``.
+        writer: gets every figure too, by ``add_scalar``.
+        start: how many weight updates a resumed run has behind it; later records in the file are removed.
+
+    Raises:
+        ValueError: for a pattern that fits nothing, a model with nothing to watch, a file that holds something else.
+        FileExistsError: for a file with records, without ``start``.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Sigmoid(), nn.Linear(8, 2))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> with monitor(model, optimizer, every=10) as watching:
+    ...     for x in torch.randn(25, 32, 4):
+    ...         model(x).square().mean().backward()
+    ...         optimizer.step()
+    >>> [record["step"] for record in watching.records]
+    [0, 10, 20]
+    >>> seen = watching.records[-1]
+    >>> list(seen["preactivations"]), list(seen["norms"]["1"])
+    (['2'], ['batches', 'running'])
+    """
+    return Monitor(model, optimizer, path, watch, every, values, axis, writer, start)
+
+
+class Monitor:
+    """What ``monitor`` makes; ``close()`` it, or use it in a ``with``.
+
+    Attributes:
+        watched: the names of the watched modules.
+        steps: weight updates so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        path: str | Path | None,
+        watch: Choice | Iterable[Choice] | None,
+        every: int,
+        values: int,
+        axis: int,
+        writer: Writer | None,
+        start: int | None,
+    ) -> None:
+        if not isinstance(model, nn.Module) or not isinstance(optimizer, Optimizer | None):
+            raise TypeError(
+                f"monitor(model, optimizer) takes a module and an optimizer or None, got {type(model).__name__} and "
+                f"{type(optimizer).__name__}"
+            )
+        for name, value, least in (("every", every, 1), ("values", values, ROWS), ("start", start or 0, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} is a whole number >= {least}, got {value!r}")
+        if writer is not None and not callable(getattr(writer, "add_scalar", None)):
+            raise TypeError(f"writer has add_scalar(tag, value, step), as a SummaryWriter, got {type(writer).__name__}")
+        chosen = chosen_modules(model, watch)
+        self.model, self.every, self.steps = model, every, start or 0
+        if not chosen and not self._remembered():
+            raise ValueError(
+                f"watch=() leaves the normalization layers, and {type(model).__name__} has none that remember"
+            )
+        self.path = None if path is None else _opened(Path(path), start)
+        self._writer = writer
+        self._sites = [Site(name, module, values, axis) for name, module in chosen]
+        self._records: list[Record] = []
+        self._norms: Record | None = None
+        self._has_stepped = self._has_spoken = self._closed = False
+        self._handles: list[RemovableHandle] = []
+        self._counts_itself = optimizer is not None
+        self._counting: list[RemovableHandle] = []
+        if optimizer is not None:
+            self._counting = [
+                optimizer.register_step_pre_hook(self._before_update),
+                optimizer.register_step_post_hook(self._after_update),
+            ]
+        self._listen()
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        return tuple(site.name for site in self._sites)
+
+    @property
+    def records(self) -> list[Record]:
+        """All records so far."""
+        return list(self._records) if self.path is None else read(self.path)
+
+    def step(self) -> None:
+        """A weight update takes place: call it once for each, best before ``optimizer.step()``, where there is no
+        optimizer that says so."""
+        if self._counts_itself:
+            raise RuntimeError("the optimizer counts the steps; call step() where monitor() was given none")
+        self._close_step()
+
+    def _before_update(self, *_: Any) -> None:
+        if self._is_listening:
+            self._norms = self._remembered()  # a streaming layer's short is emptied by the update
+
+    def _after_update(self, *_: Any) -> None:
+        self._close_step()
+
+    @property
+    def _is_listening(self) -> bool:
+        return not self._closed and self.steps % self.every == 0
+
+    def _close_step(self) -> None:
+        if self._is_listening:
+            self._record()
+            self._hang_up()
+        self.steps += 1
+        self._has_stepped = True
+        self._listen()
+
+    def _listen(self) -> None:
+        if self._is_listening:
+            self._handles = [site.listen(self.model) for site in self._sites]
+
+    def _hang_up(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for site in self._sites:
+            site.clear()
+
+    def _record(self) -> None:
+        norms = self._remembered() if self._norms is None else self._norms
+        self._norms = None
+        seen = {site.name: site.distribution() for site in self._sites if site.calls}
+        record = {"step": self.steps, "preactivations": seen, "norms": norms}
+        if self.path is None:
+            self._records.append(record)
+        else:
+            # One write of one whole line: a process that is killed leaves whole lines, and a last one cut off at most.
+            with self.path.open("ab", buffering=0) as file:
+                file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        if self._writer is not None:
+            for tag, value in _scalars(record):
+                self._writer.add_scalar(tag, value, self.steps)
+        if silent := [site.name for site in self._sites if not site.calls]:
+            if not self._has_spoken:
+                shown = ", ".join(map(repr, silent[:5])) + (" ..." if silent[5:] else "")
+                warnings.warn(
+                    f"watched, and not called in training mode before update {self.steps}: {shown}", stacklevel=4
+                )
+            self._has_spoken = True
+
+    @torch.no_grad()
+    def _remembered(self) -> Record:
+        """What the normalization layers remember, by name."""
+        found: Record = {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, Norm):
+                memories = {which: getattr(module, which) for which in ("H1", "H2")}
+                held = {which: _members(memory) for which, memory in memories.items() if memory is not None}
+                found |= {name: held} if held else {}
+            elif isinstance(module, _NormBase) and module.running_mean is not None and module.running_var is not None:
+                batches = module.num_batches_tracked
+                sigma = (module.running_var + module.eps).sqrt()
+                running = {"mu": percentiles(module.running_mean), "sigma": percentiles(sigma)}
+                found[name] = {"batches": None if batches is None else int(batches), "running": running}
+        return found
+
+    def draw(self, path: str | Path) -> Path:
+        """Write the picture of all records as a PNG: percentiles over the steps for each watched module, sigma over the
+        steps for each normalization layer.
+
+        Raises:
+            ImportError: without matplotlib.
+            ValueError: if there is no record yet.
+        """
+        from streamnorm.monitorcurves import picture
+
+        path = Path(path)
+        path.write_bytes(picture(self.records))
+        return path
+
+    def close(self) -> None:
+        """Take all hooks away. The records stay."""
+        if not self._has_stepped and any(site.calls for site in self._sites):
+            warnings.warn(
+                "the monitor saw training and no weight update, so it has recorded nothing: give it the optimizer, or "
+                "call its step() once per update",
+                stacklevel=2,
+            )
+        self._hang_up()
+        for handle in self._counting:
+            handle.remove()
+        self._counting, self._closed = [], True
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _members(memory: Memory) -> Record:
+    """Percentiles of the tables of H, and its counters; a table that has nothing in it yet is left out."""
+    found: Record = {}
+    for name, value in {**memory.state(), **dict(memory.named_buffers(recurse=False))}.items():
+        if not value.ndim:
+            found[name] = int(value) if not value.is_floating_point() else finite(value)
+        elif bool(value.any()):
+            found[name] = {"mu": percentiles(value[0]), "sigma": percentiles(value[1])}
+    return found
+
+
+# --- the file ---
+
+OPENING = b'{"step": '
+"""What every line begins with."""
+
+
+def read(path: str | Path) -> list[Record]:
+    """The records of a file; a last line that was cut off is left out.
+
+    Raises:
+        ValueError: for a file that is none of a monitor.
+    """
+    return [record for record, _ in _lines(Path(path))]
+
+
+def _lines(path: Path) -> Iterator[tuple[Record, int]]:
+    """Every record of a file, and where its line ends."""
+    end = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict) or not {"step", "preactivations", "norms"} <= record.keys():
+                raise ValueError(f"{path} is no file of a monitor: line {number} is no record")
+            end += len(line)
+            yield record, end
+
+
+def _opened(path: Path, start: int | None) -> Path:
+    """The file, ready for the record of step ``start``; later ones are cut off, for they will be made again."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the path of a file, for instance {path / 'monitor.jsonl'}")
+    if path.exists() and path.stat().st_size:
+        lines = list(_lines(path))
+        with path.open("rb") as file:
+            if not lines and file.read(len(OPENING)) != OPENING:
+                raise ValueError(f"{path} is no file of a monitor; give another path, or delete it")
+        if start is None and lines:
+            raise FileExistsError(
+                f"{path} holds records up to step {lines[-1][0]['step']}; to go on there say how many weight updates "
+                "the model has behind it, start=..., or give another path"
+            )
+        os.truncate(path, max((end for record, end in lines if record["step"] < (start or 0)), default=0))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    return path
+
+
+def _scalars(record: Record, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every figure of a record with its tag, such as ``norms/1/H1/estimate/sigma/p50``."""
+    for name, value in record.items():
+        if isinstance(value, list):
+            value = {f"p{p}": one for p, one in zip(PERCENTILES, value, strict=True)}
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{prefix}{name}/")
+        elif value is not None and name != "step":
+            yield prefix + name, value

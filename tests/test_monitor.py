@@ -1,0 +1,584 @@
+"""The monitor: what it records is what was there, and a training does not notice it."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import streamnorm
+from streamnorm import BatchNorm, NormGRU, StreamingNorm, attach, vectorized
+from streamnorm.monitor import Monitor, monitor, read
+from streamnorm.sites import CALLS, SATURATED, _positions, _spread
+from streamnorm.training.architectures import Convolutional
+
+
+def net(norm: Callable[[int], nn.Module] = StreamingNorm) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(5, 8, bias=False), norm(8), nn.Sigmoid(), nn.Dropout(0.2), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)
+    )
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, updates: int, batches: int = 2, first: int = 0) -> Tensor:
+    """The losses of so many updates, of mini-batches that depend on the number of the update alone."""
+    losses = []
+    for update in range(first, first + updates):
+        generator = torch.Generator().manual_seed(update)
+        for _ in range(batches):
+            loss = model(torch.randn(16, 5, generator=generator)).square().mean()
+            loss.backward()
+            losses.append(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.stack(losses)
+
+
+def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [*model.state_dict().values(), *(v for s in optimizer.state.values() for v in s.values() if v is not None)]
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+# --- A training does not notice it
+
+
+@pytest.mark.parametrize("watch", [None, "*", nn.Linear, ()], ids=repr)
+@pytest.mark.parametrize("norm", [StreamingNorm, BatchNorm, nn.BatchNorm1d])
+def test_training_is_the_same_bit_for_bit(norm: Any, watch: Any, tmp_path: Path) -> None:
+    ends = []
+    for watched in (False, True):
+        torch.manual_seed(1)
+        model = net(norm)
+        optimizer = sgd(model)
+        link = attach(model, optimizer)
+        names = list(model.state_dict())
+        with link:
+            if watched:
+                with monitor(model, optimizer, tmp_path / "seen.jsonl", watch=watch, every=2):
+                    losses = train(model, optimizer, 5)
+            else:
+                losses = train(model, optimizer, 5)
+        assert list(model.state_dict()) == names
+        ends.append([losses, *everything(model, optimizer), torch.get_rng_state()])
+    for plain, seen in zip(*ends, strict=True):
+        assert torch.equal(plain, seen)
+    assert [r["step"] for r in read(tmp_path / "seen.jsonl")] == [0, 2, 4]
+
+
+def test_a_recurrent_layer_keeps_its_compiled_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that can be chosen is chosen, and the scan still finds nobody inside of its cells."""
+    model = NormGRU(4, 6)
+    with monitor(model, watch=["*"], every=1) as watching:
+        inner = [m for cell in model.cells.values() for m in cell.modules() if m is not cell]
+        assert inner
+        assert not any(hooks(m) for m in inner)
+        assert watching.watched == ("cells.l0",)
+
+
+def test_hooks_are_there_while_a_record_is_made_and_at_no_other_time() -> None:
+    model = net()
+    optimizer = sgd(model)
+    attach(model, optimizer)
+    with monitor(model, optimizer, every=3):
+        for step in range(7):
+            assert hooks(model) == (2 if step % 3 == 0 else 0)
+            train(model, optimizer, 1)
+        assert len(optimizer._optimizer_step_pre_hooks) == 2
+    assert hooks(model) == 0
+    assert len(optimizer._optimizer_step_pre_hooks) == len(optimizer._optimizer_step_post_hooks) == 1, "attach's own"
+    with pytest.raises(ZeroDivisionError), monitor(model, optimizer):
+        raise ZeroDivisionError
+    assert hooks(model) == 0
+
+
+def test_nobody_watches_a_copy() -> None:
+    model = net()
+    with monitor(model, every=1) as watching:
+        twins = [deepcopy(model), pickle.loads(pickle.dumps(model))]
+        for twin in twins:
+            twin(torch.full((16, 5), 1e3))
+            probes = [
+                probe for m in twin.modules() for probe in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+            ]
+            assert probes
+            assert all(probe.site is None and probe.model is None for probe in probes), "it takes no monitor with it"
+        model(torch.zeros(16, 5))
+        watching.step()
+    assert watching.records[0]["preactivations"]["2"]["calls"] == 1
+
+
+# --- What is recorded is what was there
+
+
+def percentile(values: list[float], share: float) -> float:
+    """By hand: linear between the two nearest of the ordered values."""
+    ordered = sorted(values)
+    at = share * (len(ordered) - 1)
+    low = math.floor(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+
+def watch_one(module: nn.Module, *inputs: Tensor, **options: Any) -> dict[str, Any]:
+    """What is recorded of a module that is called with these."""
+    with monitor(nn.Sequential(module), watch=module, every=1, **options) as watching:
+        for x in inputs:
+            module(x)
+        watching.step()
+    return watching.records[0]["preactivations"]["0"]
+
+
+def test_the_figures_of_a_small_tensor_are_those_of_all_its_values() -> None:
+    x = torch.randn(20, 6, dtype=torch.float64)
+    x[:, 1] = -x[:, 1].abs()
+    x[:, 2] = 3 + x[:, 2].abs()
+    x[:, 3] = -3 - x[:, 3].abs()
+    values = x.flatten().tolist()
+    seen = watch_one(nn.Sigmoid(), x[:7], x[7:])
+    mean = math.fsum(values) / len(values)
+    std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values))
+    expected = {f"p{p}": percentile(values, p / 100) for p in (15, 50, 85)} | {"mean": mean, "std": std}
+    expected |= {"dead": 2 / 6, "saturated": 2 / 6, "finite": 1, "calls": 2}
+    assert list(seen) == list(expected)
+    # Six digits are written, half of the last of which is 5e-6 of a value at most.
+    assert seen == pytest.approx(expected, rel=5e-6)
+
+
+def test_saturated_is_where_a_sigmoid_is_in_its_outer_twentieth() -> None:
+    assert torch.sigmoid(torch.tensor(SATURATED)).item() == pytest.approx(0.95)
+    near = torch.tensor([0.99, 1.01, -0.99, -1.01]).mul(SATURATED).expand(20, 4)
+    assert watch_one(nn.Sigmoid(), near)["saturated"] == 0.5
+
+
+def test_a_nonlinearity_is_watched_where_it_is_entered_and_another_module_where_it_is_left() -> None:
+    x = torch.linspace(-3, 5, 33).reshape(33, 1)
+    seen = [watch_one(module, x.clone())["p50"] for module in (nn.ReLU(), nn.ReLU(inplace=True), nn.Hardshrink(2))]
+    assert seen == pytest.approx([1, 1, 0])
+    linear = nn.Linear(1, 1)
+    with torch.no_grad():
+        linear.weight.fill_(2)
+        linear.bias.fill_(1)  # type: ignore[union-attr]
+    assert watch_one(linear, x)["p50"] == pytest.approx(3)
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Sigmoid()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.f(input=x)
+
+    model = Named()
+    with monitor(model, every=1) as watching:
+        model(x)
+        watching.step()
+    assert watching.records[0]["preactivations"]["f"]["p50"] == pytest.approx(1)
+
+
+def test_what_is_not_finite_is_counted_and_left_out() -> None:
+    x = torch.tensor([1.0, 2.0, 3.0, math.inf, -math.inf, math.nan, 1e300, -1e300], dtype=torch.float64)
+    seen = watch_one(nn.Sigmoid(), x.reshape(-1, 1))
+    assert seen["finite"] == 5 / 8
+    assert seen["p50"] == 2
+    assert seen["std"] is None, "its square is beyond float64"
+    nothing = watch_one(nn.Sigmoid(), torch.full((20, 2), math.nan))
+    assert nothing["finite"] == nothing["dead"] == nothing["saturated"] == 0
+    assert nothing["p50"] is nothing["mean"] is nothing["std"] is None
+    json.dumps([seen, nothing], allow_nan=False)
+
+
+def test_a_unit_is_not_called_dead_after_a_few_values() -> None:
+    few, enough = -torch.ones(15, 3), -torch.ones(16, 3)
+    assert watch_one(nn.ReLU(), few)["dead"] is None
+    assert watch_one(nn.ReLU(), enough)["dead"] == 1
+    assert watch_one(nn.ReLU(), *few.split(1), -torch.ones(1, 3))["dead"] == 1, "over several calls"
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((3,), 1), ((), 1), ((40, 3), 1), ((2, 3, 30), 1), ((2, 30, 3), -1), ((2, 3, 5, 4, 2), 1)]
+)
+def test_units_are_found_in_inputs_of_every_rank(shape: tuple[int, ...], axis: int) -> None:
+    features = axis if len(shape) > 2 else -1
+    x = torch.ones(shape)
+    if shape:
+        x.select(features, 1).fill_(-1)
+    seen = watch_one(nn.ReLU(), *[x] * CALLS, axis=axis)
+    assert seen["dead"] == pytest.approx(1 / 3 if shape else 0, abs=1e-6)
+    assert seen["calls"] == CALLS
+
+
+def test_of_a_large_tensor_a_few_thousand_values_stand_for_all() -> None:
+    shape, values = (64, 96, 32, 32), 4096
+    index = _positions(shape, 1, values, torch.device("cpu"))
+    chosen = torch.zeros(shape, dtype=torch.bool)
+    chosen[index] = True
+    assert 0.95 * values < chosen.sum() <= values
+    units = chosen.any(0).any(-1).any(-1)
+    assert 60 <= units.sum() <= 64
+    for d in (0, 2, 3):  # every eighth of each axis has its share: no corner, no row is preferred
+        eighths = chosen.sum([e for e in range(4) if e != d]).reshape(8, -1).sum(1) / chosen.sum()
+        assert eighths.min() > 1 / 32
+        assert eighths.max() < 1 / 4
+    x = torch.randn(shape).add_(torch.linspace(-1, 1, 32))
+    seen = watch_one(nn.ReLU(), x)
+    # A percentile of N values strays by sqrt(p (1 - p) / N) of the distribution, 0.008 at the median; five times that.
+    for p in (15, 50, 85):
+        assert (x <= seen[f"p{p}"]).double().mean().item() == pytest.approx(p / 100, abs=0.04)
+
+
+def test_positions_are_spread_without_repetition() -> None:
+    for count, total in ((5, 3), (3, 3), (64, 65), (64, 100_000)):
+        chosen = _spread(count, total)
+        assert chosen.unique().numel() == len(chosen) <= min(count, total)
+        assert 0 <= chosen.min() <= chosen.max() < total
+        gaps = chosen.diff()
+        assert gaps.max() <= 3 * total / min(count, total), "the golden section leaves no larger gap"
+
+
+def test_a_layer_called_at_many_time_steps_is_seen_at_all_of_them() -> None:
+    steps = 1000
+    module = nn.Tanh()
+    with monitor(nn.Sequential(module), every=1) as watching:
+        for t in range(steps):
+            module(torch.full((4, 2), float(t)))
+            assert len(watching._sites[0].seen) <= CALLS
+        watching.step()
+    seen = watching.records[0]["preactivations"]["0"]
+    assert seen["calls"] == steps
+    # Every 64th step is left, so that a percentile is off by 64 steps at most.
+    assert [seen[f"p{p}"] for p in (15, 50, 85)] == pytest.approx([150, 500, 850], abs=64)
+
+
+def test_looped_blocks_are_counted_with_their_loops() -> None:
+    model = Convolutional(3, 4, StreamingNorm, 4, loops=(2, 3))
+    with monitor(model, every=1) as watching:
+        model(torch.randn(2, 3, 8, 8))
+        watching.step()
+    calls = {name: seen["calls"] for name, seen in watching.records[0]["preactivations"].items()}
+    assert calls == {"0.2": 1, "1.branch.1": 2, "1.branch.4": 2, "2.2": 1, "3.branch.1": 3, "3.branch.4": 3, "4.1": 1}
+
+
+def test_only_passes_of_training_are_recorded() -> None:
+    model = net()
+    with monitor(model, every=1) as watching:
+        model(torch.randn(16, 5))
+        model.eval()
+        model(torch.full((16, 5), 1e4))
+        model.train()
+        loss = checkpoint(model, torch.randn(16, 5), use_reentrant=False).sum()
+        loss.backward()
+        watching.step()
+    assert watching.records[0]["preactivations"]["5"]["calls"] == 2
+
+
+def test_a_vectorized_cycle_is_seen_as_its_mini_batches_are() -> None:
+    x = torch.randn(24, 5)
+    records = []
+    for vectorize in (True, False):
+        torch.manual_seed(0)
+        model = net().double()
+        del model[3]  # dropout, which would draw other masks
+        with monitor(model, every=1, watch=nn.Sigmoid) as watching:
+            if vectorize:
+                with vectorized(model, 12):
+                    model(x.double())
+            else:
+                for batch in x.double().split(2):
+                    model(batch)
+            watching.step()
+        records.append(watching.records[0])
+    a, b = (record["preactivations"]["2"] for record in records)
+    assert (a.pop("calls"), b.pop("calls")) == (1, 12)
+    assert a == pytest.approx(b, rel=1e-5)
+    assert records[0]["norms"]["1"]["H1"]["count"] == records[1]["norms"]["1"]["H1"]["count"] == 12
+
+
+# --- Steps
+
+
+def test_a_step_is_a_weight_update_however_many_mini_batches_it_takes() -> None:
+    model = net()
+    optimizer = sgd(model)
+    attach(model, optimizer)
+    with monitor(model, optimizer, every=2) as watching:
+        train(model, optimizer, 5, batches=3)
+        with pytest.raises(RuntimeError, match="the optimizer counts the steps"):
+            watching.step()
+    assert [r["step"] for r in watching.records] == [0, 2, 4]
+    assert watching.steps == 5
+    assert all(r["preactivations"]["2"]["calls"] == 3 for r in watching.records)
+    for k, record in zip((0, 2, 4), watching.records, strict=True):
+        H1 = record["norms"]["1"]["H1"]
+        assert (H1["count"], H1["updates"], H1["seen"]) == (3, k, 3 * (k + 1)), "before the update, short is whole"
+
+
+def test_an_optimizer_that_asks_for_the_loss_itself() -> None:
+    model = nn.Sequential(nn.Linear(2, 4), nn.Sigmoid(), nn.Linear(4, 1))
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+    x = torch.randn(8, 2)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    with monitor(model, optimizer, every=2) as watching:
+        for _ in range(3):
+            optimizer.step(closure)  # type: ignore[arg-type]
+    assert [(r["step"], r["preactivations"]["1"]["calls"] >= 3) for r in watching.records] == [(0, True), (2, True)]
+
+
+def test_training_without_a_counted_step_is_said_to_be_lost() -> None:
+    model = net()
+    watching = monitor(model)
+    model(torch.randn(16, 5))
+    with pytest.warns(UserWarning, match="no weight update"):
+        watching.close()
+    watching.close()
+
+
+# --- Normalization layers
+
+
+def test_a_layer_of_ours_is_recorded_with_all_it_remembers() -> None:
+    model = net()
+    optimizer = sgd(model)
+    attach(model, optimizer)
+    norm = model[1]
+    assert isinstance(norm, StreamingNorm)
+    with monitor(model, optimizer, every=1) as watching:
+        train(model, optimizer, 1)
+        x = torch.randn(16, 5)
+        x[3] = math.nan
+        model(x)
+        model(torch.randn(16, 5)).sum().backward()
+        H1, H2 = deepcopy(norm.H1), deepcopy(norm.H2)
+        optimizer.step()
+    first, second = (record["norms"]["1"] for record in watching.records)
+    assert list(watching.records[0]["norms"]) == ["1"]
+    assert "long" not in first["H1"], "there is none before the first update"
+    for kept, memory in ((second["H1"], H1), (second["H2"], H2)):
+        for table in ("long", "short", "estimate"):
+            for row, name in enumerate(("mu", "sigma")):
+                values = getattr(memory, table)[row].tolist()
+                assert kept[table][name] == pytest.approx([percentile(values, p / 100) for p in (15, 50, 85)], rel=1e-5)
+    counters = {name: second["H1"][name] for name in ("count", "updates", "seen", "skipped")}
+    assert counters == {"count": 1, "updates": 1, "seen": 3, "skipped": 1}
+
+
+def test_a_batch_normalization_of_torch_is_recorded_with_what_testing_uses() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(5, eps=0.1), nn.InstanceNorm1d(5), nn.ReLU())
+    with monitor(model, every=1) as watching:
+        model(3 * torch.randn(16, 5, 4))
+        watching.step()
+    assert list(watching.records[0]["norms"]) == ["0"], "an instance normalization remembers nothing"
+    kept = watching.records[0]["norms"]["0"]
+    assert kept["batches"] == 1
+    sigma = (model[0].running_var + 0.1).sqrt().tolist()  # type: ignore[operator]
+    assert kept["running"]["sigma"] == pytest.approx([percentile(sigma, p / 100) for p in (15, 50, 85)], rel=1e-5)
+
+
+# --- What is watched
+
+
+def names(model: nn.Module, watch: Any = None) -> tuple[str, ...]:
+    with monitor(model, watch=watch) as watching:
+        return watching.watched
+
+
+def test_modules_are_chosen_by_name_class_function_or_themselves() -> None:
+    model = net()
+    assert names(model) == ("2", "5")
+    assert names(model, "2") == names(model, model[2]) == ("2",)
+    assert names(model, nn.Linear) == names(model, lambda name, m: hasattr(m, "in_features")) == ("0", "4", "6")
+    assert names(model, ["1", nn.ReLU, model[0]]) == ("0", "1", "5"), "in the order of the model"
+    assert names(model, "*") == tuple("0123456"), "not what is inside of a normalization"
+    assert names(model, ()) == ()
+    assert names(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))) == ("1",), "without nonlinearities, normalizations"
+    block = Convolutional(3, 4, StreamingNorm, 4)
+    assert names(block, "*branch*") == tuple(f"{i}.branch.{j}" for i in (1, 3) for j in range(6))
+    shared = nn.ReLU()
+    assert names(nn.Sequential(nn.Linear(2, 2), shared, nn.Linear(2, 2), shared)) == ("1",)
+
+
+def test_what_fits_nothing_is_refused_with_the_nearest() -> None:
+    model = nn.ModuleDict({"hidden": nn.Linear(2, 3), "output": nn.Linear(3, 1)})
+    with pytest.raises(ValueError, match=r"watch='hiden' fits no module; did you mean 'hidden'\? there are 'hidden'"):
+        monitor(model, watch=["output", "hiden"])
+    with pytest.raises(ValueError, match=r"Conv2d.* fits no module; there are 'hidden', 'output'"):
+        monitor(model, watch=nn.Conv2d)
+    with pytest.raises(ValueError, match=r"no nonlinearities and no normalization .* choose by watch= from 'hidden'"):
+        monitor(model)
+    with pytest.raises(ValueError, match="ModuleDict has none that remember"):
+        monitor(model, watch=())
+    with pytest.raises(TypeError, match="got 5"):
+        monitor(model, watch=5)  # type: ignore[arg-type]
+
+
+def test_other_bad_input_is_refused_and_leaves_no_hook() -> None:
+    model = net()
+    optimizer = sgd(model)
+    with pytest.raises(TypeError, match="got Sequential and list"):
+        monitor(model, [])  # type: ignore[arg-type]
+    for name, value in (("every", 0), ("every", 2.0), ("values", 63), ("start", -1), ("start", True)):
+        with pytest.raises(ValueError, match=f"{name} is a whole number >= .*{value}"):
+            monitor(model, optimizer, **{name: value})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="add_scalar"):
+        monitor(model, optimizer, writer="runs")  # type: ignore[arg-type]
+    assert hooks(model) == len(optimizer._optimizer_step_pre_hooks) == 0
+    with pytest.raises(TypeError, match=r"'0' \(Identity\) cannot be watched: .* torch.int64"):
+        watch_one(nn.Identity(), torch.ones(3, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="axis=3 is no axis of what '0' brings"):
+        watch_one(nn.ReLU(), torch.ones(3, 2, 4), axis=3)
+
+
+def test_a_watched_module_that_is_never_called_is_named() -> None:
+    model = net()
+    optimizer = sgd(model)
+    attach(model, optimizer)
+    model.register_module("unused", nn.ReLU())
+    model.forward = lambda x: nn.Sequential(*list(model)[:7])(x)  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match="before update 0: 'unused'") as warned, monitor(model, optimizer, every=1):
+        train(model, optimizer, 2)
+    assert len(warned) == 1
+
+
+# --- The file
+
+
+def begin(path: Path | None, start: int | None = None, **options: Any) -> tuple[nn.Module, Any, Monitor]:
+    torch.manual_seed(1)
+    model = net(BatchNorm)
+    del model[3]
+    optimizer = sgd(model)
+    return model, optimizer, monitor(model, optimizer, path, every=2, start=start, **options)
+
+
+@pytest.mark.parametrize("done", [4, 5])
+def test_a_stopped_run_that_goes_on_leaves_the_file_of_one_that_was_not_stopped(done: int, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "folder" / "parts.jsonl"
+    model, optimizer, watching = begin(whole)
+    train(model, optimizer, 9)
+    watching.close()
+
+    model, optimizer, watching = begin(parts)
+    train(model, optimizer, done)
+    saved = deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, 7 - done, first=done)  # after the checkpoint, then killed while it writes
+    with parts.open("ab") as file:
+        file.write(b'{"step": 8, "preact')
+    assert [r["step"] for r in read(parts)] == [0, 2, 4, 6]
+
+    model, optimizer, watching = begin(parts, start=done)
+    assert [r["step"] for r in read(parts)] == list(range(0, done, 2)), "update 4 will be recorded again"
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    train(model, optimizer, 9 - done, first=done)
+    watching.close()
+    assert parts.read_bytes() == whole.read_bytes()
+    assert watching.records == read(whole)
+    assert whole.read_text().count("\n") == len(read(whole)) == 5
+
+
+def test_in_memory_is_the_same_as_in_a_file(tmp_path: Path) -> None:
+    both = []
+    for path in (None, tmp_path / "seen.jsonl"):
+        model, optimizer, watching = begin(path)
+        train(model, optimizer, 4)
+        watching.close()
+        both.append(watching.records)
+    assert both[0] == both[1]
+
+
+def test_a_file_in_the_way_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    model = net()
+    path = tmp_path / "seen.jsonl"
+    with monitor(model, path=path, every=1) as watching:
+        model(torch.randn(16, 5))
+        watching.step()
+    kept = path.read_bytes()
+    with pytest.raises(FileExistsError, match=r"records up to step 0; to go on there .* start="):
+        monitor(model, path=path)
+    assert path.read_bytes() == kept
+    for text in ('{"loss": 1}\n', "a novel", "[1]\n", '{"step": 0, "preactivations": {}, "norms": {}}\nrest\n'):
+        path.write_text(text)
+        for start in (None, 3):
+            with pytest.raises(ValueError, match="no file of a monitor"):
+                monitor(model, path=path, start=start)
+        assert path.read_text() == text
+    with pytest.raises(IsADirectoryError, match=r"for instance .*monitor.jsonl"):
+        monitor(model, path=tmp_path)
+    assert hooks(model) == 0
+
+
+def test_a_run_killed_inside_its_first_line_begins_again(tmp_path: Path) -> None:
+    path = tmp_path / "seen.jsonl"
+    path.write_bytes(b'{"step": 0, "preac')
+    assert read(path) == []
+    with monitor(net(), path=path) as watching:
+        assert watching.records == []
+    assert path.read_bytes() == b""
+
+
+# --- What looks at it
+
+
+class Writer:
+    def __init__(self) -> None:
+        self.told: list[tuple[str, float, int]] = []
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        self.told.append((tag, scalar_value, global_step))
+
+
+def test_a_summary_writer_is_told_every_figure() -> None:
+    writer = Writer()
+    model, optimizer, watching = begin(None, writer=writer)
+    train(model, optimizer, 3)
+    assert {step for *_, step in writer.told} == {0, 2}
+    last = {tag: value for tag, value, step in writer.told if step == 2}
+    record = watching.records[-1]
+    assert last["preactivations/2/p85"] == record["preactivations"]["2"]["p85"]
+    assert last["norms/1/H1/estimate/sigma/p50"] == record["norms"]["1"]["H1"]["estimate"]["sigma"][1]
+    assert last["norms/1/H1/skipped"] == 0
+    assert all(isinstance(value, (int, float)) for value in last.values())
+
+
+def test_the_picture_is_drawn_from_the_records(tmp_path: Path) -> None:
+    model, optimizer, watching = begin(tmp_path / "seen.jsonl")
+    with pytest.raises(ValueError, match="no step was recorded"):
+        watching.draw(tmp_path / "seen.png")
+    train(model, optimizer, 5)
+    watching.close()
+    assert watching.draw(tmp_path / "seen.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_shows_so_many_modules_at_most_and_says_so() -> None:
+    from streamnorm.monitorcurves import MOST, _inputs, _thinned
+
+    seen = {f"layer{i}": {"p15": -1.0, "p50": 0.0, "p85": None if i == 3 else 1.0} for i in range(100)}
+    seen["empty"] = {"p15": None, "p50": None, "p85": None}
+    curves = _inputs([{"step": 0, "preactivations": seen, "norms": {}}])
+    assert "empty" not in curves
+    assert len(_thinned(curves)) == MOST
+
+
+def test_the_function_is_public() -> None:
+    assert streamnorm.monitor is monitor
+    assert streamnorm.Monitor is Monitor
