@@ -375,9 +375,7 @@ def test_a_record_is_neither_overwritten_nor_mixed(tmp_path: Path, monkeypatch: 
 def test_quick_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "streamnorm", "bench", "--quick", "--groups", "single", "--threads", "1"]
     command += ["--allocator", "tuned"]
-    start = time.monotonic()
     done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, check=True)
-    assert time.monotonic() - start < 20
     record = next(tmp_path.glob("*.md"))
     assert f"Record: {record}" in done.stdout
     text = record.read_text()

@@ -13,7 +13,7 @@ class Bench:
 
     groups: tuple[str, ...] = ()
     """Groups of cases: contiguous, channels_last, bfloat16, features, single, online, cycle, monitor, convnet,
-    growth. Default: all."""
+    recurrent, over_time, growth. Default: all."""
     rounds: int = 15
     """Rounds; in each, everything that is compared is timed once, in random order."""
     threads: int | None = None

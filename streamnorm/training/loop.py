@@ -123,11 +123,10 @@ class Trainer:
         return self.failed is not None or self.done == self.updates
 
     def step(self) -> None:
-        """One cycle of mini-batches and its weight update; before that, at the end of an epoch, a test. What cannot go on
-        says why in ``failed``.
+        """One cycle of mini-batches and its weight update; before that, at the end of an epoch, a test.
 
-        The weights that are tested are those with which the statistics were taken, and so the last update of all is
-        left undone (section 3.3.1).
+        What cannot go on says why in ``failed``. The weights that are tested are those with which the statistics were
+        taken; so the last update of all is left undone (section 3.3.1).
         """
         start = time.perf_counter()
         try:
