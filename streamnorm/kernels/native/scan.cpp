@@ -128,7 +128,8 @@ template <class A> struct Scan {
     const sn_memory *of(int i, bool back) const { return back ? l.path[i].h2 : l.path[i].h1; }
     int64_t edge(int k) const {  // whole vectors, as even as they can be
         constexpr int W = lanes<A>::W;
-        return k == member.members ? l.H : (l.H * k / member.members + W / 2) / W * W;
+        const int64_t whole = (l.H * k / member.members + W / 2) / W * W;
+        return k == member.members || whole > l.H ? l.H : whole;
     }
     // After the last step, when all have taken it.
     void write_back() const {
