@@ -99,6 +99,7 @@ class Told:
         "forward",
         "has_gains",
         "plan",
+        "reference_size",
         "room",
         "scratch",
         "size",
@@ -109,8 +110,9 @@ class Told:
         "x_stride",
     )
 
-    def __init__(self, plan: cpu.Plan, x: Tensor, steps: int, has_gains: bool) -> None:
+    def __init__(self, plan: cpu.Plan, x: Tensor, steps: int, has_gains: bool, reference_size: int) -> None:
         self.plan = plan
+        self.reference_size = reference_size
         self.address = ctypes.addressof(plan)
         self.steps = steps
         self.slots = plan.slots
@@ -159,22 +161,24 @@ class Fused:
             and (H2 is None if self.H2 is None else self.H2.is_of(H2))
         )
 
-    def told(self, x: Tensor, steps: int, is_reversed: bool, check: Callable[[Tensor, int], object]) -> Told | None:
+    def told(self, x: Tensor, steps: int, is_reversed: bool, check: Callable[[Tensor, int], Tensor]) -> Told | None:
         """What the kernels are told about such an input; None: there are no kernels for it.
 
-        ``check(x, steps)`` is asked for every new kind of input and raises for those that the layer refuses.
+        ``check(x, steps)`` is asked for every new kind of input: it returns its canonical view, and raises for those
+        that the layer refuses.
         """
         key = (x.shape, x.stride(), x.dtype, steps, is_reversed)
         if key in self._told:
             return self._told[key]
-        check(x, steps)
+        view = check(x, steps)
         plan = cpu.plan(self.definition, steps, tuple(x.shape), x.stride(), self.uses_estimate, is_reversed)
         memories = [native.memory for native in (self.H1, self.H2) if native is not None]
         if plan is not None and any(memory.estimate.numel() != 2 * plan.slots for memory in memories):
             return None  # a memory that gets its shape from this very call
         own = self.definition.ref.groups(x.shape[1]) == x.shape[1]
         has_gains = plan is not None and self.H1 is not None and own and plan.slots == x.shape[1]
-        told = None if plan is None else Told(plan, x, steps, has_gains)
+        size = self.definition.ref.size(view.shape) if view.numel() else 0
+        told = None if plan is None else Told(plan, x, steps, has_gains, size)
         if len(self._told) == SHAPES:
             self._told.clear()
         self._told[key] = told

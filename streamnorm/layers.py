@@ -238,6 +238,7 @@ class Norm(nn.Module):
         told = fused.told(x, steps, self.reverse, self._check)
         if told is None:
             return None
+        calls.reference_size = told.reference_size
         gains = gains_of(affine) if told.has_gains else None
         joined = gains is not None
         done = fused.normalize(x, told, *(gains or (None, None)))

@@ -210,3 +210,13 @@ def test_one_feature_s_outlier_changes_no_other_feature_s_digits() -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(seen[0], other) for other in seen[1:])
+
+
+def test_the_latest_call_says_how_large_references_are() -> None:
+    """Also a shape that was seen before: the warm-up asks."""
+    layer = sn.StreamingNorm(3)
+    seen = []
+    for n in (8, 2, 8):
+        layer(torch.randn(n, 3))
+        seen.append(layer.reference_size)
+    assert seen == [8, 2, 8]
