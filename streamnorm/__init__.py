@@ -1,5 +1,6 @@
 """streamnorm: normalization for neural networks that learn from streams (Liao, Kawaguchi, Poggio 2016)."""
 
+from streamnorm.calibration.recalibrate import recalibrate as recalibrate
 from streamnorm.cells import NormGRUCell as NormGRUCell
 from streamnorm.cells import NormLSTMCell as NormLSTMCell
 from streamnorm.cells import NormRNNCell as NormRNNCell
@@ -11,8 +12,8 @@ from streamnorm.layers import BatchNorm as BatchNorm
 from streamnorm.layers import Norm as Norm
 from streamnorm.layers import SampleNorm as SampleNorm
 from streamnorm.layers import StreamingNorm as StreamingNorm
-from streamnorm.monitor import Monitor as Monitor
-from streamnorm.monitor import monitor as monitor
+from streamnorm.monitoring.monitor import Monitor as Monitor
+from streamnorm.monitoring.monitor import monitor as monitor
 from streamnorm.normop import Scale as Scale
 from streamnorm.normop import Standardize as Standardize
 from streamnorm.normref import BA1 as BA1
@@ -34,7 +35,6 @@ from streamnorm.policy import Batch as Batch
 from streamnorm.policy import Policy as Policy
 from streamnorm.policy import Sample as Sample
 from streamnorm.policy import Streaming as Streaming
-from streamnorm.recalibrate import recalibrate as recalibrate
 from streamnorm.recurrent import NormGRU as NormGRU
 from streamnorm.recurrent import NormLSTM as NormLSTM
 from streamnorm.recurrent import NormRNN as NormRNN

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from streamnorm import BatchNorm, Norm, StreamingNorm
-from streamnorm.postproc import layers
+from streamnorm.calibration.postproc import layers
 
 X = torch.randn(32, 6, generator=torch.Generator().manual_seed(1))
 NORMS: dict[str, Callable[[int], nn.Module]] = {

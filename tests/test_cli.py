@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from streamnorm.cli import Compare, arms, main
+from streamnorm.cli import main
+from streamnorm.commands.classifiers import Compare, arms
 
 QUICK = ["--epochs", "2", "--width", "16", "--batches-per-update", "16"]
 RUN_FLAGS = [
@@ -43,6 +44,7 @@ FLAGS = {
         *("--estimator", "--passes", "--samples-per-batch", "--limit", "--data", "--data-root", "--out"),
     ],
     "gap": ["--samples-per-batch", "--limit", "--data", "--data-root"],
+    "reproduce": ["--tier", "--out", "--data-root", "--seeds", "--threads"],
     "sample": ["--prompt", "--length", "--temperature", "--seed"],
     "bench": ["--groups", "--rounds", "--threads", "--out", "--allocator", "--quick", "--compile", "--resume"],
     "doctor": [],
@@ -128,6 +130,17 @@ def test_recalibrated_statistics_are_kept_in_a_folder_of_their_own(
     assert "single activation" in capsys.readouterr().err
 
 
+def test_a_study_is_reproduced_and_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["reproduce", "specialcase", "--tier", "smoke", "--seeds", "0", "--out", str(tmp_path)]
+    assert main(command) == 0
+    assert f"Record: {tmp_path / 'results.md'}" in capsys.readouterr().out
+    assert "| C-36: " in (tmp_path / "results.md").read_text()
+    checkpoints = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert len(checkpoints) == 2, "the pair, with one seed"
+    assert main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == checkpoints
+
+
 def test_doctor_tells_what_serves_and_why(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
@@ -167,6 +180,10 @@ def test_an_arm_may_have_its_own_batch() -> None:
         (["neighbors", "nowhere", "Toy Story"], "no checkpoint at nowhere"),
         (["sample", "nowhere"], "no checkpoint at nowhere"),
         (["recalibrate", "nowhere"], "no checkpoint at nowhere"),
+        (["reproduce", "onlin"], "unknown study 'onlin'; did you mean 'online'?"),
+        (["reproduce", "autoencoder", "--tier", "full"], "autoencoder comes in smoke and reduced, got --tier full"),
+        (["reproduce", "online", "--seeds"], "a study needs at least one seed"),
+        (["reproduce", "online", "--threads", "0"], "threads is a whole number >= 1, got 0"),
         (["gap", "nowhere", "--samples-per-batch", "0"], "samples_per_batch is a whole number >= 1, got 0"),
     ],
 )

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from streamnorm.experiments.arguments import Arguments
 from streamnorm.experiments.mnist import (
     CLAIMS,
     NAIVE,
     SCALES,
     TIERS,
-    Arguments,
     SigmoidRun,
     SigmoidTrainer,
     drift,

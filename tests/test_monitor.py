@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import streamnorm
 from streamnorm import BatchNorm, NormGRU, StreamingNorm, attach, vectorized
-from streamnorm.monitor import Monitor, monitor, read
-from streamnorm.sites import CALLS, SATURATED, _positions, _spread
+from streamnorm.monitoring.monitor import Monitor, monitor, read
+from streamnorm.monitoring.sites import CALLS, SATURATED, _positions, _spread
 from streamnorm.training.architectures import Convolutional
 
 
@@ -570,7 +570,7 @@ def test_the_picture_is_drawn_from_the_records(tmp_path: Path) -> None:
 
 
 def test_the_picture_shows_so_many_modules_at_most_and_says_so() -> None:
-    from streamnorm.monitorcurves import MOST, _inputs, _thinned
+    from streamnorm.monitoring.curves import MOST, _inputs, _thinned
 
     seen = {f"layer{i}": {"p15": -1.0, "p50": 0.0, "p85": None if i == 3 else 1.0} for i in range(100)}
     seen["empty"] = {"p15": None, "p50": None, "p85": None}

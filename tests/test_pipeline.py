@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from streamnorm.experiments.arguments import Arguments
 from streamnorm.experiments.pipeline import (
     CLAIMS,
     EPSILONS,
     NORMALIZED,
     PLAIN,
-    Arguments,
     distance,
     expected_ratio,
     main,

@@ -43,6 +43,10 @@ def test_public_names_are_pinned() -> None:
     assert len(set(map(id, (getattr(streamnorm, n) for n in NAMES)))) == len(NAMES), "a name stands for another"
 
 
+def test_no_module_hides_behind_a_public_name() -> None:
+    assert not NAMES & {path.stem for path in Path(streamnorm.__file__).parent.iterdir()}
+
+
 def test_public_objects_say_what_they_are() -> None:
     for name in NAMES:
         thing = getattr(streamnorm, name)

@@ -25,8 +25,8 @@ from streamnorm import (
     recalibrate,
     vectorized,
 )
-from streamnorm.postproc import state
-from streamnorm.recalibrate import gap
+from streamnorm.calibration import gap
+from streamnorm.calibration.postproc import state
 
 # --- what is left alone ---
 

@@ -23,7 +23,7 @@ from streamnorm import (
     StreamingNorm,
     recalibrate,
 )
-from streamnorm.recalibrate import gap
+from streamnorm.calibration import gap
 
 # --- the pass that the text proposes, and the usual one ---
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from texts import small, tiny, to_the_end
 
-from streamnorm.experiments.shakespeare import FIGURES, TIERS, Arguments, main, runs, statistics_over_time
+from streamnorm.experiments.arguments import Arguments
+from streamnorm.experiments.shakespeare import FIGURES, TIERS, main, runs, statistics_over_time
 from streamnorm.experiments.textclaims import CLAIMS, faster, lower, reached, rise
 from streamnorm.experiments.textcurves import smooth
 from streamnorm.training.language_loop import TextTrainer

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from streamnorm.experiments.arguments import Arguments
 from streamnorm.experiments.study import alike, first_at, together
 from streamnorm.experiments.unrolled import (
     BETAS,
@@ -16,7 +17,6 @@ from streamnorm.experiments.unrolled import (
     FIGURES,
     LONGER,
     TIERS,
-    Arguments,
     change,
     last,
     main,

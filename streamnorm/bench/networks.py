@@ -16,7 +16,7 @@ from streamnorm.bench.gate import check_layer, compare
 from streamnorm.bench.layers import OURS, LayerStep, Pair
 from streamnorm.dau import DAU, attach
 from streamnorm.layers import BatchNorm, StreamingNorm
-from streamnorm.monitor import monitor
+from streamnorm.monitoring.monitor import monitor
 from streamnorm.online import OnlineTrainer
 from streamnorm.training.architectures import Convolutional, FullyConnected
 from streamnorm.training.data import Data

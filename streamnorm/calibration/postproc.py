@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from streamnorm.estimators import Estimator
+from streamnorm.calibration.estimators import Estimator
 from streamnorm.layers import Norm
 from streamnorm.normref import BA1, NormRef
 from streamnorm.normstats import Lp

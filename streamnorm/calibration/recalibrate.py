@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from streamnorm.estimators import DECAY, Across, Corrected, Estimator, Mean, Moving, Pooled, alone
+from streamnorm.calibration.estimators import DECAY, Across, Corrected, Estimator, Mean, Moving, Pooled, alone
+from streamnorm.calibration.postproc import Site, Told, layers, once_through
 from streamnorm.normstats import DegenerateReferenceError, Lp
-from streamnorm.postproc import Site, Told, layers, once_through
 
 Choice = Literal["pooled", "moving", "corrected"]
 ESTIMATORS: dict[str, type[Estimator]] = {"pooled": Pooled, "moving": Moving, "corrected": Corrected}

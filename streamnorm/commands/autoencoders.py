@@ -1,6 +1,4 @@
-"""The commands of auto-encoders: train one, test it, and show what it finds alike. Nothing is computed here. Needs the
-extra ``cli``, and is imported by the command line.
-"""
+"""The commands of auto-encoders: train one, test it, and show what it finds alike. Needs the extra ``cli``."""
 
 from __future__ import annotations
 
@@ -43,10 +41,11 @@ def train_autoencoder(command: Autoencoder) -> None:
     """Train one auto-encoder and show its epochs."""
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import Progress
 
+    from streamnorm.commands.progress import progress
     from streamnorm.training import autoencoder
     from streamnorm.training.documents import load_documents
+    from streamnorm.training.summary import fixed
 
     run = command.run
     console = Console()
@@ -54,15 +53,16 @@ def train_autoencoder(command: Autoencoder) -> None:
     documents = load_documents(run.data, command.data_root, vocabulary=run.vocabulary, train_limit=run.train_limit)
     said = f"{run.label} on {escape(documents.source)}, seed {run.seed}; kept in {out}"
     console.print(said, highlight=False, soft_wrap=True)
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task(run.label)
+    with progress(console, run.label) as move:
         record = autoencoder.train_autoencoder(
-            run, documents, out, lambda trainer: bar.update(task, completed=trainer.done, total=trainer.updates)
+            run, documents, out, lambda trainer: move(completed=trainer.done, total=trainer.updates)
         )
     for line in record["metrics"]:
         console.print(
-            f"epoch {line['epoch']:3d}   train cost {line['train_cost']:.3f}   test cost {line['test_cost']:.3f} nats "
-            f"a document, {line['test_cost'] / run.vocabulary:.5f} a word   norm of W {line['norm']:.2f}",
+            f"epoch {line['epoch']:3d}   train cost {line['train_cost']:.3f}   test cost "
+            f"{fixed(line['test_cost'], unit=1, places=3)} nats a document, "
+            f"{fixed(line['test_cost'], unit=1 / run.vocabulary, places=5)} a word   norm of W {line['norm']:.2f}"
+            + (f"   {line['note']}" if "note" in line else ""),
             highlight=False,
             soft_wrap=True,
         )

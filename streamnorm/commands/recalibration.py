@@ -1,6 +1,4 @@
-"""The commands about the statistics of testing: take them anew, and tell how far off they are. Needs the extra ``cli``,
-and is imported by the command line.
-"""
+"""The commands about the statistics of testing: take them anew, tell how far off they are. Needs the extra ``cli``."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
-from streamnorm.recalibrate import Choice, Progress
+from streamnorm.calibration.recalibrate import Choice, Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +62,7 @@ class Gap:
 
 def recalibrate_run(command: Recalibrate) -> None:
     """Recalibrate the network of a checkpoint; write it into a folder of its own and test it."""
-    from streamnorm.recalibrate import recalibrate
+    from streamnorm.calibration.recalibrate import recalibrate
     from streamnorm.training import checkpoint
     from streamnorm.training.keeping import CHECKPOINT
     from streamnorm.training.loop import description, evaluate
@@ -94,7 +92,7 @@ def recalibrate_run(command: Recalibrate) -> None:
 
 def show_gap(command: Gap) -> None:
     """Print the gap of a checkpoint as a table."""
-    from streamnorm.recalibrate import gap
+    from streamnorm.calibration import gap
 
     trainer, batches, name = _opened(command)
     with _bar() as show:
@@ -108,16 +106,16 @@ def _opened(command: Recalibrate | Gap) -> tuple[Trainer, Sequence[Tensor], str]
 
     from streamnorm.training import checkpoint
     from streamnorm.training.data import load
-    from streamnorm.training.keeping import CHECKPOINT
+    from streamnorm.training.keeping import CHECKPOINT, kind
     from streamnorm.training.loop import Trainer
     from streamnorm.training.run import Run
 
     if command.samples_per_batch < 1:
         raise ValueError(f"samples_per_batch is a whole number >= 1, got {command.samples_per_batch}")
     state = checkpoint.load(command.folder / CHECKPOINT)
-    if "arch" in state["run"]:
+    if (held := kind(state["run"])) != "a classifier":
         raise ValueError(
-            f"{command.folder} holds no classifier; for other models there is streamnorm.recalibrate(model, data)"
+            f"{command.folder} holds {held}, no classifier; for other models there is streamnorm.recalibrate(model, data)"
         )
     if state["failed"]:
         raise ValueError(f"{command.folder} holds a run that could not train: {state['failed']}")
@@ -139,12 +137,10 @@ def _opened(command: Recalibrate | Gap) -> tuple[Trainer, Sequence[Tensor], str]
 
 @contextmanager
 def _bar() -> Iterator[Progress]:
-    """A progress bar on the error stream: what moves it."""
-    from rich import progress
+    """A progress bar over passes on the error stream: what moves it."""
     from rich.console import Console
 
-    with progress.Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("")
-        yield lambda number, batch, batches: bar.update(
-            task, description=f"pass {number}", completed=batch, total=batches
-        )
+    from streamnorm.commands.progress import progress
+
+    with progress(Console(stderr=True)) as move:
+        yield lambda number, batch, batches: move(description=f"pass {number}", completed=batch, total=batches)

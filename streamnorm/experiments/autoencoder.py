@@ -18,8 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
-
+from streamnorm.experiments.arguments import Arguments, begin
 from streamnorm.experiments.autoencoder_curves import picture
 from streamnorm.experiments.autoencoder_measures import NEIGHBORS, examined, with_and_without_bias
 from streamnorm.experiments.study import (
@@ -352,24 +351,9 @@ def write_results(records: Records, tier: Tier, documents: Documents, out: Path,
     return out / "results.md"
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """How large a study, where the data lie and where the runs are kept."""
-
-    tier: Literal["smoke", "reduced"] = "reduced"
-    out: Path | None = None
-    """Default: runs/autoencoder-TIER."""
-    data_root: Path | None = None
-    seeds: tuple[int, ...] = (0, 1, 2)
-    threads: int | None = None
-
-
 def main(arguments: Arguments) -> Path:
     """Train what is missing, check the claims, write the record."""
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    tier = TIERS[arguments.tier]
-    out = arguments.out or Path("runs") / f"autoencoder-{arguments.tier}"
+    tier, out = begin(arguments, "autoencoder", TIERS)
     named = runs(tier)
     records = carry_out(named, arguments.seeds, arguments.data_root, out)
     documents = load_documents(tier.data, arguments.data_root, vocabulary=tier.vocabulary, train_limit=tier.limit)

@@ -9,10 +9,10 @@ The first 10,000 images of CIFAR-10, architecture B with 16, then 32 features, 3
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-import torch
-
-from streamnorm.experiments.online import Arguments
+from streamnorm.experiments.arguments import Arguments, begin
 from streamnorm.experiments.study import Claim, Records, Verdict, carry_out, final, judge, spread
 from streamnorm.training.run import Run
 
@@ -20,6 +20,12 @@ BASE = Run(data="cifar10", architecture="B", width=16, epochs=5, train_limit=10_
 FIGURE_6 = replace(
     BASE, arm="streaming", samples_per_batch=32, batches_per_update=1, alpha=(0.5, 0.5), beta=(0.5, 0.5, 0.0)
 )
+TIERS: dict[str, dict[str, Any]] = {
+    "smoke": {"data": "digits", "width": 4, "epochs": 1, "train_limit": 128, "test_limit": 64},
+    "reduced": {},
+    "full": {"width": 32, "epochs": 30, "train_limit": None},
+}
+"""What the sizes of the study change in every run."""
 
 RUNS: dict[str, Run] = {
     "batch 32 x 1": replace(BASE, arm="batch", samples_per_batch=32, batches_per_update=1),
@@ -53,21 +59,20 @@ CLAIMS = [
 ]
 
 
-def main(arguments: Arguments) -> None:
+def main(arguments: Arguments) -> Path:
     """Train what is missing, check the claims, write the report."""
     from streamnorm.experiments.record import write_results
     from streamnorm.training.data import load
 
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    data = load(BASE.data, arguments.data_root, train_limit=BASE.train_limit)
-    records = carry_out(RUNS, arguments.seeds, data, arguments.out)
-    write_results(records, CLAIMS, arguments.out, "Convolutional network: CIFAR-10, architecture B")
+    size, out = begin(arguments, "convolutional", TIERS)
+    base = replace(BASE, **size)
+    data = load(base.data, arguments.data_root, train_limit=base.train_limit, test_limit=base.test_limit)
+    records = carry_out({name: replace(run, **size) for name, run in RUNS.items()}, arguments.seeds, data, out)
+    title = f"Convolutional network: {data.name}, architecture B, tier {arguments.tier}"
+    return write_results(records, CLAIMS, out, title)
 
 
 if __name__ == "__main__":
-    from pathlib import Path
-
     import tyro
 
-    main(tyro.cli(Arguments, default=Arguments(out=Path("runs/convolutional"))))
+    main(tyro.cli(Arguments))

@@ -16,11 +16,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from streamnorm.experiments.arguments import Arguments, begin
 from streamnorm.experiments.mnistcurves import picture
 from streamnorm.experiments.record import opening, verdicts
 from streamnorm.experiments.study import (
@@ -318,24 +319,9 @@ def write_results(records: Records, out: Path, title: str) -> Path:
     return out / "results.md"
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """How large a study, where the data lie and where the runs are kept."""
-
-    tier: Literal["smoke", "reduced", "full"] = "reduced"
-    out: Path | None = None
-    """Default: runs/mnist-TIER."""
-    data_root: Path | None = None
-    seeds: tuple[int, ...] = (0, 1, 2)
-    threads: int | None = None
-
-
 def main(arguments: Arguments) -> Path:
     """Train what is missing, check the claims, write the record."""
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    tier = TIERS[arguments.tier]
-    out = arguments.out or Path("runs") / f"mnist-{arguments.tier}"
+    tier, out = begin(arguments, "mnist", TIERS)
     data = load(tier.data, arguments.data_root)
     records = carry_out(runs(tier), arguments.seeds, data, out, tier.every)
     return write_results(records, out, f"Sigmoid units: {data.name}, tier {arguments.tier}")

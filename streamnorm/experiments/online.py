@@ -3,7 +3,7 @@
     python -m streamnorm.experiments.online --data-root DATA --out runs/online
 
 CIFAR-10, architecture A (3 layers of 256), 64 samples an update unless a name says otherwise, 4 epochs in the place of
-the paper's 30. The paper's Figure 5 uses L1 and Setting B with alpha = beta = (.7, .3).
+the paper's 30 (``--tier full``). The paper's Figure 5 uses L1 and Setting B with alpha = beta = (.7, .3).
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from streamnorm.experiments.arguments import Arguments, begin
 from streamnorm.experiments.study import Claim, Record, Records, Verdict, carry_out, final, judge, mean, spread
 from streamnorm.layers import norms
 from streamnorm.normref import NormRef
@@ -24,6 +25,12 @@ from streamnorm.training.loop import Trainer
 from streamnorm.training.run import Run
 
 BASE = Run(data="cifar10", architecture="A", width=256, epochs=4)
+TIERS: dict[str, dict[str, Any]] = {
+    "smoke": {"data": "digits", "width": 8, "epochs": 1, "train_limit": 256, "test_limit": 64},
+    "reduced": {},
+    "full": {"epochs": 30},
+}
+"""What the sizes of the study change in every run."""
 CHANCE = 0.9
 
 
@@ -58,12 +65,11 @@ class Unchecked(Lp):
         pass
 
 
-def degenerate(data: Data, seeds: Sequence[int], epochs: int = 1) -> list[Record]:
-    """Setting A with one sample a batch, which the layers refuse, trained all the same."""
+def degenerate(run: Run, data: Data, seeds: Sequence[int], epochs: int = 1) -> list[Record]:
+    """A run with one sample a batch in Setting A, which the layers refuse there, trained all the same."""
     records = []
     for seed in seeds:
-        run = replace(RUNS["streaming 1 x 64"], center="batch", warmup=0, seed=seed, epochs=epochs)
-        trainer = Trainer(run, data)
+        trainer = Trainer(replace(run, center="batch", warmup=0, seed=seed, epochs=epochs), data)
         for norm in norms(trainer.model):
             norm.definition = replace(norm.definition, moment=Unchecked(2, "batch"))
         while not trainer.finished:
@@ -138,28 +144,20 @@ CLAIMS = [
 ]
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """Where the data lie and where the runs are kept."""
-
-    out: Path = Path("runs/online")
-    data_root: Path | None = None
-    seeds: tuple[int, ...] = (0, 1, 2)
-    threads: int | None = None
-
-
-def main(arguments: Arguments) -> None:
+def main(arguments: Arguments) -> Path:
     """Train what is missing, check the claims, write the report."""
     from streamnorm.experiments.record import write_results
     from streamnorm.training.data import load
 
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    data = load(BASE.data, arguments.data_root)
-    records = carry_out(RUNS, arguments.seeds, data, arguments.out)
-    records[DEGENERATE] = degenerate(data, arguments.seeds)
+    size, out = begin(arguments, "online", TIERS)
+    runs = {name: replace(run, **size) for name, run in RUNS.items()}
+    base = replace(BASE, **size)
+    data = load(base.data, arguments.data_root, train_limit=base.train_limit, test_limit=base.test_limit)
+    records = carry_out(runs, arguments.seeds, data, out)
+    records[DEGENERATE] = degenerate(runs["streaming 1 x 64"], data, arguments.seeds)
     note = f"sigma of Setting A for one sample, without eps: {own_sigma_of_one_sample(data.train_x)}"
-    write_results(records, CLAIMS, arguments.out, "Online learning: CIFAR-10, architecture A", note)
+    title = f"Online learning: {data.name}, architecture A, tier {arguments.tier}"
+    return write_results(records, CLAIMS, out, title, note)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from streamnorm.calibration.recalibrate import recalibrate
+from streamnorm.experiments.arguments import Arguments, begin
 from streamnorm.experiments.study import (
     Claim,
     Records,
@@ -37,7 +39,6 @@ from streamnorm.experiments.study import (
     together,
 )
 from streamnorm.layers import BatchNorm, norms
-from streamnorm.recalibrate import recalibrate
 from streamnorm.training import checkpoint
 from streamnorm.training.data import Data
 from streamnorm.training.keeping import CHECKPOINT
@@ -284,37 +285,24 @@ def table(records: Records) -> str:
     return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """Where the data lie, where the runs are kept, and the size of the study."""
-
-    out: Path = Path("runs/pipeline")
-    data_root: Path | None = None
-    seeds: tuple[int, ...] = (0, 1, 2)
-    tier: Literal["smoke", "reduced", "full"] = "reduced"
-    threads: int | None = None
-
-
 def main(arguments: Arguments) -> Path:
     """Train what is missing, measure, check the claims, write the report."""
     from streamnorm.experiments.record import write_results
     from streamnorm.training.data import load
 
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    tier = TIERS[arguments.tier]
+    tier, out = begin(arguments, "pipeline", TIERS)
     data = load(tier.data, arguments.data_root, train_limit=tier.limit)
-    records = carry_out(runs(tier), arguments.seeds, data, arguments.out)
+    records = carry_out(runs(tier), arguments.seeds, data, out)
     for name, of_seeds in records.items():
         for record in of_seeds:
             trainer = Trainer(Run.from_json(record["run"]), data)
-            trainer.restore(checkpoint.load(folder_of(arguments.out, name, record["seed"]) / CHECKPOINT))
+            trainer.restore(checkpoint.load(folder_of(out, name, record["seed"]) / CHECKPOINT))
             record["cost"] = cost(trainer)
             if name == NORMALIZED:
                 record["measures"] = measured(trainer, tier.sizes)
                 record["epsilon"] = {f"{eps:g}": with_epsilon(data, eps, record["seed"]) for eps in EPSILONS}
     title = f"Batch normalization from training to testing: {data.name}, architecture A"
-    return write_results(records, CLAIMS, arguments.out, title, table(records))
+    return write_results(records, CLAIMS, out, title, table(records))
 
 
 if __name__ == "__main__":

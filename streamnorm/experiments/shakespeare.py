@@ -22,6 +22,7 @@ from typing import Literal
 
 import torch
 
+from streamnorm.experiments.arguments import Arguments, begin
 from streamnorm.experiments.record import opening, verdicts
 from streamnorm.experiments.study import Record, Records, mean, spread
 from streamnorm.experiments.textclaims import CLAIMS, lowest
@@ -228,24 +229,9 @@ def write_results(records: Records, lengths: Sequence[int], out: Path, title: st
     return out / "results.md"
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """How large a study, where the data lie and where the runs are kept."""
-
-    tier: Literal["smoke", "reduced", "full"] = "reduced"
-    out: Path | None = None
-    """Default: runs/shakespeare-TIER."""
-    data_root: Path | None = None
-    seeds: tuple[int, ...] = (0, 1, 2)
-    threads: int | None = None
-
-
 def main(arguments: Arguments) -> Path:
     """Train what is missing, check the claims, write the record."""
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    tier = TIERS[arguments.tier]
-    out = arguments.out or Path("runs") / f"shakespeare-{arguments.tier}"
+    tier, out = begin(arguments, "shakespeare", TIERS)
     text = load_text(tier.data, arguments.data_root, limit=tier.limit)
     records = carry_out(runs(tier), arguments.seeds, text, tier.lengths, out)
     return write_results(records, tier.lengths, out, f"Language models: {text.name}, tier {arguments.tier}")

@@ -11,10 +11,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from streamnorm.experiments.convolutional import BASE
-from streamnorm.experiments.online import Arguments
+from streamnorm.experiments.arguments import Arguments, begin
+from streamnorm.experiments.convolutional import BASE, TIERS
 from streamnorm.experiments.study import Claim, Records, Verdict, carry_out, final, judge, spread
 from streamnorm.training.run import Run
 
@@ -37,19 +35,20 @@ def _c36(records: Records) -> tuple[Verdict, str]:
 CLAIMS = [Claim("C-36", "Testing with the last mini-batch's statistics works well (section 3.3.3).", _c36)]
 
 
-def main(arguments: Arguments) -> None:
+def main(arguments: Arguments) -> Path:
     """Train what is missing, check the claim, write the report."""
     from streamnorm.experiments.record import write_results
     from streamnorm.training.data import load
 
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    data = load(BASE.data, arguments.data_root, train_limit=BASE.train_limit)
-    records = carry_out(RUNS, arguments.seeds, data, arguments.out)
-    write_results(records, CLAIMS, arguments.out, "The special case of section 3.3.3: CIFAR-10, architecture B")
+    size, out = begin(arguments, "specialcase", TIERS)
+    base = replace(BASE, **size)
+    data = load(base.data, arguments.data_root, train_limit=base.train_limit, test_limit=base.test_limit)
+    records = carry_out({name: replace(run, **size) for name, run in RUNS.items()}, arguments.seeds, data, out)
+    title = f"The special case of section 3.3.3: {data.name}, architecture B, tier {arguments.tier}"
+    return write_results(records, CLAIMS, out, title)
 
 
 if __name__ == "__main__":
     import tyro
 
-    main(tyro.cli(Arguments, default=Arguments(out=Path("runs/specialcase"))))
+    main(tyro.cli(Arguments))

@@ -17,12 +17,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from streamnorm.experiments.arguments import Arguments, begin
 from streamnorm.experiments.record import opening, verdicts
 from streamnorm.experiments.study import (
     Claim,
@@ -346,24 +346,9 @@ def write_results(records: Records, out: Path, title: str) -> Path:
     return out / "results.md"
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """How large a study, where the data lie and where the runs are kept."""
-
-    tier: Literal["smoke", "reduced", "full"] = "reduced"
-    out: Path | None = None
-    """Default: runs/unrolled-TIER."""
-    data_root: Path | None = None
-    seeds: tuple[int, ...] = (0, 1, 2)
-    threads: int | None = None
-
-
 def main(arguments: Arguments) -> Path:
     """Train what is missing, check the claims, write the record."""
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    tier = TIERS[arguments.tier]
-    out = arguments.out or Path("runs") / f"unrolled-{arguments.tier}"
+    tier, out = begin(arguments, "unrolled", TIERS)
     data = load(tier.data, arguments.data_root, train_limit=tier.train_limit, test_limit=tier.test_limit)
     records = carry_out(runs(tier), arguments.seeds, data, out)
     examine(records, data, out)

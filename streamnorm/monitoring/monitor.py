@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from streamnorm.layers import Norm
-from streamnorm.sites import PERCENTILES, ROWS, Choice, Site, chosen_modules, finite, percentiles
+from streamnorm.monitoring.sites import PERCENTILES, ROWS, Choice, Site, chosen_modules, finite, percentiles
 from streamnorm.stream import Memory
 
 Record = dict[str, Any]
@@ -168,20 +168,27 @@ class Monitor:
         if self._is_listening:
             self._norms = self._remembered()  # a streaming layer's short is emptied by the update
 
-    def _after_update(self, *_: Any) -> None:
-        self._close_step()
+    def _after_update(self, optimizer: Optimizer, *_: Any) -> None:
+        # A fused optimizer under a gradient scaler runs step() and skips inside its kernel; this is its own record.
+        overflow = getattr(optimizer, "found_inf", None)
+        if overflow is None or not bool(overflow):
+            self._close_step()
 
     @property
     def _is_listening(self) -> bool:
         return not self._closed and self.steps % self.every == 0
 
     def _close_step(self) -> None:
-        if self._is_listening:
-            self._record()
-            self._hang_up()
-        self.steps += 1
-        self._has_stepped = True
-        self._listen()
+        listening = self._is_listening
+        try:
+            if listening:
+                self._record()
+        finally:  # the weights were updated, whatever became of the record
+            if listening:
+                self._hang_up()
+            self.steps += 1
+            self._has_stepped = True
+            self._listen()
 
     def _listen(self) -> None:
         if self._is_listening:
@@ -240,7 +247,7 @@ class Monitor:
             ImportError: without matplotlib.
             ValueError: if there is no record yet.
         """
-        from streamnorm.monitorcurves import picture
+        from streamnorm.monitoring.curves import picture
 
         path = Path(path)
         path.write_bytes(picture(self.records))

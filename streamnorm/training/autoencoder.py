@@ -26,7 +26,7 @@ from streamnorm.training import checkpoint
 from streamnorm.training.architectures import NormFactory, norm_factory
 from streamnorm.training.autoencoder_run import AutoencoderRun
 from streamnorm.training.documents import Bags, Documents
-from streamnorm.training.keeping import CHECKPOINT, run_to_end
+from streamnorm.training.keeping import CHECKPOINT, kind, recorded, run_to_end
 from streamnorm.training.language import tested
 from streamnorm.training.loop import differences, load_model, machine, order, versions
 from streamnorm.training.run import Run
@@ -226,7 +226,12 @@ class AutoencoderTrainer:
         return self.failed is not None or self.done == self.updates
 
     def step(self) -> None:
-        """One weight update; at the end of an epoch a line of metrics. What cannot go on says why in ``failed``."""
+        """One cycle of mini-batches and its weight update; before that, at the end of an epoch, a test.
+
+        What cannot go on says why in ``failed``; a test cost that is not finite is recorded as such. The weights that
+        are tested are those with which the statistics were taken; so the last update of all is left undone (paper,
+        section 3.3.1).
+        """
         start, n = time.perf_counter(), self.run.batches_per_update
         bags = self._cycle()
         try:
@@ -240,12 +245,17 @@ class AutoencoderTrainer:
         if not math.isfinite(nats):
             self.failed = f"diverged: the cost became {nats} at update {self.done + 1}"
             return
-        self._update_weights(loss)
+        # Backward in the units of the loop, the sum over mini-batches of their mean costs: H2 remembers them.
+        (loss * n).backward()
         self.done += 1
         self.sums["cost"] += nats
         self.sums["seconds"] += time.perf_counter() - start
         if self.done % self.per_epoch == 0:
             self._close_epoch()
+        if not self.finished:
+            start = time.perf_counter()
+            self._update_weights()
+            self.sums["seconds"] += time.perf_counter() - start
 
     def _cycle(self) -> Bags:
         epoch, place = divmod(self.done, self.per_epoch)
@@ -253,10 +263,8 @@ class AutoencoderTrainer:
         index = order(self.run.seed, epoch, self.documents.train)[place * size : (place + 1) * size]
         return self.documents.words.select(index)
 
-    def _update_weights(self, loss: Tensor) -> None:
+    def _update_weights(self) -> None:
         n = self.run.batches_per_update
-        # Backward in the units of the loop, the sum over mini-batches of their mean costs: H2 remembers them.
-        (loss * n).backward()
         if n > 1:
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
@@ -267,19 +275,16 @@ class AutoencoderTrainer:
     def _close_epoch(self) -> None:
         documents, model = self.documents, self.model
         test_cost = evaluate(model, documents.words, documents.tested)
-        if not math.isfinite(test_cost):
-            self.failed = f"diverged: the test cost became {test_cost} after update {self.done}"
-            return
         self.metrics.append(
             {
                 "epoch": self.done // self.per_epoch,
                 "updates": self.done,
                 "documents": self.done * self.run.samples_per_update,
                 "train_cost": self.sums["cost"] / self.per_epoch,
-                "test_cost": test_cost,
                 "norm": model.read.weight.norm().item(),
                 "top_norm": model.linears[-1].weight.norm().item(),  # type: ignore[union-attr]
                 "seconds": self.sums["seconds"],
+                **recorded("test_cost", test_cost),
             }
         )
         self.sums = {"cost": 0.0, "seconds": 0.0}
@@ -360,9 +365,9 @@ def trained(path: Path) -> tuple[AutoencoderRun, Autoencoder, dict[str, Any]]:
         ValueError: if it is of no auto-encoder, or of a run that could not train.
     """
     state = checkpoint.load(path / CHECKPOINT if path.is_dir() else path)
-    if state["run"].get("arch") != "autoencoder":
+    if kind(state["run"]) != "an auto-encoder":
         raise ValueError(
-            f"{path} holds a network of {state['run'].get('data')} that is no auto-encoder; make one by: "
+            f"{path} holds {kind(state['run'])} of {state['run'].get('data')}, no auto-encoder; make one by: "
             "streamnorm train --arch autoencoder"
         )
     if state["failed"]:

@@ -243,13 +243,21 @@ def _bags(sets: Iterable[Iterable[Hashable]], names: Sequence[Hashable]) -> Bags
 
 
 def _distinct(titles: Iterable[str]) -> list[str]:
-    """The titles, all different: one that comes again gets its number behind it."""
+    """The titles, all different: one that comes again gets its number behind it, the first that is not taken.
+
+    >>> _distinct(["Dust", "Dust", "Dust [2]"])
+    ['Dust', 'Dust [2]', 'Dust [2] [2]']
+    """
     seen: Counter[str] = Counter()
-    found = []
+    found: dict[str, None] = {}
     for title in titles:
         seen[title] += 1
-        found.append(title if seen[title] == 1 else f"{title} [{seen[title]}]")
-    return found
+        name = title if seen[title] == 1 else f"{title} [{seen[title]}]"
+        while name in found:
+            seen[title] += 1
+            name = f"{title} [{seen[title]}]"
+        found[name] = None
+    return list(found)
 
 
 def _bare(title: str) -> str:

@@ -6,8 +6,9 @@ It knows a trainer by what it can do and nothing of what it trains. Imports the 
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,34 @@ from streamnorm.training import checkpoint
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 CHECKPOINT = "checkpoint.safetensors"
+
+
+def finite(value: Any) -> Any:
+    """A nest of dicts and lists with None in the place of every number that is not finite, for which JSON has no word.
+
+    >>> finite({"losses": [0.5, math.inf]})
+    {'losses': [0.5, None]}
+    """
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def recorded(key: str, value: float) -> dict[str, Any]:
+    """A figure for a line of metrics: itself, or None and a note on what it became.
+
+    >>> recorded("test_loss", math.inf)
+    {'test_loss': None, 'note': 'test_loss became inf'}
+    """
+    return {key: value} if math.isfinite(value) else {key: None, "note": f"{key} became {value}"}
+
+
+def kind(run: Mapping[str, Any]) -> str:
+    """What was trained, from the run that its checkpoint holds."""
+    arch = run.get("arch")
+    return "a classifier" if arch is None else "an auto-encoder" if arch == "autoencoder" else "a language model"
 
 
 class Kept(Protocol):

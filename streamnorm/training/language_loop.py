@@ -23,7 +23,7 @@ from torch import Tensor
 from streamnorm.dau import attach
 from streamnorm.normstats import DegenerateReferenceError
 from streamnorm.training import checkpoint
-from streamnorm.training.keeping import run_to_end
+from streamnorm.training.keeping import kind, recorded, run_to_end
 from streamnorm.training.language import LanguageModel, State, bits, build, detached, validate
 from streamnorm.training.loop import differences, machine, versions
 from streamnorm.training.manhattan import Manhattan
@@ -91,7 +91,7 @@ class TextTrainer:
 
     def step(self) -> None:
         """One cycle of mini-batches, a line of metrics where a validation is due, and the weight update, except after
-        the last cycle. What cannot go on says why in ``failed``."""
+        the last cycle. What cannot go on says why in ``failed``; a validation that is not finite is recorded as such."""
         n, every = self.run.batches_per_update, self.run.validate_every
         with self._timed():
             self._accumulate()
@@ -144,9 +144,6 @@ class TextTrainer:
 
     def _validate(self) -> None:
         nats = validate(self.model, self.text.validation, self.run)
-        if not math.isfinite(nats):
-            self.failed = f"diverged: the validation loss became {nats} at update {self.done}"
-            return
         self.metrics.append(
             {
                 "epoch": self.done / self.per_epoch,
@@ -155,9 +152,9 @@ class TextTrainer:
                 "characters": self.characters,
                 "train_loss": self.train_loss,
                 "train_losses": self.losses,
-                "validation_loss": nats,
-                "validation_bits": bits(nats),
+                "validation_bits": bits(nats) if math.isfinite(nats) else None,
                 "seconds": self.seconds,
+                **recorded("validation_loss", nats),
             }
         )
         self.losses = []
@@ -249,9 +246,9 @@ def trained(path: Path) -> tuple[TextRun, LanguageModel, dict[str, Any]]:
         ValueError: if it is of no language model, or of a run that could not train.
     """
     state = checkpoint.load(path / "checkpoint.safetensors" if path.is_dir() else path)
-    if "arch" not in state["run"]:
+    if kind(state["run"]) != "a language model":
         raise ValueError(
-            f"{path} holds a classifier of {state['run'].get('data')}, no language model; make one by: "
+            f"{path} holds {kind(state['run'])} of {state['run'].get('data')}, no language model; make one by: "
             "streamnorm train --arch gru"
         )
     if state["failed"]:

@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from streamnorm.dau import AUTO_WARMUP, DAU
-from streamnorm.monitor import monitor
+from streamnorm.monitoring.monitor import monitor
 from streamnorm.normstats import DegenerateReferenceError
 from streamnorm.op import latest_statistics
 from streamnorm.training import checkpoint
 from streamnorm.training.architectures import build
 from streamnorm.training.data import Data
-from streamnorm.training.keeping import run_to_end
+from streamnorm.training.keeping import recorded, run_to_end
 from streamnorm.training.run import Run
 
 Progress = Callable[[int, int], None]
@@ -125,8 +125,9 @@ class Trainer:
     def step(self) -> None:
         """One cycle of mini-batches and its weight update; before that, at the end of an epoch, a test.
 
-        What cannot go on says why in ``failed``. The weights that are tested are those with which the statistics were
-        taken; so the last update of all is left undone (section 3.3.1).
+        What cannot go on says why in ``failed``; a test whose loss is not finite is a result, an error of 1. The weights
+        that are tested are those with which the statistics were taken; so the last update of all is left undone
+        (section 3.3.1).
         """
         start = time.perf_counter()
         try:
@@ -170,9 +171,6 @@ class Trainer:
     def _close_epoch(self) -> None:
         samples = self.per_epoch * self.run.samples_per_update
         test_loss, test_error = evaluate(self.model, self.data.test_x, self.data.test_y)
-        if not math.isfinite(test_loss):
-            self.failed = f"diverged: the test loss became {test_loss} at update {self.done}"
-            return
         self.metrics.append(
             {
                 "epoch": self.done // self.per_epoch,
@@ -180,9 +178,9 @@ class Trainer:
                 "samples": self.done * self.run.samples_per_update,
                 "train_loss": self.sums["loss"] / self.per_epoch,
                 "train_error": self.sums["wrong"] / samples,
-                "test_loss": test_loss,
-                "test_error": test_error,
+                "test_error": test_error if math.isfinite(test_loss) else 1.0,
                 "seconds": self.sums["seconds"],
+                **recorded("test_loss", test_loss),
             }
         )
         self.sums = {"loss": 0.0, "wrong": 0, "seconds": 0.0}

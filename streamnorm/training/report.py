@@ -91,7 +91,7 @@ def _seeds(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
             for text in (fixed(end.get(f"{part}_loss"), unit=1, places=4), fixed(end.get(f"{part}_error")))
         ]
         seconds = f"{sum(m['seconds'] for m in run['metrics']):.1f}" if end else DASH
-        lines.append([run["label"], str(run["seed"]), *counts, *figures, seconds, run["failed"] or ""])
+        lines.append([run["label"], str(run["seed"]), *counts, *figures, seconds, run["failed"] or end.get("note", "")])
     return head, lines
 
 

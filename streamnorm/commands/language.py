@@ -1,0 +1,111 @@
+"""The commands of language models: train one, test it, and let it write. Needs the extra ``cli``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from streamnorm.training.textrun import TextRun
+
+
+@dataclass(frozen=True)
+class Language:
+    """Train a character-level language model; a stopped run goes on from its last checkpoint."""
+
+    run: TextRun = field(default_factory=TextRun)
+    out: Path | None = None
+    """Folder of the run. Default: runs/DATA-ARCH-ARM-SEED."""
+    data_root: Path | None = None
+    """Folder of the data files; default: the environment variable STREAMNORM_DATA."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Write text with a trained language model."""
+
+    checkpoint: Positional[Path]
+    """Folder of a run that `streamnorm train --arch ...` made, or its checkpoint file."""
+    prompt: str = "\n"
+    """What the text goes on from."""
+    length: int = 500
+    """Characters to write."""
+    temperature: float = 1.0
+    """Below 1 is more certain, above more various; 0 always takes the likeliest character."""
+    seed: int = 0
+    """The same seed, the same text."""
+
+
+def train_language(command: Language) -> None:
+    """Train one language model and show its losses, at the end of each epoch and while it runs."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from streamnorm.commands.progress import progress
+    from streamnorm.training.language_loop import TextTrainer, train_text
+    from streamnorm.training.summary import fixed
+    from streamnorm.training.text import load_text
+
+    run = command.run
+    console = Console()
+    out = command.out or Path("runs") / f"{Path(run.data).stem}-{run.arch}-{run.arm}-{run.seed}"
+    text = load_text(run.data, command.data_root, limit=run.limit)
+    console.print(
+        f"{run.label} on {escape(text.source)}, seed {run.seed}; kept in {out}", highlight=False, soft_wrap=True
+    )
+    with progress(console, run.label) as move:
+
+        def show(trainer: TextTrainer) -> None:
+            said = "" if trainer.train_loss is None else f"  train {trainer.train_loss:.3f}"
+            seen = fixed(trainer.metrics[-1]["validation_loss"], unit=1, places=3) if trainer.metrics else ""
+            said += f"  validation {seen}" if seen else ""
+            move(completed=trainer.done, total=trainer.updates, description=f"{run.label}{said} nats")
+
+        record = train_text(run, text, out, show)
+    for epoch, line in {math.ceil(line["epoch"]): line for line in record["metrics"]}.items():
+        console.print(
+            f"epoch {epoch:3d}   train loss {line['train_loss']:.4f} nats   validation loss "
+            f"{fixed(line['validation_loss'], unit=1, places=4)} nats, "
+            f"{fixed(line['validation_bits'], unit=1, places=4)} bits per character"
+            + (f"   {line['note']}" if "note" in line else ""),
+            highlight=False,
+            soft_wrap=True,
+        )
+    if record["failed"]:
+        raise ValueError(f"{run.label} could not train: {record['failed']}")
+
+
+def evaluate_language(folder: Path, data_root: Path | None, lengths: tuple[int, ...]) -> None:
+    """Load the checkpoint of a language model and test it on its whole validation text."""
+    from streamnorm.training.language import bits, evaluate, validate
+    from streamnorm.training.language_loop import trained
+    from streamnorm.training.text import load_text
+
+    run, model, state = trained(folder)
+    text = load_text(run.data, data_root, vocabulary=state["data"]["vocabulary"], limit=run.limit)
+    if text.source != state["data"]["text"]:
+        raise ValueError(f"it was trained on another text: {state['data']['text']} there and {text.source} here")
+    characters = len(text.validation) - 1
+    if wrong := [length for length in lengths if not 1 <= length <= characters]:
+        raise ValueError(f"a length is 1 to {characters} time steps, the whole validation text; got {wrong[0]}")
+    nats = validate(model, text.validation, run)
+    print(
+        f"{run.label} on {text.name}, after {state['done']} of {state['updates']} updates: validation loss "
+        f"{nats:.4f} nats, {bits(nats):.4f} bits per character of {characters}"
+    )
+    for length in lengths:
+        nats = evaluate(model, text.validation, length)
+        print(f"{length} time steps, each sequence from a state of 0: {nats:.4f} nats, {bits(nats):.4f} bits")
+
+
+def write_text(command: Sample) -> None:
+    """Write text with a trained language model."""
+    from streamnorm.training.language import sample
+    from streamnorm.training.language_loop import trained
+
+    run, model, state = trained(command.checkpoint)
+    vocabulary, prompt = state["data"]["vocabulary"], command.prompt
+    options = {"temperature": command.temperature, "seed": command.seed, "steps": max(run.steps)}
+    print(prompt + sample(model, vocabulary, prompt, command.length, **options))

@@ -1,0 +1,48 @@
+"""What every study is started with: its size, its folders, its seeds. Imports nothing of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+Size = TypeVar("Size")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """How large a study, where its data lie and where its runs are kept."""
+
+    tier: Literal["smoke", "reduced", "full"] = "reduced"
+    """smoke: whether all of it works, with little data that need no files; reduced: what our records were made with;
+    full: nearer to the size of the papers."""
+    out: Path | None = None
+    """Folder of the runs and the record; a stopped study goes on from there. Default: runs/NAME-TIER."""
+    data_root: Path | None = None
+    """Folder of the data files; default: the environment variable STREAMNORM_DATA."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds that every run is trained with."""
+    threads: int | None = None
+    """Threads that torch computes with; default: as many as it takes by itself."""
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise ValueError("a study needs at least one seed, for instance --seeds 0")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads is a whole number >= 1, got {self.threads}")
+
+
+def begin(arguments: Arguments, name: str, sizes: Mapping[str, Size]) -> tuple[Size, Path]:
+    """The size that was asked for and the folder to keep the study ``name`` in; torch takes as many threads as it may.
+
+    Raises:
+        ValueError: for a tier that the study does not come in.
+    """
+    import torch
+
+    if arguments.tier not in sizes:
+        raise ValueError(f"the study {name} comes in {' and '.join(sizes)}, got --tier {arguments.tier}")
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    return sizes[arguments.tier], arguments.out or Path("runs") / f"{name}-{arguments.tier}"
