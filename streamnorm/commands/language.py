@@ -59,8 +59,8 @@ def train_language(command: Language) -> None:
 
         def show(trainer: TextTrainer) -> None:
             said = "" if trainer.train_loss is None else f"  train {trainer.train_loss:.3f}"
-            seen = fixed(trainer.metrics[-1]["validation_loss"], unit=1, places=3) if trainer.metrics else ""
-            said += f"  validation {seen}" if seen else ""
+            if trainer.metrics:
+                said += f"  validation {fixed(trainer.metrics[-1]['validation_loss'], unit=1, places=3)}"
             move(completed=trainer.done, total=trainer.updates, description=f"{run.label}{said} nats")
 
         record = train_text(run, text, out, show)

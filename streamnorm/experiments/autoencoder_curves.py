@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from streamnorm.experiments.study import with_failures
+from streamnorm.experiments.textcurves import draw, draw_columns
 from streamnorm.training.curves import COLOURS, DASHES, OTHER_COLOURS
 
 Records = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -15,7 +16,8 @@ Records = Mapping[str, Sequence[Mapping[str, Any]]]
 def picture(records: Records, dropouts: Sequence[float]) -> bytes:
     """A PNG of four panels: costs and norms of W by epoch one document at a time, cost by learning rate, dropout.
 
-    A line is the mean over the seeds of a name, its band from the lowest seed to the highest.
+    A line is the mean over the seeds of a name, its band from the lowest seed to the highest; a seed that failed is
+    left out, and said to be.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -27,19 +29,20 @@ def picture(records: Records, dropouts: Sequence[float]) -> bytes:
         for panel, key in ((costs, "test_cost"), (norms, "norm")):
             values = [[line[key] for line in record["metrics"]] for record in online[name]]
             epochs = range(1, len(values[0]) + 1)
-            _draw(panel, epochs, values, {**style, "marker": "o", "label": name.replace(" online", "")})
+            label = with_failures(name.replace(" online", ""), records[name])
+            draw(panel, epochs, values, {**style, "marker": "o", "markersize": 4, "label": label})
             panel.set_xticks(epochs)
     for arm in ("none", "layer"):
         own = sorted((n for n in online if n.startswith(f"{arm} online, rate")), key=lambda n: _rate(online[n]))
-        values = list(zip(*([r["metrics"][-1]["test_cost"] for r in online[n]] for n in own), strict=True))
-        style = {"color": COLOURS[arm], "marker": "o", "label": arm}
-        _draw(rates, [_rate(online[n]) for n in own], values, style)
+        ends = [[r["metrics"][-1]["test_cost"] for r in online[n]] for n in own]
+        style = {"color": COLOURS[arm], "marker": "o", "markersize": 4, "label": arm}
+        draw_columns(rates, [_rate(online[n]) for n in own], ends, style)
     for arm in ("none", "batch"):
         for share, dash in zip(dropouts, DASHES, strict=False):
-            values = [[m["test_cost"] for m in r["metrics"]] for r in _trained(records[f"{arm}, dropout {share}"])]
-            if values:
-                style = {"color": COLOURS[arm], "linestyle": dash, "label": f"{arm}, dropout {share}"}
-                _draw(dropout, range(1, len(values[0]) + 1), values, style)
+            name = f"{arm}, dropout {share}"
+            values = [[m["test_cost"] for m in r["metrics"]] for r in _trained(records[name])]
+            style = {"color": COLOURS[arm], "linestyle": dash, "label": with_failures(name, records[name])}
+            draw(dropout, range(1, max(map(len, values), default=0) + 1), values, style)
     rates.set_xscale("log")
     tried = sorted({_rate(seeds) for seeds in online.values()})
     rates.set_xticks(tried, labels=[f"{rate:g}" for rate in tried])
@@ -77,8 +80,3 @@ def _styles(arms: Sequence[str]) -> list[dict[str, Any]]:
         for i, arm in enumerate(arms)
     ]
 
-
-def _draw(panel: Any, x: Sequence[float], seeds: Sequence[Sequence[float]], style: dict[str, Any]) -> None:
-    columns = list(zip(*seeds, strict=True))
-    panel.plot(x, [statistics.fmean(column) for column in columns], linewidth=1.4, markersize=4, **style)
-    panel.fill_between(x, [*map(min, columns)], [*map(max, columns)], color=style["color"], alpha=0.15, linewidth=0)

@@ -58,9 +58,14 @@ def folder_of(out: Path, name: str, seed: int) -> Path:
     return out / name.replace(" ", "-") / f"seed{seed}"
 
 
+def number(figure: float | None) -> float:
+    """A figure of a record; one that was not finite is kept as None and is larger than any other."""
+    return math.inf if figure is None else figure
+
+
 def final(records: Records, name: str, key: str = "test_error") -> list[float]:
     """The last epoch's ``key`` of each seed; a run that failed counts as nan."""
-    return [r["metrics"][-1][key] if r["metrics"] and not r["failed"] else float("nan") for r in records[name]]
+    return [number(r["metrics"][-1][key]) if r["metrics"] and not r["failed"] else math.nan for r in records[name]]
 
 
 def mean(values: Sequence[float]) -> float:
@@ -69,11 +74,29 @@ def mean(values: Sequence[float]) -> float:
 
 
 def spread(values: Sequence[float]) -> str:
-    """``mean ± sd`` over seeds; how many could not train, if any."""
-    lost = sum(value != value for value in values)
-    if lost:
-        return f"{lost} of {len(values)} seeds could not train"
-    return f"{mean(values):.4f} ± {statistics.stdev(values):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
+    """``mean ± sd`` over seeds; how many could not train or were not finite, if any."""
+    lost, endless = sum(map(math.isnan, values)), sum(map(math.isinf, values))
+    if lost or endless:
+        said = [f"{lost} of {len(values)} seeds could not train"] * bool(lost)
+        return ", ".join(said + [f"{endless} of {len(values)} seeds not finite"] * bool(endless))
+    return f"{mean(values):.4f} ± {deviation(values):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The sample standard deviation over seeds; 0 of a single one, nan if one of them is not finite."""
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def with_failures(name: str, records: Sequence[Record]) -> str:
+    """A name for a picture or a table, and how many of its seeds failed.
+
+    >>> with_failures("none", [{"failed": None}, {"failed": "diverged"}])
+    'none (1 of 2 seeds failed)'
+    """
+    lost = sum(bool(record["failed"]) for record in records)
+    return name + (f" ({lost} of {len(records)} seeds failed)" if lost else "")
 
 
 def judge(differences: Sequence[float], margin: float, sign_alone_is_partly: bool = True) -> Verdict:
@@ -107,7 +130,7 @@ def first_at(curve: Iterable[tuple[float, float]], level: float) -> float:
     before: tuple[float, float] | None = None
     for x, y in curve:
         if y <= level:
-            if before is None or before[1] == y:
+            if before is None or before[1] in (y, math.inf):
                 return x
             return before[0] + (x - before[0]) * (before[1] - level) / (before[1] - y)
         before = x, y

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from streamnorm.experiments.study import with_failures
 from streamnorm.training.curves import COLOURS, DASHES, OTHER_COLOURS
 
 Record = Mapping[str, Any]
@@ -15,10 +17,11 @@ SPAN = 50
 """Neighbors in the moving average of the training loss (paper, section 7.6)."""
 
 
-def smooth(values: Sequence[float], span: int = SPAN) -> list[float]:
+def smooth(values: Sequence[float | None], span: int = SPAN) -> list[float | None]:
     """A moving average whose span is made odd, and shrinks towards both ends so that it stays centered.
 
-    As the function that the paper names does it: of 50 it takes 49, at the second value 3, at the first 1.
+    As the function that the paper names does it: of 50 it takes 49, at the second value 3, at the first 1. An average
+    with None is None.
 
     >>> smooth([1.0, 2.0, 6.0, 4.0, 8.0], 4)
     [1.0, 3.0, 4.0, 6.0, 8.0]
@@ -26,14 +29,15 @@ def smooth(values: Sequence[float], span: int = SPAN) -> list[float]:
     half = (span - 1) // 2
     last = len(values) - 1
     reach = [min(i, last - i, half) for i in range(len(values))]
-    return [statistics.fmean(values[i - r : i + r + 1]) for i, r in enumerate(reach)]
+    spans = (values[i - r : i + r + 1] for i, r in enumerate(reach))
+    return [None if None in span else statistics.fmean(span) for span in spans]  # type: ignore[arg-type]
 
 
 def picture(groups: Mapping[str, Mapping[str, Sequence[Record]]]) -> bytes:
     """A PNG with a row for each group: smoothed training loss, validation loss, and loss along longer sequences.
 
-    A line is the mean over the seeds of a name, its band from the lowest seed to the highest. The first run of an arm
-    has the arm's color.
+    A line is the mean over the seeds of a name, its band from the lowest seed to the highest; a seed that failed is
+    left out, and said to be. The first run of an arm has the arm's color.
 
     Args:
         groups: title -> name -> the records of its seeds, up to 6 names.
@@ -45,11 +49,13 @@ def picture(groups: Mapping[str, Mapping[str, Sequence[Record]]]) -> bytes:
         colors: list[str] = []
         for name, records in named.items():
             whole = [record for record in records if record["metrics"] and not record["failed"]]
-            if not whole:
-                continue
-            own = COLOURS.get(whole[0]["arm"])
+            own = COLOURS.get(records[0]["arm"])
             colors.append(own if own and own not in colors else next(c for c in PALETTE if c not in colors))
-            style = {"color": colors[-1], "linestyle": DASHES[len(colors) - 1], "label": name}
+            style = {"color": colors[-1], "linestyle": DASHES[len(colors) - 1], "label": with_failures(name, records)}
+            if not whole:
+                for panel in panels[:2]:
+                    panel.plot([], [], **style)
+                continue
             run = whole[0]["run"]
             each = run["samples_per_batch"] * statistics.fmean(run["steps"]) / 1e6
             train = [smooth([x for line in r["metrics"] for x in line["train_losses"]]) for r in whole]
@@ -98,8 +104,13 @@ def over_time(record: Record) -> bytes:
     return out.getvalue()
 
 
-def draw(panel: Any, x: Sequence[float], seeds: Sequence[Sequence[float]], style: dict[str, Any]) -> None:
-    """A line at the mean over the seeds, in a band from the lowest to the highest."""
-    columns = list(zip(*seeds, strict=True))
+def draw(panel: Any, x: Sequence[float], seeds: Sequence[Sequence[float | None]], style: dict[str, Any]) -> None:
+    """A line at the mean over the seeds, in a band from the lowest to the highest; a gap where one is not finite."""
+    draw_columns(panel, x, list(zip(*seeds, strict=True)), style)
+
+
+def draw_columns(panel: Any, x: Sequence[float], of: Sequence[Sequence[float | None]], style: dict[str, Any]) -> None:
+    """``draw`` from the seeds' values at each x, which may be more at one than at another."""
+    columns: list[Any] = [[math.nan] if None in column else column for column in of]
     panel.plot(x, [statistics.fmean(column) for column in columns], linewidth=1.4, **style)
     panel.fill_between(x, [*map(min, columns)], [*map(max, columns)], color=style["color"], alpha=0.15, linewidth=0)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
+from streamnorm.experiments.study import with_failures
 from streamnorm.experiments.textcurves import draw
 from streamnorm.training.curves import COLOURS, DASHES, OTHER_COLOURS
 
@@ -29,12 +30,10 @@ def picture(figures: Mapping[str, Mapping[str, Sequence[Record]]]) -> bytes:
 
     sheet = Figure(figsize=(15, 4.2 * len(figures)), dpi=120, layout="constrained")
     for panels, (title, named) in zip(sheet.subplots(len(figures), 3, squeeze=False), figures.items(), strict=True):
-        compares = sum("along" in records[0] for records in named.values()) > 1
+        compares = sum(any("along" in record for record in records) for records in named.values()) > 1
         for (name, records), color, dash in zip(named.items(), _colors(named), cycle(DASHES), strict=False):
             whole = [record for record in records if record["metrics"] and not record["failed"]]
-            lost = len(records) - len(whole)
-            said = f" ({lost} of {len(records)} seeds failed)" if lost else ""
-            style = {"color": color, "linestyle": dash, "label": name + said}
+            style = {"color": color, "linestyle": dash, "label": with_failures(name, records)}
             if not whole:
                 for panel in panels[:2]:
                     panel.plot([], [], **style)
