@@ -234,6 +234,43 @@ def test_batch_normalization_refuses_one_document_at_a_time() -> None:
     assert record["metrics"] == []
 
 
+@pytest.mark.parametrize(("arm", "n"), [("streaming", 1), ("streaming", 4), ("none", 1)])
+def test_what_is_tested_are_the_weights_that_the_statistics_were_taken_with(arm: str, n: int) -> None:
+    run = small(arm=arm, samples_per_batch=2, batches_per_update=n, epochs=2, warmup=0)
+    trainer = AutoencoderTrainer(run, collection())
+    parameters = list(trainer.model.parameters())
+    trained: list[torch.Tensor] = []
+    tested: list[list[torch.Tensor]] = []
+
+    def look(model: Any, _: Any) -> None:
+        now = [p.detach().clone() for p in parameters]
+        if model.training:
+            trained[:] = now
+        else:
+            tested.append(now)
+
+    trainer.model.register_forward_pre_hook(look)
+    while not trainer.finished:
+        trainer.step()
+        moved = any(not torch.equal(p.detach(), before) for p, before in zip(parameters, trained, strict=True))
+        assert moved != trainer.finished, "the last update of all is left undone"
+        for now in tested:
+            assert all(map(torch.equal, now, trained)), "the update comes after the test (section 3.3.1)"
+        tested.clear()
+    assert len(trainer.metrics) == 2
+    for layer in trainer.link.layers:
+        assert layer.H1 is not None
+        assert layer.H1.get_buffer("count") > 0, "short is not cleared before testing"
+
+
+def test_a_test_cost_that_is_not_finite_is_a_result_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamnorm.training.autoencoder.evaluate", lambda *_: math.inf)
+    record = train_autoencoder(small(arm="layer", epochs=2), collection())
+    assert record["failed"] is None
+    assert [(line["test_cost"], line["note"]) for line in record["metrics"]] == [(None, "test_cost became inf")] * 2
+    json.dumps(record, allow_nan=False)
+
+
 def test_what_diverges_says_so() -> None:
     record = train_autoencoder(small(arm="none", learning_rate=1e30, epochs=9), collection())
     assert record["failed"].startswith("diverged: the cost became ")
@@ -400,7 +437,14 @@ def test_what_the_commands_cannot_use_is_one_line(tmp_path: Path, capsys: pytest
     for command, message in (
         (["neighbors", out, "wars 3"], "no document of films.jsonl is called 'wars 3'; the nearest are 'war 3'"),
         (["neighbors", out, "--k", "60"], "k is a number of neighbors from 1 to 59"),
-        (["neighbors", str(tmp_path / "digits"), "war 3"], "that is no auto-encoder; make one by: streamnorm train"),
+        (
+            ["neighbors", str(tmp_path / "digits"), "war 3"],
+            "holds a classifier of digits, no auto-encoder; make one by: streamnorm train",
+        ),
+        (["sample", out], f"holds an auto-encoder of {tmp_path / 'films.jsonl'}, no language model; make one by:"),
+        (["recalibrate", out], "holds an auto-encoder, no classifier"),
+        (["gap", out], "holds an auto-encoder, no classifier"),
+        (["evaluate", out, "--loops", "2"], "holds an auto-encoder, which has no --lengths and no --loops"),
         (["neighbors", str(tmp_path / "nowhere"), "war 3"], "no checkpoint at"),
         (["evaluate", out, "--lengths", "5"], "holds an auto-encoder, which has no --lengths"),
         (

@@ -190,6 +190,14 @@ def test_titles_that_come_again_are_numbered_in_the_order_of_the_file(tmp_path: 
     assert documents.titles[documents.find("Dust")] == "Dust"
 
 
+def test_titles_are_all_different_even_if_one_looks_numbered(tmp_path: Path) -> None:
+    titles = ["Dust", "Dust", "Dust [2]", "Dust"]
+    path = written(tmp_path, [{"title": title, "text": "horse rider bay"} for title in titles])
+    found = load_documents(str(path), vocabulary=3).titles
+    assert len(set(found)) == 4
+    assert {"Dust", "Dust [2]"} < set(found)
+
+
 # --- What is refused
 
 

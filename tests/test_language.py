@@ -297,6 +297,19 @@ def test_too_short_a_text_is_refused_with_all_numbers() -> None:
     assert TextTrainer(small(steps=(14,)), tiny(120)).per_epoch == 1
 
 
+def test_a_validation_that_is_not_finite_is_a_result_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([math.inf, 2.0, math.nan])
+    monkeypatch.setattr("streamnorm.training.language_loop.validate", lambda *_: next(losses, 1.5))
+    record = train_text(small(), tiny())
+    assert record["failed"] is None
+    first, second, third, *others = record["metrics"]
+    assert (first["validation_loss"], first["validation_bits"]) == (None, None)
+    assert (first["note"], third["note"]) == ("validation_loss became inf", "validation_loss became nan")
+    assert (second["validation_loss"], "note" in second) == (2.0, False)
+    assert [line["validation_loss"] for line in others] == [1.5] * len(others) != []
+    json.dumps(record, allow_nan=False)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

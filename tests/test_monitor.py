@@ -327,6 +327,22 @@ def test_a_step_is_a_weight_update_however_many_mini_batches_it_takes() -> None:
         assert (H1["count"], H1["updates"], H1["seen"]) == (3, k, 3 * (k + 1)), "before the update, short is whole"
 
 
+def test_a_step_that_a_gradient_scaler_skips_is_none() -> None:
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)  # type: ignore[attr-defined]
+    with monitor(model, optimizer, every=2) as watching:
+        for factor in (1.0, math.inf, 1.0, math.inf, math.inf, 1.0):
+            scaler.scale(model(torch.randn(8, 5)).sum() * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    assert watching.steps == 3
+    assert next(iter(optimizer.state.values()))["step"] == 3, "as the optimizer counts them"
+    assert [record["step"] for record in watching.records] == [0, 2]
+    assert watching.records[1]["preactivations"]["2"]["calls"] == 3, "all passes since the update before"
+
+
 def test_an_optimizer_that_asks_for_the_loss_itself() -> None:
     model = nn.Sequential(nn.Linear(2, 4), nn.Sigmoid(), nn.Linear(4, 1))
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
@@ -558,6 +574,23 @@ def test_a_summary_writer_is_told_every_figure() -> None:
     assert last["norms/1/H1/estimate/sigma/p50"] == record["norms"]["1"]["H1"]["estimate"]["sigma"][1]
     assert last["norms/1/H1/skipped"] == 0
     assert all(isinstance(value, (int, float)) for value in last.values())
+
+
+def test_a_writer_that_fails_leaves_the_step_counted(tmp_path: Path) -> None:
+    class Failing(Writer):
+        def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+            if global_step == 0:
+                raise OSError("the disk is full")
+
+    model, path = net(), tmp_path / "monitor.jsonl"
+    optimizer = sgd(model)
+    with monitor(model, optimizer, path, every=1, writer=Failing()) as watching:
+        with pytest.raises(OSError, match="the disk is full"):
+            train(model, optimizer, 1)
+        train(model, optimizer, 2, first=1)
+    assert watching.steps == 3
+    assert [record["step"] for record in read(path)] == [0, 1, 2]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_the_picture_is_drawn_from_the_records(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from streamnorm.experiments.textcurves import smooth
 from streamnorm.training.language_loop import TextTrainer
 
 
-def record(*curve: float, failed: str | None = None, **more: Any) -> dict[str, Any]:
+def record(*curve: float | None, failed: str | None = None, **more: Any) -> dict[str, Any]:
     lines = [{"characters": 100 * (i + 1), "validation_loss": loss} for i, loss in enumerate(curve)]
     return {"metrics": lines, "failed": failed, **more}
 
@@ -89,6 +89,40 @@ def test_drift_at_the_first_steps_alone_is_seen() -> None:
     check = next(claim.check for claim in CLAIMS if claim.id == "C-59")
     assert check(of([0.25, 0.1, 0.1]))[0] == "reproduced"
     assert check(of([0.15, 0.1, 0.1]))[0] == "partly"
+
+
+@pytest.mark.parametrize(
+    ("streaming", "tsbn", "verdict"),
+    [(0.01, 0.9, "reproduced"), (-0.9, 0.01, "contradicted"), (0.1, -0.9, "reproduced"), (0.1, None, "reproduced")],
+)
+def test_a_loss_that_falls_beyond_the_trained_steps_has_changed_too(
+    streaming: float, tsbn: float | None, verdict: str
+) -> None:
+    def of(after: float | None) -> list[dict[str, Any]]:
+        return [record(1.0, run={"steps": [2]}, along=[1.0, 1.0, 1.0, None if after is None else 1 + 2 * after])] * 3
+
+    arms = {"streaming": of(streaming), "tsbn": of(tsbn)}
+    records = {f"rnn {arm}{suffix}": own for arm, own in arms.items() for suffix in ("", ", state reset")}
+    assert next(claim.check for claim in CLAIMS if claim.id == "C-34")(records)[0] == verdict
+
+
+@pytest.mark.parametrize(
+    ("relu", "verdict", "said"),
+    [
+        (record(3.0, 2.9, 2.0), "reproduced", "rnn last 2.0000 ± 0.0000"),
+        (record(3.0, 2.9, 9.0), "contradicted", "rnn last 9.0000 ± 0.0000"),
+        (record(3.0, None, 2.0), "contradicted", "3 of 3 seeds with a validation not finite"),
+        (record(3.0, 2.0, None), "contradicted", "rnn last 3 of 3 seeds not finite"),
+        (record(failed="diverged"), "contradicted", "rnn last 3 of 3 seeds could not train"),
+    ],
+)
+def test_relu_has_to_end_lower_than_it_began_and_to_stay_finite(relu: dict[str, Any], verdict: str, said: str) -> None:
+    tanh = [record(3.0, 2.0)] * 3
+    records = {f"{arch} streaming": tanh for arch in ("rnn", "gru")}
+    records |= {f"{arch} streaming, ReLU": [relu] * 3 for arch in ("rnn", "gru")}
+    found, figures = next(claim.check for claim in CLAIMS if claim.id == "C-37")(records)
+    assert found == verdict
+    assert said in figures
 
 
 def test_mixed_lengths_are_better_in_one_update_if_all_arms_are() -> None:

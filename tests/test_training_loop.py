@@ -17,6 +17,7 @@ from streamnorm.training.architectures import build
 from streamnorm.training.data import Data
 from streamnorm.training.loop import Trainer, learning_rate, order, train
 from streamnorm.training.run import Run
+from streamnorm.training.summary import summarize
 
 # --- The order of the data
 
@@ -268,15 +269,21 @@ def test_divergence_is_recorded_as_failed_with_the_update() -> None:
     json.dumps(record, allow_nan=False)
 
 
-def test_a_test_loss_that_is_not_finite_is_recorded_as_failed() -> None:
+def test_a_test_loss_that_is_not_finite_is_a_result_and_training_goes_on() -> None:
     data = toy(52)
     data.test_x[3] = float("inf")
-    run = small(arm="none", samples_per_batch=13, batches_per_update=4, epochs=1)
+    run = small(arm="none", samples_per_batch=13, batches_per_update=4, epochs=2)
     trainer = to_the_end(Trainer(run, data))
-    assert trainer.failed is not None
-    assert trainer.failed.startswith("diverged: the test loss became ")
-    assert "at update 1" in trainer.failed
-    json.dumps(trainer.record(), allow_nan=False)
+    assert trainer.failed is None
+    assert [(line["updates"], line["test_loss"], line["test_error"]) for line in trainer.metrics] == [
+        (1, None, 1.0),
+        (2, None, 1.0),
+    ]
+    assert trainer.metrics[0]["note"] == "test_loss became nan"
+    assert trainer.metrics[1]["train_loss"] < trainer.metrics[0]["train_loss"]
+    record = json.loads(json.dumps(trainer.record(), allow_nan=False))
+    (row,) = summarize([record])
+    assert (row.test_error, row.best_test_error, row.failed) == (1.0, 1.0, None)
 
 
 def test_more_samples_an_update_than_there_are_is_refused_with_all_numbers() -> None:

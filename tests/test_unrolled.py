@@ -100,6 +100,7 @@ def test_roughness_is_of_the_steps_before_the_learning_rate_falls() -> None:
 def test_the_change_is_the_mean_distance_from_the_loss_at_the_trained_loops() -> None:
     assert change(record(0.5, along=[(2, 1.0), (3, 0.5), (4, 2.0)])) == 0.75
     assert math.isnan(change(record(failed="diverged")))
+    assert change(record(0.5, along=[(2, 1.0), (3, None), (4, 2.0)])) == math.inf, "not finite beyond"
 
 
 # --- Verdicts
@@ -121,6 +122,28 @@ def test_original_bn_fails_if_it_trains_and_its_test_error_is_far_above(
 ) -> None:
     records = {"C batch": seeds(train, train, test=batch), "C tsbn": seeds(0.4, 0.4, test=tsbn)}
     assert CHECK["C-22"](records)[0] == verdict
+
+
+def test_a_test_loss_that_overflows_is_failing_in_testing() -> None:
+    overflown = record(0.4, test=1.0)
+    overflown["metrics"][-1]["test_loss"] = None
+    records = {"C batch": [overflown] * 3, "C tsbn": seeds(0.4, 0.4, 0.4, test=0.4)}
+    verdict, figures = CHECK["C-22"](records)
+    assert verdict == "reproduced"
+    assert "(test loss not finite in 3)" in figures
+
+
+@pytest.mark.parametrize(
+    ("streaming", "tsbn", "apart", "verdict"),
+    [(1, 5, 0.0, "reproduced"), (1, 5, 0.1, "partly"), (5, 5, 0.0, "partly"), (1, 1, 0.0, "partly")],
+)
+def test_one_set_of_statistics_has_to_do_as_well_as_one_for_each_step(
+    streaming: int, tsbn: int, apart: float, verdict: str
+) -> None:
+    def trained(sets: int, error: float) -> list[dict[str, Any]]:
+        return [record(0.4, test=error, sets=sets, statistics=9) | {"run": {"epochs": 1, "loops": [5]}}] * 3
+
+    assert CHECK["C-19"]({"D streaming": trained(streaming, 0.5 + apart), "D tsbn": trained(tsbn, 0.5)})[0] == verdict
 
 
 def betas(**errors: float) -> dict[str, list[dict[str, Any]]]:
@@ -194,6 +217,12 @@ def test_a_smoke_run_goes_from_training_to_the_record_and_is_not_trained_twice(t
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((tmp_path / "results.json").read_text())["records"]
     assert all(len(seeds) == 1 and not seeds[0]["failed"] for seeds in results.values())
+    assert {name: results[name][0]["sets"] for name in LONGER} == {
+        "C streaming": 1,
+        "C tsbn": 2,
+        "D streaming": 1,
+        "D tsbn": 2,
+    }
     for name in LONGER:
         (examined,) = results[name]
         assert [k for k, _ in examined["along"]] == [2, 3, 4]

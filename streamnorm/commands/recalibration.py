@@ -115,7 +115,8 @@ def _opened(command: Recalibrate | Gap) -> tuple[Trainer, Sequence[Tensor], str]
     state = checkpoint.load(command.folder / CHECKPOINT)
     if (held := kind(state["run"])) != "a classifier":
         raise ValueError(
-            f"{command.folder} holds {held}, no classifier; for other models there is streamnorm.recalibrate(model, data)"
+            f"{command.folder} holds {held}, no classifier; for other models there is "
+            "streamnorm.recalibrate(model, data)"
         )
     if state["failed"]:
         raise ValueError(f"{command.folder} holds a run that could not train: {state['failed']}")

@@ -30,13 +30,16 @@ from streamnorm.experiments.study import (
     folder_of,
     judge,
     mean,
+    number,
     spread,
     together,
+    with_failures,
 )
 from streamnorm.training.autoencoder import cost_of_frequencies, train_autoencoder, trained
 from streamnorm.training.autoencoder_run import AutoencoderRun
 from streamnorm.training.checkpoint import write
 from streamnorm.training.documents import Documents, load_documents
+from streamnorm.training.keeping import finite
 from streamnorm.training.neighbors import codes, precision_by_chance, side_by_side
 
 DROPOUTS = (0.0, 0.1, 0.2, 0.5)
@@ -124,10 +127,10 @@ def carry_out(
             folder = folder_of(out, name.replace(",", ""), seed)
             record = {**train_autoencoder(replace(run, seed=seed), loaded[limit], folder), "label": name}
             if not record["failed"]:
-                record |= examined(trained(folder)[1], loaded[limit])
+                record |= finite(examined(trained(folder)[1], loaded[limit]))
             records[name].append(record)
-            last = record["metrics"][-1] if record["metrics"] else {}
-            say(f"{name}, seed {seed}: " + (record["failed"] or f"test cost {last['test_cost']:.3f} nats a document"))
+            (cost,) = final({name: [record]}, name, "test_cost")
+            say(f"{name}, seed {seed}: " + (record["failed"] or f"test cost {cost:.3f} nats a document"))
     return records
 
 
@@ -136,12 +139,14 @@ def carry_out(
 
 def figure(records: Records, name: str, key: str) -> list[float]:
     """What ``examined`` found for each seed; nan for a run that failed."""
-    return [r.get(key, math.nan) for r in records[name]]
+    return [number(r.get(key, math.nan)) for r in records[name]]
 
 
 def lowest(records: Records, name: str) -> list[float]:
     """The lowest test cost of each seed; nan for a run that failed."""
-    return [min(line["test_cost"] for line in r["metrics"]) if not r["failed"] else math.nan for r in records[name]]
+    return [
+        min(number(line["test_cost"]) for line in r["metrics"]) if not r["failed"] else math.nan for r in records[name]
+    ]
 
 
 def less(a: Sequence[float], b: Sequence[float]) -> list[float]:
@@ -187,11 +192,12 @@ def _c39(records: Records) -> tuple[Verdict, str]:
         if not what.startswith("online"):
             continue
         ends = {name: final(records, name, "norm") for name in (none, layer)}
-        growth = {n: [r["metrics"][-1]["norm"] - r["metrics"][0]["norm"] for r in records[n]] for n in (none, layer)}
+        begins = {n: [r["metrics"][0]["norm"] if r["metrics"] else math.nan for r in records[n]] for n in ends}
+        growth = {n: less(ends[n], begins[n]) for n in ends}
         verdicts += [judge(less(ends[layer], ends[none]), 0), judge(less(growth[layer], growth[none]), 0)]
         figures.append(
-            f"{what}: none {spread(ends[none])}, grown by {mean(growth[none]):.2f} in the last epoch, "
-            f"layer {spread(ends[layer])}, by {mean(growth[layer]):.2f}"
+            f"{what}: none {spread(ends[none])}, grown by {spread(growth[none])} since the first epoch, "
+            f"layer {spread(ends[layer])}, by {spread(growth[layer])}"
         )
     return together(verdicts), "; ".join(figures)
 
@@ -228,7 +234,9 @@ def _c46(records: Records) -> tuple[Verdict, str]:
 
 
 def _c47(records: Records) -> tuple[Verdict, str]:
-    found = [r["bias"] for r in records["batch in batches"]]
+    found = [r["bias"] for r in records["batch in batches"] if not r["failed"]]
+    if not found:
+        return "contradicted", "no seed could train"
     gradient, difference = (max(pair[i] for pair in found) for i in (0, 1))
     redundant = gradient <= 1e-7 and difference <= 1e-7
     figures = f"largest gradient of the bias {gradient:.1e}, largest difference of a logit {difference:.1e}, in float64"
@@ -239,7 +247,8 @@ def _c48_dropout(records: Records) -> tuple[Verdict, str]:
     best, figures = {}, []
     for arm in ("none", "batch"):
         costs = {x: lowest(records, f"{arm}, dropout {x}") for x in DROPOUTS}
-        best[arm] = less(costs[0.0], [min(seeds) for seeds in zip(*(costs[x] for x in DROPOUTS[1:]), strict=True)])
+        dropped = zip(*(costs[x] for x in DROPOUTS[1:]), strict=True)
+        best[arm] = less(costs[0.0], [min((c for c in seeds if c == c), default=math.nan) for seeds in dropped])
         ends = {x: mean(final(records, f"{arm}, dropout {x}", "test_cost")) for x in DROPOUTS}
         parts = (f"{x} {spread(cost)} (last {ends[x]:.2f})" for x, cost in costs.items())
         figures.append(f"{arm}: " + ", ".join(parts))
@@ -298,33 +307,44 @@ def table(records: Records, words: int) -> str:
             lines.append([name, seeds[0]["failed"] or "", *[""] * (len(head) - 2)])
             continue
         ends = {
-            i: {k: [r["metrics"][i][k] for r in whole] for k in ("train_cost", "test_cost", "norm")} for i in (0, -1)
+            i: {k: [number(r["metrics"][i][k]) for r in whole] for k in ("train_cost", "test_cost", "norm")}
+            for i in (0, -1)
         }
-        least = [min(line["test_cost"] for line in r["metrics"]) for r in whole]
-        cells = [name, spread(ends[0]["train_cost"]), spread(ends[-1]["train_cost"]), spread(ends[-1]["test_cost"])]
+        own, least = {name: whole}, lowest({name: whole}, name)
+        cells = [
+            with_failures(name, seeds),
+            spread(ends[0]["train_cost"]),
+            spread(ends[-1]["train_cost"]),
+            spread(ends[-1]["test_cost"]),
+        ]
         cells += [f"{mean(ends[-1]['test_cost']) / words:.5f}", spread(least)]
-        cells += [f"{mean(ends[i]['norm']):.2f}" for i in (0, -1)] + [spread([r["precision"] for r in whole])]
-        cells += [f"{mean([r[key] for r in whole]):.4f}" for key in ("units_alike", "units_and_words", "dead")]
+        cells += [f"{mean(ends[i]['norm']):.2f}" for i in (0, -1)] + [spread(figure(own, name, "precision"))]
+        cells += [f"{mean(figure(own, name, key)):.4f}" for key in ("units_alike", "units_and_words", "dead")]
         seconds = statistics.median(line["seconds"] for r in whole for line in r["metrics"])
         lines.append([*cells, f"{seconds:.1f}"])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def neighbors(documents: Documents, tier: Tier, out: Path, seed: int) -> str:
-    """The neighbors of the chosen documents without a norm and with layer normalization, side by side, as Markdown."""
-    names = [f"{arm} online, rate {tier.rate}" for arm in ("none", "layer")]
-    models = {name: trained(folder_of(out, name.replace(",", ""), seed))[1] for name in names}
+def neighbors(records: Records, documents: Documents, tier: Tier, out: Path) -> str:
+    """The neighbors of the chosen documents without a norm and with layer normalization, side by side, as Markdown; of
+    the first seed, where it did not fail."""
+    firsts = {name: records[name][0] for name in (f"{arm} online, rate {tier.rate}" for arm in ("none", "layer"))}
+    models = {
+        name: trained(folder_of(out, name.replace(",", ""), first["seed"]))[1]
+        for name, first in firsts.items()
+        if not first["failed"]
+    }
     columns = {name: codes(model, documents.words) for name, model in models.items()}
     lines = []
     for title in tier.titles:
         i = documents.find(title)
         lines += [f"\n{documents.titles[i]} ({', '.join(documents.labels_of(i))}):\n", f"| | {' | '.join(columns)} |"]
-        lines.append("|---|---|---|")
+        lines.append("|---" * (len(columns) + 1) + "|")
         lines += [f"| {k} | {' | '.join(row)} |" for k, row in enumerate(side_by_side(documents, i, columns, 5), 1)]
     return "\n".join(lines)
 
 
-def write_results(records: Records, tier: Tier, documents: Documents, out: Path, title: str, seed: int) -> Path:
+def write_results(records: Records, tier: Tier, documents: Documents, out: Path, title: str) -> Path:
     """``results.md`` with the verdict on every claim and the table; beside it ``results.json`` and ``curves.png``."""
     write(out / "results.json", json.dumps({"title": title, "records": records}, indent=1, allow_nan=False) + "\n")
     write(out / "curves.png", picture(records, DROPOUTS))
@@ -346,7 +366,7 @@ def write_results(records: Records, tier: Tier, documents: Documents, out: Path,
         "![Curves](curves.png)",
         "",
     ]
-    lines += [neighbors(documents, tier, out, seed), ""]
+    lines += [neighbors(records, documents, tier, out), ""]
     write(out / "results.md", "\n".join(lines))
     return out / "results.md"
 
@@ -359,10 +379,10 @@ def main(arguments: Arguments) -> Path:
     documents = load_documents(tier.data, arguments.data_root, vocabulary=tier.vocabulary, train_limit=tier.limit)
     for record in records["batch online"]:
         record["frequencies"] = cost_of_frequencies(documents)
-    for record in records["batch in batches"]:
+    for record in (record for record in records["batch in batches"] if not record["failed"]):
         record["bias"] = with_and_without_bias(AutoencoderRun.from_json(record["run"]), documents)
     title = f"Auto-encoders: {documents.name}, tier {arguments.tier}"
-    return write_results(records, tier, documents, out, title, arguments.seeds[0])
+    return write_results(records, tier, documents, out, title)
 
 
 if __name__ == "__main__":

@@ -24,16 +24,18 @@ def picture(records: Records, dropouts: Sequence[float]) -> bytes:
 
     figure = Figure(figsize=(13, 9.5), dpi=120, layout="constrained")
     (costs, norms), (rates, dropout) = figure.subplots(2, 2)
-    online = {name: whole for name, seeds in records.items() if "online" in name and (whole := _trained(seeds))}
-    for name, style in zip(online, _styles([online[name][0]["arm"] for name in online]), strict=True):
+    online = {name: _trained(seeds) for name, seeds in records.items() if "online" in name}
+    for name, style in zip(online, _styles([records[name][0]["arm"] for name in online]), strict=True):
         for panel, key in ((costs, "test_cost"), (norms, "norm")):
             values = [[line[key] for line in record["metrics"]] for record in online[name]]
-            epochs = range(1, len(values[0]) + 1)
+            epochs = range(1, max(map(len, values), default=0) + 1)
             label = with_failures(name.replace(" online", ""), records[name])
             draw(panel, epochs, values, {**style, "marker": "o", "markersize": 4, "label": label})
-            panel.set_xticks(epochs)
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     for arm in ("none", "layer"):
-        own = sorted((n for n in online if n.startswith(f"{arm} online, rate")), key=lambda n: _rate(online[n]))
+        own = sorted(
+            (n for n in online if n.startswith(f"{arm} online, rate") and online[n]), key=lambda n: _rate(online[n])
+        )
         ends = [[r["metrics"][-1]["test_cost"] for r in online[n]] for n in own]
         style = {"color": COLOURS[arm], "marker": "o", "markersize": 4, "label": arm}
         draw_columns(rates, [_rate(online[n]) for n in own], ends, style)
@@ -44,7 +46,7 @@ def picture(records: Records, dropouts: Sequence[float]) -> bytes:
             style = {"color": COLOURS[arm], "linestyle": dash, "label": with_failures(name, records[name])}
             draw(dropout, range(1, max(map(len, values), default=0) + 1), values, style)
     rates.set_xscale("log")
-    tried = sorted({_rate(seeds) for seeds in online.values()})
+    tried = sorted({_rate(records[name]) for name in online})
     rates.set_xticks(tried, labels=[f"{rate:g}" for rate in tried])
     rates.minorticks_off()
     dropout.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -79,4 +81,3 @@ def _styles(arms: Sequence[str]) -> list[dict[str, Any]]:
         {"color": COLOURS.get(arm, OTHER_COLOURS[0]), "linestyle": DASHES[arms[:i].count(arm) % len(DASHES)]}
         for i, arm in enumerate(arms)
     ]
-

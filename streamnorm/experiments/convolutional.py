@@ -48,7 +48,7 @@ def _c18(records: Records) -> tuple[Verdict, str]:
     layer = final(records, "layer 32 x 1")
     gaps = {n: [x - y for x, y in zip(layer, final(records, n), strict=True)] for n in list(RUNS)[:3:2]}
     verdicts = {judge(gap, 0.02) for gap in gaps.values()}
-    learns = max(layer) < 0.8
+    learns = all(error < 0.8 for error in layer)
     verdict: Verdict = "reproduced" if verdicts == {"reproduced"} and learns else "partly" if learns else "contradicted"
     return verdict, f"layer {spread(layer)}; behind " + ", ".join(f"{n} by {spread(g)}" for n, g in gaps.items())
 

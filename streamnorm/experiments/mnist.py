@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,14 +117,14 @@ def scaled(arm: str, scale: float) -> str:
 
 
 class SigmoidTrainer(Trainer):
-    """A run under way, which is looked at every so many updates (``trace``), with the weights that its statistics were
-    taken with."""
+    """A run under way, which is looked at every so many updates and at its end (``trace``), with the weights that its
+    statistics were taken with."""
 
     def __init__(self, run: SigmoidRun, data: Data, every: int) -> None:
         super().__init__(run, data)
         self.every = every
         self.trace: list[dict[str, Any]] = []
-        self.optimizer.register_step_pre_hook(lambda *_: self._look())
+        self.optimizer.register_step_pre_hook(lambda *_: self._look_between())
         assert isinstance(self.model, nn.Sequential)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
@@ -139,9 +140,13 @@ class SigmoidTrainer(Trainer):
         if self.done == self.updates and not self.failed:  # the last update of all is left undone
             self._look()
 
+    def _look_between(self) -> None:
+        start = time.perf_counter()
+        if self.done % self.every == 0:
+            self._look()
+        self.sums["seconds"] -= time.perf_counter() - start  # it is no part of training
+
     def _look(self) -> None:
-        if self.done % self.every:
-            return
         inputs = self.last_inputs(self.data.test_x[:LOOKED_AT])
         loss, error = evaluate(self.model, self.data.test_x, self.data.test_y)
         if not (math.isfinite(loss) and inputs.isfinite().all()):

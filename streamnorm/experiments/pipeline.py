@@ -35,13 +35,14 @@ from streamnorm.experiments.study import (
     folder_of,
     judge,
     mean,
+    number,
     spread,
     together,
 )
 from streamnorm.layers import BatchNorm, norms
 from streamnorm.training import checkpoint
 from streamnorm.training.data import Data
-from streamnorm.training.keeping import CHECKPOINT
+from streamnorm.training.keeping import CHECKPOINT, finite
 from streamnorm.training.loop import Trainer, evaluate
 from streamnorm.training.run import Run
 
@@ -126,7 +127,7 @@ def measured(trainer: Trainer, sizes: Sequence[int]) -> dict[str, Any]:
 
     def tested(candidate: nn.Module) -> dict[str, float]:
         loss, error = evaluate(candidate, data.test_x, data.test_y)
-        return {"test_loss": loss, "test_error": error, **distance(tables(candidate), exact)}
+        return finite({"test_loss": loss, "test_error": error, **distance(tables(candidate), exact)})
 
     def anew(size: int, **options: Any) -> nn.Module:
         candidate = copy.deepcopy(model)
@@ -185,7 +186,8 @@ def with_epsilon(data: Data, eps: float, seed: int, updates: int = 20) -> float 
 
 
 def _of(records: Records, way: str, key: str) -> list[float]:
-    return [record["measures"][way][key] for record in records[NORMALIZED]]
+    """A figure of each seed; nan for a run that failed."""
+    return [number(r["measures"][way][key]) if not r["failed"] else math.nan for r in records[NORMALIZED]]
 
 
 def _c42(records: Records) -> tuple[Verdict, str]:
@@ -202,13 +204,14 @@ def _c42(records: Records) -> tuple[Verdict, str]:
 
 
 def _sizes(records: Records) -> list[int]:
-    return sorted(int(way.split()[1]) for way in records[NORMALIZED][0]["measures"] if way.startswith("moving"))
+    ways = {way for record in records[NORMALIZED] if not record["failed"] for way in record["measures"]}
+    return sorted(int(way.split()[1]) for way in ways if way.startswith("moving"))
 
 
 def _c43(records: Records) -> tuple[Verdict, str]:
     sizes, figures = _sizes(records), []
     errors = {m: mean(_of(records, f"moving {m}", "sigma")) for m in sizes}
-    grows = all(errors[a] > errors[b] for a, b in pairwise(sizes))
+    grows = bool(sizes) and all(errors[a] > errors[b] for a, b in pairwise(sizes))
     for m in sizes:
         ratio = mean(_of(records, f"corrected {m}", "first"))
         figures.append(
@@ -221,6 +224,7 @@ def _c43(records: Records) -> tuple[Verdict, str]:
             _of(records, f"moving {SMALL}", "test_error"), _of(records, f"moving {BATCH}", "test_error"), strict=True
         )
     ]
+    figures = figures or [spread(hurt)]
     return together(["reproduced" if grows else "contradicted", judge(hurt, 0.005)]), "; ".join(figures)
 
 
@@ -253,10 +257,11 @@ def _c45(records: Records) -> tuple[Verdict, str]:
 
 
 def _passes(records: Records) -> tuple[float, float]:
-    found = [record["measures"] for record in records[NORMALIZED]]
-    epochs = final(records, NORMALIZED, "seconds")
-    took = mean([one["seconds"] / epoch for one, epoch in zip(found, epochs, strict=True)])
-    return mean([one["passes"] for one in found]), took
+    whole = [record for record in records[NORMALIZED] if not record["failed"]]
+    if not whole:
+        return math.nan, math.nan
+    took = mean([record["measures"]["seconds"] / record["metrics"][-1]["seconds"] for record in whole])
+    return mean([record["measures"]["passes"] for record in whole]), took
 
 
 CLAIMS = [
@@ -298,8 +303,9 @@ def main(arguments: Arguments) -> Path:
             trainer = Trainer(Run.from_json(record["run"]), data)
             trainer.restore(checkpoint.load(folder_of(out, name, record["seed"]) / CHECKPOINT))
             record["cost"] = cost(trainer)
-            if name == NORMALIZED:
+            if name == NORMALIZED and not record["failed"]:
                 record["measures"] = measured(trainer, tier.sizes)
+            if name == NORMALIZED:
                 record["epsilon"] = {f"{eps:g}": with_epsilon(data, eps, record["seed"]) for eps in EPSILONS}
     title = f"Batch normalization from training to testing: {data.name}, architecture A"
     return write_results(records, CLAIMS, out, title, table(records))

@@ -24,10 +24,11 @@ import torch
 
 from streamnorm.experiments.arguments import Arguments, begin
 from streamnorm.experiments.record import opening, verdicts
-from streamnorm.experiments.study import Record, Records, mean, spread
+from streamnorm.experiments.study import Record, Records, final, mean, number, spread, with_failures
 from streamnorm.experiments.textclaims import CLAIMS, lowest
 from streamnorm.experiments.textcurves import over_time, picture
 from streamnorm.training.checkpoint import write
+from streamnorm.training.keeping import finite
 from streamnorm.training.language import LanguageModel, bits, losses, statistics_kept, tested
 from streamnorm.training.language_loop import train_text, trained
 from streamnorm.training.text import Text, load_text
@@ -143,10 +144,10 @@ def carry_out(
             folder = out / name.replace(",", "").replace("/", "").replace(" ", "-") / f"seed{seed}"
             record = {**train_text(replace(run, seed=seed), text, folder), "label": name}
             if not record["failed"]:
-                record |= examined(trained(folder)[1], text, max(run.steps), lengths)
+                record |= finite(examined(trained(folder)[1], text, max(run.steps), lengths))
             records[name].append(record)
-            last = record["metrics"][-1] if record["metrics"] else {}
-            say(f"{name}, seed {seed}: " + (record["failed"] or f"validation loss {last['validation_loss']:.4f} nats"))
+            (loss,) = final({name: [record]}, name, "validation_loss")
+            say(f"{name}, seed {seed}: " + (record["failed"] or f"validation loss {loss:.4f} nats"))
     return records
 
 
@@ -207,8 +208,13 @@ def table(records: Records, lengths: Sequence[int]) -> str:
             lines.append([name, seeds[0]["failed"] or "", *[""] * (len(head) - 2)])
             continue
         low = lowest({name: whole}, name)
-        cells = [name, spread(low), f"{bits(mean(low)):.4f}", spread([r["metrics"][-1]["train_loss"] for r in whole])]
-        cells += [spread([r["lengths"][str(length)] for r in whole]) for length in lengths]
+        cells = [
+            with_failures(name, seeds),
+            spread(low),
+            f"{bits(mean(low)):.4f}",
+            spread([r["metrics"][-1]["train_loss"] for r in whole]),
+        ]
+        cells += [spread([number(r["lengths"][str(length)]) for r in whole]) for length in lengths]
         per_epoch = statistics.median(r["metrics"][-1]["seconds"] / r["metrics"][-1]["epoch"] for r in whole)
         lines.append([*cells, f"{whole[0]['statistics']}", f"{per_epoch:.1f}"])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

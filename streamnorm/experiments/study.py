@@ -89,7 +89,7 @@ def deviation(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def with_failures(name: str, records: Sequence[Record]) -> str:
+def with_failures(name: str, records: Sequence[Mapping[str, Any]]) -> str:
     """A name for a picture or a table, and how many of its seeds failed.
 
     >>> with_failures("none", [{"failed": None}, {"failed": "diverged"}])

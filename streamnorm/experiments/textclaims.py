@@ -13,7 +13,20 @@ from itertools import pairwise
 
 import torch
 
-from streamnorm.experiments.study import Claim, Record, Records, Verdict, first_at, judge, mean, spread, together
+from streamnorm.experiments.study import (
+    Claim,
+    Record,
+    Records,
+    Verdict,
+    deviation,
+    final,
+    first_at,
+    judge,
+    mean,
+    number,
+    spread,
+    together,
+)
 from streamnorm.training.language import build, statistics_kept
 from streamnorm.training.textrun import TextRun
 
@@ -27,7 +40,7 @@ OTHER_SETTINGS = ("beta 0 0 1", "alpha .3 .7")
 def lowest(records: Records, name: str) -> list[float]:
     """The lowest validation loss of each seed; nan for a run that failed."""
     return [
-        min(line["validation_loss"] for line in r["metrics"]) if r["metrics"] and not r["failed"] else math.nan
+        min(number(line["validation_loss"]) for line in r["metrics"]) if r["metrics"] and not r["failed"] else math.nan
         for r in records[name]
     ]
 
@@ -39,37 +52,40 @@ def lower(records: Records, name: str, than: str) -> list[float]:
 
 def reached(record: Record, level: float) -> float:
     """After how many characters the validation loss was first at ``level``, between validations by a straight line."""
-    return first_at(((line["characters"], line["validation_loss"]) for line in record["metrics"]), level)
+    return first_at(((line["characters"], number(line["validation_loss"])) for line in record["metrics"]), level)
 
 
 def faster(records: Records, name: str, than: str) -> list[float]:
     """For each seed, how many times as fast ``name`` reached the losses that ``than`` had at quarters of its training
-    (the median), less 1."""
+    (the median of those that are finite), less 1."""
     gains = []
     for record, other in zip(records[name], records[than], strict=True):
         lines = other["metrics"]
         if record["failed"] or other["failed"] or not lines:
             gains.append(math.nan)
             continue
-        levels = [lines[max(0, len(lines) * k // 4 - 1)]["validation_loss"] for k in (1, 2, 3, 4)]
-        gains.append(statistics.median(reached(other, level) / reached(record, level) for level in levels) - 1)
+        levels = [number(lines[max(0, len(lines) * k // 4 - 1)]["validation_loss"]) for k in (1, 2, 3, 4)]
+        times = [reached(other, level) / reached(record, level) for level in levels if math.isfinite(level)]
+        gains.append(statistics.median(times) - 1 if times else math.nan)
     return gains
 
 
 def roughness(record: Record) -> float:
     """The standard deviation of the steps of the validation loss in the second third, where the rate is still high."""
-    curve = [line["validation_loss"] for line in record["metrics"]]
+    curve = [number(line["validation_loss"]) for line in record["metrics"]]
     part = curve[len(curve) // 3 : len(curve) * 2 // 3 + 1]
     steps = [b - a for a, b in pairwise(part)]
-    return statistics.stdev(steps) if len(steps) > 1 and not record["failed"] else math.nan
+    return deviation(steps) if len(steps) > 1 and not record["failed"] else math.nan
 
 
 def rise(record: Record) -> float:
-    """How much more a character costs beyond the trained time steps than in the second half of them, in nats."""
+    """How much more a character costs beyond the trained time steps than in the second half of them, in nats; inf where
+    one of these losses is not finite."""
     if record["failed"]:
         return math.nan
     steps = max(record["run"]["steps"])
-    return mean(record["along"][steps:]) - mean(record["along"][steps // 2 : steps])
+    within, beyond = record["along"][steps // 2 : steps], record["along"][steps:]
+    return math.inf if None in (*within, *beyond) else mean(beyond) - mean(within)
 
 
 def _times(gain: Sequence[float]) -> str:
@@ -134,7 +150,8 @@ def _c34(records: Records) -> tuple[Verdict, str]:
     figures, verdicts = [], []
     for suffix in ("", ", state reset"):
         rises = {arm: [rise(r) for r in records[f"rnn {arm}{suffix}"]] for arm in ("streaming", "tsbn")}
-        verdicts.append(judge([b - a for a, b in zip(rises["streaming"], rises["tsbn"], strict=True)], 0))
+        pairs = zip(rises["streaming"], rises["tsbn"], strict=True)
+        verdicts.append(judge([abs(b) - abs(a) for a, b in pairs], 0))  # a loss that falls has changed, too
         figures += [f"{arm}{suffix} {spread(values)}" for arm, values in rises.items()]
     return together(verdicts), "rise beyond the trained steps, nats: " + ", ".join(figures)
 
@@ -142,27 +159,33 @@ def _c34(records: Records) -> tuple[Verdict, str]:
 def _c35(records: Records) -> tuple[Verdict, str]:
     gap = lower(records, "rnn streaming, latest statistics back", "rnn streaming")
     own = lowest(records, "rnn streaming")
-    noise = max(0.01, statistics.stdev(own) if len(own) > 1 else 0)
+    noise = max(0.01, deviation(own))
     close = abs(mean(gap)) <= noise
     return ("reproduced" if close else "contradicted"), f"latest below saved by {spread(gap)} nats, noise {noise:.4f}"
 
 
+def learned(record: Record) -> bool:
+    """Whether every validation was finite and the last loss below the first."""
+    curve = [number(line["validation_loss"]) for line in record["metrics"]]
+    return not record["failed"] and math.inf not in curve and curve[-1] < curve[0]
+
+
 def _c37(records: Records) -> tuple[Verdict, str]:
-    ends = {arch: lowest(records, f"{arch} streaming, ReLU") for arch in ("rnn", "gru")}
-    able = []
-    for arch, end in ends.items():
-        firsts = [
-            r["metrics"][0]["validation_loss"] if r["metrics"] else 0.0 for r in records[f"{arch} streaming, ReLU"]
-        ]
-        able.append(all(last < first for last, first in zip(end, firsts, strict=True)))
+    able, figures = [], []
+    for arch in ("rnn", "gru"):
+        name = f"{arch} streaming, ReLU"
+        able.append(all(map(learned, records[name])))
+        ends, gap = final(records, name, "validation_loss"), lower(records, name, f"{arch} streaming")
+        said = f"{arch} last {spread(ends)}, lowest below that of tanh by {spread(gap)}"
+        endless = sum(any(line["validation_loss"] is None for line in r["metrics"]) for r in records[name])
+        figures.append(said + f", {endless} of {len(ends)} seeds with a validation not finite" * bool(endless))
     verdict: Verdict = "reproduced" if all(able) else "partly" if any(able) else "contradicted"
-    gaps = {arch: lower(records, f"{arch} streaming, ReLU", f"{arch} streaming") for arch in ends}
-    figures = ", ".join(f"{arch} {spread(end)}, below tanh by {spread(gaps[arch])}" for arch, end in ends.items())
-    return verdict, f"lowest loss: {figures}"
+    return verdict, f"validation loss, nats: {'; '.join(figures)}"
 
 
 def _c59(records: Records) -> tuple[Verdict, str]:
-    drifts = [[d / r["noise"] for d in r["drift"]] for r in records["rnn streaming, state reset"] if not r["failed"]]
+    whole = [r for r in records["rnn streaming, state reset"] if not r["failed"]]
+    drifts = [[number(d) / r["noise"] for d in r["drift"]] for r in whole]
     if not drifts:
         return "contradicted", "streaming could not train"
     farthest, steps = [max(of) for of in drifts], [sum(d > 2 for d in of) for of in drifts]

@@ -68,6 +68,9 @@ def picture(groups: Mapping[str, Mapping[str, Sequence[Record]]]) -> bytes:
         titles = ("training loss, smoothed", "validation loss", "loss along long sequences")
         axes = ("million characters", "million characters", "time step, from a state of 0")
         for panel, what, along_axis in zip(panels, titles, axes, strict=True):
+            if not panel.lines:
+                panel.set_axis_off()
+                continue
             panel.set_title(f"{title}: {what}, nats", loc="left", size=10)
             panel.set_xlabel(along_axis)
             panel.grid(alpha=0.3)

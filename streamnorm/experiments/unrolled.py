@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamnorm.experiments.arguments import Arguments, begin
 from streamnorm.experiments.record import opening, verdicts
@@ -31,19 +31,22 @@ from streamnorm.experiments.study import (
     Verdict,
     alike,
     carry_out,
+    deviation,
     final,
     first_at,
     folder_of,
     judge,
     mean,
+    number,
     spread,
     together,
 )
 from streamnorm.experiments.unrolledcurves import picture
+from streamnorm.timespecific import TimeSpecificNorm
 from streamnorm.training import checkpoint
 from streamnorm.training.architectures import build
 from streamnorm.training.data import Data, load
-from streamnorm.training.keeping import CHECKPOINT
+from streamnorm.training.keeping import CHECKPOINT, finite
 from streamnorm.training.language import statistics_kept
 from streamnorm.training.loop import Trainer, evaluate, reloop
 from streamnorm.training.run import Run
@@ -122,7 +125,7 @@ def runs(tier: Tier) -> dict[str, Run]:
 
 def examine(records: Mapping[str, Sequence[Record]], data: Data, out: Path) -> None:
     """Add to the records of ``LONGER`` what is asked of their trained models: test loss by loops, up to twice as many
-    as they were trained with, and how many numbers their normalizations keep."""
+    as they were trained with, and how many numbers and sets of statistics their normalizations keep."""
     for name in LONGER:
         for record in (record for record in records[name] if not record["failed"]):
             run = Run.from_json(record["run"])
@@ -133,7 +136,13 @@ def examine(records: Mapping[str, Sequence[Record]], data: Data, out: Path) -> N
             for longer in range(k + 1, 2 * k + 1):
                 model = reloop(trainer, (longer,) * len(run.loops))
                 along.append((longer, evaluate(model, data.test_x, data.test_y)[0]))
-            record |= {"along": along, "statistics": statistics_kept(trainer.model)}
+            kept = {"statistics": statistics_kept(trainer.model), "sets": sets_kept(trainer.model)}
+            record |= {"along": finite(along), **kept}
+
+
+def sets_kept(model: nn.Module) -> int:
+    """How many sets of statistics the layer has that has most: one, or one for each time step."""
+    return max((len(module.times) for module in model.modules() if isinstance(module, TimeSpecificNorm)), default=1)
 
 
 # --- Claims
@@ -158,9 +167,13 @@ def less(a: Sequence[float], b: Sequence[float]) -> list[float]:
 
 def _c19(records: Records) -> tuple[Verdict, str]:
     gap = less(final(records, "D tsbn"), final(records, "D streaming"))
-    kept = {arm: {r.get("statistics") for r in records[f"D {arm}"]} for arm in ("streaming", "tsbn")}
-    numbers = ", ".join(f"{arm} {max(n or 0 for n in of)}" for arm, of in kept.items())
-    return alike(gap, 0.01), f"test error streaming minus tsbn {spread(gap)}; numbers kept: {numbers}"
+    able = {arm: [r for r in records[f"D {arm}"] if not r["failed"]] for arm in ("streaming", "tsbn")}
+    one = all(r["sets"] == 1 for r in able["streaming"])
+    each = all(r["sets"] == r["run"]["loops"][0] for r in able["tsbn"])
+    stored: Verdict = "reproduced" if all(able.values()) and one and each else "contradicted"
+    kept = [f"{arm} {of[0]['sets']} ({of[0]['statistics']} numbers)" for arm, of in able.items() if of]
+    figures = f"test error streaming minus tsbn {spread(gap)}; sets of statistics a layer: {', '.join(kept) or 'none'}"
+    return together([alike(gap, 0.01), stored]), figures
 
 
 def _c20(records: Records) -> tuple[Verdict, str]:
@@ -202,7 +215,9 @@ def _c22(records: Records) -> tuple[Verdict, str]:
     # Failing is twice the error of tsbn, or 60 %; where tsbn is near that itself, 10 points more than it.
     beyond = [a - min(2 * b, max(0.6, b + 0.1)) for a, b in zip(shared, own, strict=True)]
     trained = less(last(records, "C batch"), last(records, "C tsbn"))
-    figures = f"test error batch {spread(shared)}, tsbn {spread(own)}; training errors apart by {spread(trained)}"
+    endless = sum(r["metrics"][-1]["test_loss"] is None for r in records["C batch"] if not r["failed"])
+    figures = f"test error batch {spread(shared)}" + f" (test loss not finite in {endless})" * bool(endless)
+    figures += f", tsbn {spread(own)}; training errors apart by {spread(trained)}"
     return (judge(beyond, 0) if alike(trained, 0.03) == "reproduced" else "contradicted"), figures
 
 
@@ -243,7 +258,7 @@ def _c25(records: Records) -> tuple[Verdict, str]:
     ignored = errors.pop("C beta 0 0 0")
     worst = max(errors, key=lambda name: mean(errors[name]))
     gap = less(errors[worst], ignored)
-    sd = max(statistics.stdev(seeds) if len(seeds) > 1 else 0.0 for seeds in (ignored, errors[worst]))
+    sd = max(deviation(seeds) for seeds in (ignored, errors[worst]))
     figures = f"training error {spread(ignored)}, above the next ({worst}) by {spread(gap)}"
     return judge(gap, min(0.05, 3 * sd) if sd else 0.05), figures
 
@@ -273,9 +288,9 @@ def _c27(records: Records) -> tuple[Verdict, str]:
 
 def roughness(record: Record) -> float:
     """The standard deviation of the test loss's steps from epoch to epoch, while the learning rate is high."""
-    curve = [line["test_loss"] for line in record["metrics"][: math.ceil(record["run"]["epochs"] * 5 / 6)]]
+    curve = [number(line["test_loss"]) for line in record["metrics"][: math.ceil(record["run"]["epochs"] * 5 / 6)]]
     steps = [b - a for a, b in pairwise(curve)]
-    return statistics.stdev(steps) if len(steps) > 1 and not record["failed"] else math.nan
+    return deviation(steps) if len(steps) > 1 and not record["failed"] else math.nan
 
 
 def _c32(records: Records) -> tuple[Verdict, str]:
@@ -293,8 +308,8 @@ def change(record: Record) -> float:
     """How far the test loss moves with more loops than trained, the mean over them, in nats."""
     if record["failed"]:
         return math.nan
-    (_, trained), *longer = record["along"]
-    return mean([abs(loss - trained) for _, loss in longer])
+    trained, *longer = (number(loss) for _, loss in record["along"])
+    return mean([abs(loss - trained) for loss in longer]) if math.isfinite(trained) else math.inf
 
 
 def _c34(records: Records) -> tuple[Verdict, str]:
@@ -308,7 +323,7 @@ def _c34(records: Records) -> tuple[Verdict, str]:
 
 def _c35(records: Records) -> tuple[Verdict, str]:
     saved, latest = final(records, "C streaming"), final(records, "C streaming latest")
-    noise = max(0.01, statistics.stdev(saved) if len(saved) > 1 else 0.0)
+    noise = max(0.01, deviation(saved))
     gap = less(saved, latest)
     verdict: Verdict = "reproduced" if abs(mean(gap)) <= noise else "contradicted"
     return verdict, f"test error latest above saved by {spread(gap)}, noise {noise:.4f}"

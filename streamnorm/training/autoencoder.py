@@ -228,9 +228,9 @@ class AutoencoderTrainer:
     def step(self) -> None:
         """One cycle of mini-batches and its weight update; before that, at the end of an epoch, a test.
 
-        What cannot go on says why in ``failed``; a test cost that is not finite is recorded as such. The weights that
-        are tested are those with which the statistics were taken; so the last update of all is left undone (paper,
-        section 3.3.1).
+        What cannot go on says why in ``failed``; a test cost that is not finite is a result. The weights that are
+        tested are those with which the statistics were taken; so the last update of all is left undone (paper, section
+        3.3.1).
         """
         start, n = time.perf_counter(), self.run.batches_per_update
         bags = self._cycle()
@@ -281,10 +281,10 @@ class AutoencoderTrainer:
                 "updates": self.done,
                 "documents": self.done * self.run.samples_per_update,
                 "train_cost": self.sums["cost"] / self.per_epoch,
+                **recorded("test_cost", test_cost),
                 "norm": model.read.weight.norm().item(),
                 "top_norm": model.linears[-1].weight.norm().item(),  # type: ignore[union-attr]
                 "seconds": self.sums["seconds"],
-                **recorded("test_cost", test_cost),
             }
         )
         self.sums = {"cost": 0.0, "seconds": 0.0}

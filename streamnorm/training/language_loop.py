@@ -91,7 +91,7 @@ class TextTrainer:
 
     def step(self) -> None:
         """One cycle of mini-batches, a line of metrics where a validation is due, and the weight update, except after
-        the last cycle. What cannot go on says why in ``failed``; a validation that is not finite is recorded as such."""
+        the last cycle. What cannot go on says why in ``failed``; a validation that is not finite is a result."""
         n, every = self.run.batches_per_update, self.run.validate_every
         with self._timed():
             self._accumulate()
@@ -152,9 +152,9 @@ class TextTrainer:
                 "characters": self.characters,
                 "train_loss": self.train_loss,
                 "train_losses": self.losses,
+                **recorded("validation_loss", nats),
                 "validation_bits": bits(nats) if math.isfinite(nats) else None,
                 "seconds": self.seconds,
-                **recorded("validation_loss", nats),
             }
         )
         self.losses = []

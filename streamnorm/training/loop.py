@@ -125,8 +125,8 @@ class Trainer:
     def step(self) -> None:
         """One cycle of mini-batches and its weight update; before that, at the end of an epoch, a test.
 
-        What cannot go on says why in ``failed``; a test whose loss is not finite is a result, an error of 1. The weights
-        that are tested are those with which the statistics were taken; so the last update of all is left undone
+        What cannot go on says why in ``failed``; a test loss that is not finite is a result, with an error of 1. The
+        weights that are tested are those with which the statistics were taken; so the last update of all is left undone
         (section 3.3.1).
         """
         start = time.perf_counter()
@@ -178,9 +178,9 @@ class Trainer:
                 "samples": self.done * self.run.samples_per_update,
                 "train_loss": self.sums["loss"] / self.per_epoch,
                 "train_error": self.sums["wrong"] / samples,
+                **recorded("test_loss", test_loss),
                 "test_error": test_error if math.isfinite(test_loss) else 1.0,
                 "seconds": self.sums["seconds"],
-                **recorded("test_loss", test_loss),
             }
         )
         self.sums = {"loss": 0.0, "wrong": 0, "seconds": 0.0}
