@@ -45,6 +45,12 @@ class Attachment:
                 f"attach(model, optimizer) takes a module and an optimizer, got {type(model).__name__} and "
                 f"{type(optimizer).__name__}"
             )
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if (own := {id(p) for p in model.parameters()}) and not own & held:
+            raise ValueError(
+                "the optimizer holds none of the model's parameters, so that its steps are no weight updates of this "
+                "model; give attach the optimizer that trains it, again when you make another"
+            )
         self.layers = [layer for layer in norms(model) if layer.H1 is not None or layer.H2 is not None]
         self.warmup: Warmup = warmup
         self._steps = 0
@@ -151,7 +157,7 @@ def attach(model: nn.Module, optimizer: Optimizer, warmup: Warmup = "auto") -> A
         The link; its ``state_dict()`` belongs into a checkpoint while a warm-up may be under way.
 
     Raises:
-        ValueError: for a warmup that is not a number of steps.
+        ValueError: for a warmup that is not a number of steps, or an optimizer of another model.
 
     >>> from streamnorm import StreamingNorm
     >>> model = nn.Sequential(nn.Linear(4, 3, bias=False), StreamingNorm(3), nn.ReLU(), nn.Linear(3, 1))

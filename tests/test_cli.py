@@ -84,6 +84,11 @@ def test_train_then_evaluate_agree(tmp_path: Path, capsys: pytest.CaptureFixture
     evaluated = capsys.readouterr().out
     last = re.findall(r"test loss ([\d.]+) nats, error ([\d.]+%)", trained)[-1]
     assert re.findall(r"test loss ([\d.]+) nats, error ([\d.]+%)", evaluated) == [last]
+    assert main(["evaluate", str(tmp_path / "checkpoint.safetensors")]) == 0
+    assert capsys.readouterr().out == evaluated
+    assert "already" not in trained
+    assert main(["train", "--out", str(tmp_path), "--arm", "streaming", *QUICK]) == 0
+    assert "Its metrics reach update " in capsys.readouterr().out
 
 
 def test_a_monitored_run_trains_as_any_other_and_leaves_its_records(tmp_path: Path) -> None:

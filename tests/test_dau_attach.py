@@ -211,3 +211,11 @@ def test_a_plain_loop_over_single_samples_learns_digits(cycle: int) -> None:
     with torch.no_grad():
         wrong = (model.eval()(digits.test_x).argmax(1) != digits.test_y).float().mean()
     assert wrong < 0.5, "guessing errs in 0.9"
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    model, other = nn.Sequential(nn.Linear(2, 3), sn.StreamingNorm(3)), nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="holds none of the model's parameters"):
+        sn.attach(model, torch.optim.SGD(other.parameters(), lr=0.1))
+    sn.attach(model, torch.optim.SGD([*other.parameters(), model[0].bias], lr=0.1))
+    sn.attach(sn.StreamingNorm(3, affine=False), torch.optim.SGD(other.parameters(), lr=0.1))

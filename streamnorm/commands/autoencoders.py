@@ -42,7 +42,7 @@ def train_autoencoder(command: Autoencoder) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    from streamnorm.commands.progress import progress
+    from streamnorm.commands.progress import progress, say_where
     from streamnorm.training import autoencoder
     from streamnorm.training.documents import load_documents
     from streamnorm.training.summary import fixed
@@ -53,6 +53,7 @@ def train_autoencoder(command: Autoencoder) -> None:
     documents = load_documents(run.data, command.data_root, vocabulary=run.vocabulary, train_limit=run.train_limit)
     said = f"{run.label} on {escape(documents.source)}, seed {run.seed}; kept in {out}"
     console.print(said, highlight=False, soft_wrap=True)
+    say_where(console, out)
     with progress(console, run.label) as move:
         record = autoencoder.train_autoencoder(
             run, documents, out, lambda trainer: move(completed=trainer.done, total=trainer.updates)

@@ -130,7 +130,7 @@ def train_one(command: Train) -> None:
     """Train one run and show its epochs."""
     from rich.console import Console
 
-    from streamnorm.commands.progress import progress
+    from streamnorm.commands.progress import progress, say_where
     from streamnorm.monitoring import read
     from streamnorm.monitoring.curves import picture
     from streamnorm.training.checkpoint import write
@@ -145,6 +145,7 @@ def train_one(command: Train) -> None:
     out = command.out or Path("runs") / f"{run.data}-{run.arm}-{run.seed}"
     data = load(run.data, command.data_root, train_limit=run.train_limit, test_limit=run.test_limit)
     console.print(f"{run.label} on {data.name}, architecture {run.network}, seed {run.seed}; kept in {out}")
+    say_where(console, out)
     with progress(console, run.label) as move:
         record = train(run, data, out, lambda done, total: move(completed=done, total=total), every)
     for line in record["metrics"]:

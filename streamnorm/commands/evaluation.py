@@ -17,7 +17,7 @@ class Evaluate:
     """Test a trained network."""
 
     folder: Positional[Path]
-    """Folder of a run that `streamnorm train` or `streamnorm compare` made."""
+    """Folder of a run that `streamnorm train` or `streamnorm compare` made, or its checkpoint file."""
     data_root: Path | None = None
     """Folder of the data files; default: the environment variable STREAMNORM_DATA."""
     lengths: tuple[int, ...] = ()
@@ -32,7 +32,7 @@ def evaluate_one(command: Evaluate) -> None:
     from streamnorm.training import checkpoint
     from streamnorm.training.keeping import CHECKPOINT, kind
 
-    folder, root = command.folder, command.data_root
+    folder, root = command.folder.parent if command.folder.is_file() else command.folder, command.data_root
     held = kind(checkpoint.load(folder / CHECKPOINT)["run"])
     if held == "an auto-encoder":
         if command.lengths or command.loops:

@@ -43,7 +43,7 @@ def train_language(command: Language) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    from streamnorm.commands.progress import progress
+    from streamnorm.commands.progress import progress, say_where
     from streamnorm.training.language_loop import TextTrainer, train_text
     from streamnorm.training.summary import fixed
     from streamnorm.training.text import load_text
@@ -55,6 +55,7 @@ def train_language(command: Language) -> None:
     console.print(
         f"{run.label} on {escape(text.source)}, seed {run.seed}; kept in {out}", highlight=False, soft_wrap=True
     )
+    say_where(console, out)
     with progress(console, run.label) as move:
 
         def show(trainer: TextTrainer) -> None:

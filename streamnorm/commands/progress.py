@@ -1,10 +1,12 @@
-"""The progress bar of every command. Imports nothing of ours."""
+"""What every command shows of work under way: a bar, and where a run goes on. Imports nothing of ours."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
@@ -15,3 +17,12 @@ def progress(console: Console, text: str = "") -> Iterator[Callable[..., None]]:
     """A bar that is gone in the end: what moves it, called with ``completed``, ``total`` and ``description``."""
     with Progress(console=console, transient=True) as bar:
         yield partial(bar.update, bar.add_task(text))
+
+
+def say_where(console: Console, folder: Path) -> None:
+    """Tell how far a run that is kept in ``folder`` has come before; nothing if it begins."""
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+    if lines:
+        reached = json.loads(lines[-1])["updates"]
+        console.print(f"Its metrics reach update {reached} already; what is missing goes on from the last checkpoint.")
