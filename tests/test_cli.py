@@ -131,6 +131,12 @@ def test_recalibrated_statistics_are_kept_in_a_folder_of_their_own(
     assert (run / "checkpoint.safetensors").read_bytes() == before
     assert main(["recalibrate", str(run), "--out", str(run)]) == 2
     assert "is the run itself" in capsys.readouterr().err
+    assert main(["recalibrate", str(done), "--out", str(run)]) == 2
+    assert "holds another run, which would be lost" in capsys.readouterr().err
+    assert (run / "checkpoint.safetensors").read_bytes() == before
+    for limit in ("1", "0", "-100"):
+        assert main(["recalibrate", str(run), "--limit", limit]) == 2
+        assert f"limit is a number of samples >= 2, of which there is a sigma, got {limit}" in capsys.readouterr().err
     assert main(["recalibrate", str(run), "--limit", "1"]) == 2
     assert "single activation" in capsys.readouterr().err
 

@@ -71,6 +71,8 @@ def recalibrate_run(command: Recalibrate) -> None:
     out = command.out or command.folder.with_name(f"{command.folder.resolve().name}-recalibrated")
     if out.resolve() == command.folder.resolve():
         raise ValueError(f"{out} is the run itself, whose statistics would be lost; give another folder with --out")
+    if (out / CHECKPOINT).is_file() and "recalibrated" not in checkpoint.load(out / CHECKPOINT):
+        raise ValueError(f"{out} holds another run, which would be lost; give another folder with --out")
     test = trainer.data.test_x, trainer.data.test_y
     before = evaluate(trainer.model, *test)
     with warnings.catch_warnings(record=True) as said, _bar() as show:
@@ -112,6 +114,8 @@ def _opened(command: Recalibrate | Gap) -> tuple[Trainer, Sequence[Tensor], str]
 
     if command.samples_per_batch < 1:
         raise ValueError(f"samples_per_batch is a whole number >= 1, got {command.samples_per_batch}")
+    if command.limit is not None and command.limit < 2:
+        raise ValueError(f"limit is a number of samples >= 2, of which there is a sigma, got {command.limit}")
     state = checkpoint.load(command.folder / CHECKPOINT)
     if (held := kind(state["run"])) != "a classifier":
         raise ValueError(
