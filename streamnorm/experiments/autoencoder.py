@@ -26,9 +26,11 @@ from streamnorm.experiments.study import (
     Record,
     Records,
     Verdict,
+    below,
     final,
     folder_of,
     judge,
+    lowest,
     mean,
     number,
     spread,
@@ -142,18 +144,6 @@ def figure(records: Records, name: str, key: str) -> list[float]:
     return [number(r.get(key, math.nan)) for r in records[name]]
 
 
-def lowest(records: Records, name: str) -> list[float]:
-    """The lowest test cost of each seed; nan for a run that failed."""
-    return [
-        min(number(line["test_cost"]) for line in r["metrics"]) if not r["failed"] else math.nan for r in records[name]
-    ]
-
-
-def less(a: Sequence[float], b: Sequence[float]) -> list[float]:
-    """By how much ``b`` is below ``a``, seed by seed."""
-    return [x - y for x, y in zip(a, b, strict=True)]
-
-
 def pairs_of(records: Records) -> dict[str, tuple[str, str]]:
     """Every learning rate and kind of mini-batch at which there are both arms of seed 000: without a norm, layer."""
     found = {
@@ -193,8 +183,8 @@ def _c39(records: Records) -> tuple[Verdict, str]:
             continue
         ends = {name: final(records, name, "norm") for name in (none, layer)}
         begins = {n: [r["metrics"][0]["norm"] if r["metrics"] else math.nan for r in records[n]] for n in ends}
-        growth = {n: less(ends[n], begins[n]) for n in ends}
-        verdicts += [judge(less(ends[layer], ends[none]), 0), judge(less(growth[layer], growth[none]), 0)]
+        growth = {n: below(begins[n], ends[n]) for n in ends}
+        verdicts += [judge(below(ends[none], ends[layer]), 0), judge(below(growth[none], growth[layer]), 0)]
         figures.append(
             f"{what}: none {spread(ends[none])}, grown by {spread(growth[none])} since the first epoch, "
             f"layer {spread(ends[layer])}, by {spread(growth[layer])}"
@@ -204,7 +194,7 @@ def _c39(records: Records) -> tuple[Verdict, str]:
 
 def _c40(records: Records) -> tuple[Verdict, str]:
     gaps = {
-        w: less(figure(records, b, "precision"), figure(records, a, "precision"))
+        w: below(figure(records, a, "precision"), figure(records, b, "precision"))
         for w, (a, b) in pairs_of(records).items()
     }
     names = [name for pair in pairs_of(records).values() for name in pair]
@@ -228,7 +218,7 @@ def _c46(records: Records) -> tuple[Verdict, str]:
         none, batch = f"{depth}sigmoid none", f"{depth}sigmoid batch"
         open_ = {name: figure(records, name, "unsaturated") for name in (none, batch)}
         ends = {name: final(records, name, "test_cost") for name in (none, batch)}
-        verdicts += [judge(less(open_[batch], open_[none]), 0), judge(less(ends[none], ends[batch]), 0)]
+        verdicts += [judge(below(open_[none], open_[batch]), 0), judge(below(ends[batch], ends[none]), 0)]
         figures += [f"{n}: {spread(open_[n])} between .05 and .95, test cost {spread(ends[n])}" for n in (none, batch)]
     return together(verdicts), "; ".join(figures)
 
@@ -246,21 +236,21 @@ def _c47(records: Records) -> tuple[Verdict, str]:
 def _c48_dropout(records: Records) -> tuple[Verdict, str]:
     best, figures = {}, []
     for arm in ("none", "batch"):
-        costs = {x: lowest(records, f"{arm}, dropout {x}") for x in DROPOUTS}
+        costs = {x: lowest(records, f"{arm}, dropout {x}", "test_cost") for x in DROPOUTS}
         dropped = zip(*(costs[x] for x in DROPOUTS[1:]), strict=True)
-        best[arm] = less(costs[0.0], [min((c for c in seeds if c == c), default=math.nan) for seeds in dropped])
+        best[arm] = below([min((c for c in seeds if c == c), default=math.nan) for seeds in dropped], costs[0.0])
         ends = {x: mean(final(records, f"{arm}, dropout {x}", "test_cost")) for x in DROPOUTS}
         parts = (f"{x} {spread(cost)} (last {ends[x]:.2f})" for x, cost in costs.items())
         figures.append(f"{arm}: " + ", ".join(parts))
     figures += [f"dropout gains {arm} {spread(gain)}" for arm, gain in best.items()]
-    return judge(less(best["none"], best["batch"]), 0), "lowest test cost by dropout, " + "; ".join(figures)
+    return judge(below(best["batch"], best["none"]), 0), "lowest test cost by dropout, " + "; ".join(figures)
 
 
 def _c48_place(records: Records) -> tuple[Verdict, str]:
     places = {"none": "none, dropout 0.0", "hidden": "batch, dropout 0.0", "top": "batch on top", "all": "batch on all"}
-    costs = {place: lowest(records, name) for place, name in places.items()}
+    costs = {place: lowest(records, name, "test_cost") for place, name in places.items()}
     figures = ", ".join(f"{place} {spread(cost)}" for place, cost in costs.items())
-    return judge(less(costs["hidden"], costs["all"]), 0), f"lowest test cost with BN on {figures}"
+    return judge(below(costs["all"], costs["hidden"]), 0), f"lowest test cost with BN on {figures}"
 
 
 def _c63(records: Records) -> tuple[Verdict, str]:
@@ -270,7 +260,7 @@ def _c63(records: Records) -> tuple[Verdict, str]:
             continue
         for key in ("units_alike", "units_and_words"):
             none, layer = (figure(records, name, key) for name in names)
-            verdicts.append(judge(less(none, layer), 0))
+            verdicts.append(judge(below(layer, none), 0))
         for name in names:
             alike, words, dead = (figure(records, name, key) for key in ("units_alike", "units_and_words", "dead"))
             figures.append(f"{name}: among units {spread(alike)}, with words {spread(words)}, dead {mean(dead):.1%}")
@@ -310,7 +300,7 @@ def table(records: Records, words: int) -> str:
             i: {k: [number(r["metrics"][i][k]) for r in whole] for k in ("train_cost", "test_cost", "norm")}
             for i in (0, -1)
         }
-        own, least = {name: whole}, lowest({name: whole}, name)
+        own, least = {name: whole}, lowest({name: whole}, name, "test_cost")
         cells = [
             with_failures(name, seeds),
             spread(ends[0]["train_cost"]),

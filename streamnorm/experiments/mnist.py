@@ -30,6 +30,7 @@ from streamnorm.experiments.study import (
     Record,
     Records,
     Verdict,
+    below,
     final,
     first_at,
     folder_of,
@@ -240,7 +241,7 @@ def _c52(records: Records) -> tuple[Verdict, str]:
     figures = [f"test error batch {spread(end_errors(records, 'batch'))}"]
     for name in NAIVE:
         grown = [growth(r, other) for r, other in zip(records[name], records["batch"], strict=True)]
-        worse = [a - b for a, b in zip(end_errors(records, name), end_errors(records, "batch"), strict=True)]
+        worse = below(end_errors(records, "batch"), end_errors(records, name))
         fails = [g >= 10 or w >= 0.1 for g, w in zip(grown, worse, strict=True)]
         parts.append(judge([float(fail) for fail in fails], 2 / 3))
         lost = sum(bool(r["failed"]) for r in records[name])
@@ -270,8 +271,8 @@ def _c54(records: Records) -> tuple[Verdict, str]:
     drifts = {arm: [drift(r) for r in records[arm]] for arm in ("none", "batch", "streaming")}
     parts: list[Verdict] = [
         judge([0.5 - share for share in shares], 0, sign_alone_is_partly=False),
-        judge([a - b for a, b in zip(plain, batch, strict=True)], 0, sign_alone_is_partly=False),
-        judge([a - b for a, b in zip(drifts["none"], drifts["batch"], strict=True)], 0, sign_alone_is_partly=False),
+        judge(below(batch, plain), 0, sign_alone_is_partly=False),
+        judge(below(drifts["batch"], drifts["none"]), 0, sign_alone_is_partly=False),
     ]
     moved = ", ".join(f"{arm} {spread(values)}" for arm, values in drifts.items())
     open_units = {arm: [r["trace"][-1]["unsaturated"] for r in records[arm] if r["trace"]] for arm in drifts}

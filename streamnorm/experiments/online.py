@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from streamnorm.experiments.arguments import Arguments, begin
-from streamnorm.experiments.study import Claim, Record, Records, Verdict, carry_out, final, judge, mean, spread
+from streamnorm.experiments.study import Claim, Record, Records, Verdict, below, carry_out, final, judge, mean, spread
 from streamnorm.layers import norms
 from streamnorm.normref import NormRef
 from streamnorm.normstats import Lp
@@ -103,7 +103,7 @@ def _c11(records: Records) -> tuple[Verdict, str]:
     verdicts, figures = [], [f"64 x 1: {spread(large)}"]
     for m, n in ((2, 32), (4, 16)):
         plain, dau = final(records, f"batch {m} x 1"), final(records, f"batch {m} x {n}")
-        gain = [a - b for a, b in zip(plain, dau, strict=True)]
+        gain = below(dau, plain)
         left = [b - c for b, c in zip(dau, large, strict=True)]
         verdicts.append("reproduced" if judge(gain, 0.05) == judge(left, 0.01) == "reproduced" else judge(gain, 0.05))
         figures.append(f"{m} x 1: {spread(plain)}, {m} x {n}: {spread(dau)}")
@@ -130,7 +130,7 @@ def _c13(records: Records) -> tuple[Verdict, str]:
 
 def _c14(records: Records) -> tuple[Verdict, str]:
     refused = all(r["failed"] for r in records["batch 1 x 64"])
-    gap = [a - b for a, b in zip(final(records, "batch 2 x 32"), final(records, "streaming 2 x 32"), strict=True)]
+    gap = below(final(records, "streaming 2 x 32"), final(records, "batch 2 x 32"))
     verdict = judge(gap, 0.03)
     figures = f"1 x 64 {'refused' if refused else 'ran'}; batch minus streaming at 2 x 32: {spread(gap)}"
     return (verdict if refused else "contradicted"), figures

@@ -207,7 +207,7 @@ def table(records: Records, lengths: Sequence[int]) -> str:
         if not whole:
             lines.append([name, seeds[0]["failed"] or "", *[""] * (len(head) - 2)])
             continue
-        low = lowest({name: whole}, name)
+        low = lowest({name: whole}, name, "validation_loss")
         cells = [
             with_failures(name, seeds),
             spread(low),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from streamnorm.experiments.arguments import Arguments, begin
 from streamnorm.experiments.convolutional import BASE, TIERS
-from streamnorm.experiments.study import Claim, Records, Verdict, carry_out, final, judge, spread
+from streamnorm.experiments.study import Claim, Records, Verdict, below, carry_out, final, judge, spread
 from streamnorm.training.run import Run
 
 AVERAGE, LAST = "batch 32 x 1", "special case 32 x 1"
@@ -24,9 +24,9 @@ RUNS: dict[str, Run] = {AVERAGE: _BATCH, LAST: replace(_BATCH, arm="streaming", 
 
 def _c36(records: Records) -> tuple[Verdict, str]:
     errors = {name: final(records, name) for name in RUNS}
-    worse = [b - a for a, b in zip(errors[AVERAGE], errors[LAST], strict=True)]
+    worse = below(errors[AVERAGE], errors[LAST])
     losses = {name: final(records, name, "train_loss") for name in RUNS}
-    apart = [b - a for a, b in zip(losses[AVERAGE], losses[LAST], strict=True)]
+    apart = below(losses[AVERAGE], losses[LAST])
     figures = f"test error: running average {spread(errors[AVERAGE])}, last mini-batch {spread(errors[LAST])}, "
     figures += f"worse by {spread(worse)}; training losses apart by {spread(apart)} nats"
     return judge([0.015 - d for d in worse], 0, sign_alone_is_partly=False), figures

@@ -9,6 +9,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,11 +33,13 @@ class Claim:
         id: as in ``docs/results``.
         text: the claim, in our words, with its place in the paper.
         check: the verdict and the figures it stands on, from the records.
+        needs: the runs that the check looks at, where a study has sizes without them.
     """
 
     id: str
     text: str
     check: Callable[[Records], tuple[Verdict, str]]
+    needs: tuple[str, ...] = ()
 
 
 def carry_out(
@@ -66,6 +69,33 @@ def number(figure: float | None) -> float:
 def final(records: Records, name: str, key: str = "test_error") -> list[float]:
     """The last epoch's ``key`` of each seed; a run that failed counts as nan."""
     return [number(r["metrics"][-1][key]) if r["metrics"] and not r["failed"] else math.nan for r in records[name]]
+
+
+def lowest(records: Records, name: str, key: str = "test_error") -> list[float]:
+    """The lowest ``key`` of each seed; nan for a run that failed."""
+    return [
+        min(number(line[key]) for line in r["metrics"]) if r["metrics"] and not r["failed"] else math.nan
+        for r in records[name]
+    ]
+
+
+def below(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    """How far a lies below b, seed by seed.
+
+    >>> below([1.0, 2.0], [3.0, 1.0])
+    [2.0, -1.0]
+    """
+    return [y - x for x, y in zip(a, b, strict=True)]
+
+
+def unrest(curve: Sequence[float]) -> float:
+    """The standard deviation of a curve's steps; nan of fewer than two steps.
+
+    >>> unrest([4.0, 3.0, 2.0, 1.0])
+    0.0
+    """
+    steps = [b - a for a, b in pairwise(curve)]
+    return deviation(steps) if len(steps) > 1 else math.nan
 
 
 def mean(values: Sequence[float]) -> float:

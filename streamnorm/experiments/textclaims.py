@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 
@@ -18,14 +17,17 @@ from streamnorm.experiments.study import (
     Record,
     Records,
     Verdict,
+    below,
     deviation,
     final,
     first_at,
     judge,
+    lowest,
     mean,
     number,
     spread,
     together,
+    unrest,
 )
 from streamnorm.training.language import build, statistics_kept
 from streamnorm.training.textrun import TextRun
@@ -37,17 +39,9 @@ OTHER_SETTINGS = ("beta 0 0 1", "alpha .3 .7")
 # --- What a record says
 
 
-def lowest(records: Records, name: str) -> list[float]:
-    """The lowest validation loss of each seed; nan for a run that failed."""
-    return [
-        min(number(line["validation_loss"]) for line in r["metrics"]) if r["metrics"] and not r["failed"] else math.nan
-        for r in records[name]
-    ]
-
-
 def lower(records: Records, name: str, than: str) -> list[float]:
     """How much lower the lowest validation loss of ``name`` is, seed by seed, in nats."""
-    return [b - a for a, b in zip(lowest(records, name), lowest(records, than), strict=True)]
+    return below(*(lowest(records, of, "validation_loss") for of in (name, than)))
 
 
 def reached(record: Record, level: float) -> float:
@@ -73,9 +67,7 @@ def faster(records: Records, name: str, than: str) -> list[float]:
 def roughness(record: Record) -> float:
     """The standard deviation of the steps of the validation loss in the second third, where the rate is still high."""
     curve = [number(line["validation_loss"]) for line in record["metrics"]]
-    part = curve[len(curve) // 3 : len(curve) * 2 // 3 + 1]
-    steps = [b - a for a, b in pairwise(part)]
-    return deviation(steps) if len(steps) > 1 and not record["failed"] else math.nan
+    return math.nan if record["failed"] else unrest(curve[len(curve) // 3 : len(curve) * 2 // 3 + 1])
 
 
 def rise(record: Record) -> float:
@@ -130,7 +122,7 @@ def _c30(records: Records) -> tuple[Verdict, str]:
 def _c32(records: Records) -> tuple[Verdict, str]:
     one, two = "rnn streaming, 1 B/U", "rnn streaming"
     gap = lower(records, two, one)
-    rough = [roughness(a) - roughness(b) for a, b in zip(records[one], records[two], strict=True)]
+    rough = below(*([roughness(r) for r in records[name]] for name in (two, one)))
     verdict = together([judge(gap, -0.01, sign_alone_is_partly=False), judge(rough, 0, sign_alone_is_partly=False)])
     return verdict, f"2 B/U below 1 B/U by {spread(gap)} nats; deviation of the curve's steps less by {spread(rough)}"
 
@@ -158,7 +150,7 @@ def _c34(records: Records) -> tuple[Verdict, str]:
 
 def _c35(records: Records) -> tuple[Verdict, str]:
     gap = lower(records, "rnn streaming, latest statistics back", "rnn streaming")
-    own = lowest(records, "rnn streaming")
+    own = lowest(records, "rnn streaming", "validation_loss")
     noise = max(0.01, deviation(own))
     close = abs(mean(gap)) <= noise
     return ("reproduced" if close else "contradicted"), f"latest below saved by {spread(gap)} nats, noise {noise:.4f}"

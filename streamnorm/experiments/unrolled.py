@@ -15,7 +15,6 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -30,6 +29,7 @@ from streamnorm.experiments.study import (
     Records,
     Verdict,
     alike,
+    below,
     carry_out,
     deviation,
     final,
@@ -40,6 +40,7 @@ from streamnorm.experiments.study import (
     number,
     spread,
     together,
+    unrest,
 )
 from streamnorm.experiments.unrolledcurves import picture
 from streamnorm.timespecific import TimeSpecificNorm
@@ -160,13 +161,8 @@ def last(records: Records, name: str, share: float = 0.0) -> list[float]:
     return [training_error(r, slice(-max(1, round(share * r["run"]["epochs"])), None)) for r in records[name]]
 
 
-def less(a: Sequence[float], b: Sequence[float]) -> list[float]:
-    """How much lower a is than b, seed by seed."""
-    return [y - x for x, y in zip(a, b, strict=True)]
-
-
 def _c19(records: Records) -> tuple[Verdict, str]:
-    gap = less(final(records, "D tsbn"), final(records, "D streaming"))
+    gap = below(final(records, "D tsbn"), final(records, "D streaming"))
     able = {arm: [r for r in records[f"D {arm}"] if not r["failed"]] for arm in ("streaming", "tsbn")}
     one = all(r["sets"] == 1 for r in able["streaming"])
     each = all(r["sets"] == r["run"]["loops"][0] for r in able["tsbn"])
@@ -179,8 +175,8 @@ def _c19(records: Records) -> tuple[Verdict, str]:
 def _c20(records: Records) -> tuple[Verdict, str]:
     figures, parts = [], []
     for other in FIGURES["Figure 9"][1:4]:
-        end = less(last(records, "C streaming", 1 / 6), last(records, other, 1 / 6))
-        area = less(*([training_error(r) for r in records[name]] for name in ("C streaming", other)))
+        end = below(last(records, "C streaming", 1 / 6), last(records, other, 1 / 6))
+        area = below(*([training_error(r) for r in records[name]] for name in ("C streaming", other)))
         parts += [judge(end, 0), judge(area, 0)]
         figures.append(f"below {other} by {spread(end)} at the end and {spread(area)} over all epochs")
     return together(parts), "training error " + ", ".join(figures)
@@ -214,7 +210,7 @@ def _c22(records: Records) -> tuple[Verdict, str]:
     shared, own = final(records, "C batch"), final(records, "C tsbn")
     # Failing is twice the error of tsbn, or 60 %; where tsbn is near that itself, 10 points more than it.
     beyond = [a - min(2 * b, max(0.6, b + 0.1)) for a, b in zip(shared, own, strict=True)]
-    trained = less(last(records, "C batch"), last(records, "C tsbn"))
+    trained = below(last(records, "C batch"), last(records, "C tsbn"))
     endless = sum(r["metrics"][-1]["test_loss"] is None for r in records["C batch"] if not r["failed"])
     figures = f"test error batch {spread(shared)}" + f" (test loss not finite in {endless})" * bool(endless)
     figures += f", tsbn {spread(own)}; training errors apart by {spread(trained)}"
@@ -223,7 +219,7 @@ def _c22(records: Records) -> tuple[Verdict, str]:
 
 def _c23(records: Records) -> tuple[Verdict, str]:
     test, train = final(records, "C tsbn"), last(records, "C tsbn")
-    gap = less(train, test)
+    gap = below(train, test)
     # Learning normally is 20 points better than chance, and no more than 10 points worse in testing than in training.
     learns, generalizes = judge([0.7 - error for error in test], 0), judge([0.1 - d for d in gap], 0)
     return together([learns, generalizes]), f"test error {spread(test)}, above the training error by {spread(gap)}"
@@ -257,7 +253,7 @@ def _c25(records: Records) -> tuple[Verdict, str]:
     errors = _errors(records)
     ignored = errors.pop("C beta 0 0 0")
     worst = max(errors, key=lambda name: mean(errors[name]))
-    gap = less(errors[worst], ignored)
+    gap = below(errors[worst], ignored)
     sd = max(deviation(seeds) for seeds in (ignored, errors[worst]))
     figures = f"training error {spread(ignored)}, above the next ({worst}) by {spread(gap)}"
     return judge(gap, min(0.05, 3 * sd) if sd else 0.05), figures
@@ -266,7 +262,7 @@ def _c25(records: Records) -> tuple[Verdict, str]:
 def _c26(records: Records) -> tuple[Verdict, str]:
     errors = _errors(records)
     best = min(errors, key=lambda name: mean(errors[name]))
-    ahead, behind = (less(errors["C beta 1 0 0"], errors[name]) for name in ("C beta 0 0 0", best))
+    ahead, behind = (below(errors["C beta 1 0 0"], errors[name]) for name in ("C beta 0 0 0", best))
     figures = f"training error below (0, 0, 0) by {spread(ahead)}, below the best ({best}) by {spread(behind)}"
     return together([judge(ahead, 0), judge(behind, -0.05, sign_alone_is_partly=False)]), figures
 
@@ -289,16 +285,15 @@ def _c27(records: Records) -> tuple[Verdict, str]:
 def roughness(record: Record) -> float:
     """The standard deviation of the test loss's steps from epoch to epoch, while the learning rate is high."""
     curve = [number(line["test_loss"]) for line in record["metrics"][: math.ceil(record["run"]["epochs"] * 5 / 6)]]
-    steps = [b - a for a, b in pairwise(curve)]
-    return deviation(steps) if len(steps) > 1 and not record["failed"] else math.nan
+    return math.nan if record["failed"] else unrest(curve)
 
 
 def _c32(records: Records) -> tuple[Verdict, str]:
     figures, parts = [], []
     for architecture in "CD":
         one, two = f"{architecture} streaming 64 x 1", f"{architecture} streaming"
-        gap = less(final(records, two, "train_loss"), final(records, one, "train_loss"))
-        rough = less(*([roughness(r) for r in records[name]] for name in (two, one)))
+        gap = below(final(records, two, "train_loss"), final(records, one, "train_loss"))
+        rough = below(*([roughness(r) for r in records[name]] for name in (two, one)))
         parts += [judge(gap, -0.01, sign_alone_is_partly=False), judge(rough, 0, sign_alone_is_partly=False)]
         figures.append(f"{architecture}: training loss less by {spread(gap)} nats, roughness by {spread(rough)}")
     return together(parts), "; ".join(figures)
@@ -316,7 +311,7 @@ def _c34(records: Records) -> tuple[Verdict, str]:
     figures, parts = [], []
     for architecture in "CD":
         changes = {arm: [change(r) for r in records[f"{architecture} {arm}"]] for arm in ("streaming", "tsbn")}
-        parts.append(judge(less(changes["streaming"], changes["tsbn"]), 0))
+        parts.append(judge(below(changes["streaming"], changes["tsbn"]), 0))
         figures += [f"{architecture} {arm} {spread(values)}" for arm, values in changes.items()]
     return together(parts), "test loss moves by (nats): " + ", ".join(figures)
 
@@ -324,7 +319,7 @@ def _c34(records: Records) -> tuple[Verdict, str]:
 def _c35(records: Records) -> tuple[Verdict, str]:
     saved, latest = final(records, "C streaming"), final(records, "C streaming latest")
     noise = max(0.01, deviation(saved))
-    gap = less(saved, latest)
+    gap = below(saved, latest)
     verdict: Verdict = "reproduced" if abs(mean(gap)) <= noise else "contradicted"
     return verdict, f"test error latest above saved by {spread(gap)}, noise {noise:.4f}"
 
