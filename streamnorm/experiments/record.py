@@ -29,9 +29,9 @@ def opening(first: Record, title: str) -> list[str]:
 
 
 def verdicts(records: Records, claims: Sequence[Claim]) -> list[str]:
-    """The lines of the table of claims, each checked and printed."""
+    """The lines of the table of those claims whose runs are there, each checked and printed."""
     lines = ["| claim | verdict | figures |", "|---|---|---|"]
-    for claim in claims:
+    for claim in (claim for claim in claims if set(claim.needs) <= set(records)):
         verdict, figures = claim.check(records)
         lines.append(f"| {claim.id}: {claim.text} | **{verdict}** | {figures} |")
         print(f"{claim.id} {verdict}: {figures}")

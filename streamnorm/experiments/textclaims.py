@@ -34,6 +34,8 @@ from streamnorm.training.textrun import TextRun
 
 OTHER_SETTINGS = ("beta 0 0 1", "alpha .3 .7")
 """Of streaming, beside the figures' beta = (.7, 0, .3) and alpha = kappa = (.7, .3)."""
+RESET = ("rnn streaming, state reset", "rnn tsbn, state reset")
+"""Runs whose chunks all begin with a state of 0."""
 
 
 # --- What a record says
@@ -86,7 +88,8 @@ def _times(gain: Sequence[float]) -> str:
 
 def _with_other_settings(records: Records, arch: str, than: str) -> str:
     """How streaming fares beside ``than`` with other settings than the figures'; no part of a verdict."""
-    gaps = {other: lower(records, f"{arch} streaming, {other}", f"{arch} {than}") for other in OTHER_SETTINGS}
+    named = {other: f"{arch} streaming, {other}" for other in OTHER_SETTINGS}
+    gaps = {other: lower(records, name, f"{arch} {than}") for other, name in named.items() if name in records}
     return "; with " + ", ".join(f"{other} below {than} by {spread(gap)}" for other, gap in gaps.items())
 
 
@@ -95,7 +98,11 @@ def _with_other_settings(records: Records, arch: str, than: str) -> str:
 
 def _c28(records: Records) -> tuple[Verdict, str]:
     gains = {arm: faster(records, f"rnn {arm}", "rnn layer") for arm in ("tsbn", "streaming")}
-    others = {f"streaming, {o}": faster(records, f"rnn streaming, {o}", "rnn layer") for o in OTHER_SETTINGS}
+    others = {
+        f"streaming, {o}": faster(records, f"rnn streaming, {o}", "rnn layer")
+        for o in OTHER_SETTINGS
+        if f"rnn streaming, {o}" in records
+    }
     figures = ", ".join(f"{arm} {_times(gain)}" for arm, gain in (gains | others).items())
     return together([judge(gain, 0) for gain in gains.values()]), f"times as fast as layer: {figures}"
 
@@ -109,13 +116,21 @@ def _c29(records: Records) -> tuple[Verdict, str]:
 
 def _c30(records: Records) -> tuple[Verdict, str]:
     gain, gap = faster(records, "gru streaming", "gru layer"), lower(records, "gru streaming", "gru tsbn")
-    others = [f"with {o} {_times(faster(records, f'gru streaming, {o}', 'gru layer'))}" for o in OTHER_SETTINGS]
-    figures = f"times as fast as layer: {_times(gain)}, {', '.join(others)}; nats: below tsbn by {spread(gap)}"
+    named = {other: f"gru streaming, {other}" for other in OTHER_SETTINGS}
+    others = "".join(
+        f", with {other} {_times(faster(records, name, 'gru layer'))}"
+        for other, name in named.items()
+        if name in records
+    )
+    figures = f"times as fast as layer: {_times(gain)}{others}; nats: below tsbn by {spread(gap)}"
     figures += _with_other_settings(records, "gru", "tsbn")
-    larger = "; with first weights x 5 {} times as fast as layer, below it by {} nats and below tsbn by {}"
     tsbn, layer, streaming = (f"gru {arm}, weights x 5" for arm in ("tsbn", "layer", "streaming"))
-    below = (spread(lower(records, streaming, other)) for other in (layer, tsbn))
-    figures += larger.format(_times(faster(records, streaming, layer)), *below)
+    if streaming in records:
+        below_layer, below_tsbn = (spread(lower(records, streaming, other)) for other in (layer, tsbn))
+        figures += (
+            f"; with first weights x 5 {_times(faster(records, streaming, layer))} times as fast as layer, "
+            f"below it by {below_layer} nats and below tsbn by {below_tsbn}"
+        )
     return together([judge(gain, 0), judge(gap, 0)]), figures
 
 
@@ -215,12 +230,27 @@ CLAIMS = [
     Claim("C-28", "RNN: TSNB and SN converge faster than LN (Figure 11).", _c28),
     Claim("C-29", "RNN: SN reaches a slightly lower loss than TSNB and LN (Figure 11).", _c29),
     Claim("C-30", "GRU: SN converges faster than LN and reaches a lower loss than TSNB (Figure 12).", _c30),
-    Claim("C-32", "Two batches an update help recurrent SN (sections 2 and 4.3).", _c32),
-    Claim("C-33", "Mini-batches of different lengths in one update help where lengths vary (section 2).", _c33),
-    Claim("C-34", "TSNB may not generalize to lengths it has not seen, SN does (Table 1).", _c34),
-    Claim("C-35", "That statistics have moved on going back causes no problem (section 4.3).", _c35),
-    Claim("C-37", "ReLU also works in the cells (section 5).", _c37),
-    Claim("C-59", "SN without statistics per time step works although they drift (section 8).", _c59),
+    Claim("C-32", "Two batches an update help recurrent SN (sections 2 and 4.3).", _c32, ("rnn streaming, 1 B/U",)),
+    Claim(
+        "C-33",
+        "Mini-batches of different lengths in one update help where lengths vary (section 2).",
+        _c33,
+        tuple(f"rnn {arm}, mixed lengths, {n} B/U" for arm in ("streaming", "layer") for n in (1, 3)),
+    ),
+    Claim("C-34", "TSNB may not generalize to lengths it has not seen, SN does (Table 1).", _c34, RESET),
+    Claim(
+        "C-35",
+        "That statistics have moved on going back causes no problem (section 4.3).",
+        _c35,
+        ("rnn streaming, latest statistics back",),
+    ),
+    Claim("C-37", "ReLU also works in the cells (section 5).", _c37, ("rnn streaming, ReLU", "gru streaming, ReLU")),
+    Claim("C-59", "SN without statistics per time step works although they drift (section 8).", _c59, RESET),
     Claim("C-61", "SN keeps one set of statistics, TSNB one per time step (section 4.3).", _c61),
-    Claim("C-66", "Normalizing the input path alone, as earlier work did, beside both paths (section 6).", _c66),
+    Claim(
+        "C-66",
+        "Normalizing the input path alone, as earlier work did, beside both paths (section 6).",
+        _c66,
+        ("rnn batch", *(f"{name}, vertical" for name in ("rnn batch", "rnn streaming", "gru streaming"))),
+    ),
 ]
