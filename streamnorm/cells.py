@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from streamnorm.checks import expect_whole
 from streamnorm.layers import StreamingNorm
 from streamnorm.timespecific import Factory, TimeSpecificNorm
 
@@ -46,8 +47,7 @@ class Cell(nn.Module):
     def __init__(self, input_size: int, hidden_size: int, norm: Factory | None, norm_h: HiddenNorm) -> None:
         super().__init__()
         for name, value in (("input_size", input_size), ("hidden_size", hidden_size)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is a whole number >= 1, got {value!r}")
+            expect_whole(name, value)
         self.input_size, self.hidden_size = input_size, hidden_size
         rows = len(self.gates) * hidden_size
         self.weight_ih = nn.Parameter(torch.empty(rows, input_size))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from streamnorm.checks import expect_whole, is_whole
 from streamnorm.layers import Norm, norms
 
 Warmup = int | Literal["auto"]
@@ -38,7 +39,7 @@ class Attachment:
     """The link between a model and its optimizer that ``attach`` makes; ``remove()`` it, or use it in a ``with``."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, warmup: Warmup) -> None:
-        if warmup != "auto" and (not isinstance(warmup, int) or isinstance(warmup, bool) or warmup < 0):
+        if warmup != "auto" and not is_whole(warmup, least=0):
             raise ValueError(f'warmup is a number of weight updates >= 0 or "auto", got {warmup!r}')
         if not isinstance(model, nn.Module) or not isinstance(optimizer, Optimizer):
             raise TypeError(
@@ -262,8 +263,7 @@ class DAU:
         warmup: Warmup = "auto",
     ) -> None:
         for name, value in (("samples_per_batch", samples_per_batch), ("batches_per_update", batches_per_update)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is a whole number >= 1, got {value!r}")
+            expect_whole(name, value)
         self.model = model
         self.optimizer = optimizer
         self.loss_fn = loss_fn

@@ -2,7 +2,7 @@
 
 A reference is three choices: features (own, all, or groups) x place (here, a local window, everywhere) x samples
 (one, the mini-batch). Eleven of the twelve pairings of the paper carry names here; the twelfth, one activation of one
-sample, normalizes nothing. Imports torch alone.
+sample, normalizes nothing. Imports checks alone.
 
 Legend: ``g`` steps of the stream, ``m`` samples of a mini-batch, ``c`` features, split into ``G`` groups of ``q``;
 ``place`` = x, y, z.
@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from streamnorm.checks import is_whole
 
 Features = Literal["own", "all"] | int
 Place = Literal["here", "local", "all"]
@@ -50,8 +52,7 @@ class NormRef:
     window: int = 5
 
     def __post_init__(self) -> None:
-        groups_ok = isinstance(self.features, int) and not isinstance(self.features, bool) and self.features >= 1
-        if self.features not in ("own", "all") and not groups_ok:
+        if self.features not in ("own", "all") and not is_whole(self.features):
             raise ValueError(f'features is "own", "all" or a number of groups >= 1, got {self.features!r}')
         if self.place not in ("here", "local", "all"):
             raise ValueError(f'place is "here", "local" or "all", got {self.place!r}')

@@ -326,7 +326,7 @@ WHOLE = "a whole number >= 1"
         ({"nonlinearity": "tanh"}, "nonlinearity is one of relu, sigmoid, got 'tanh'"),
         ({"normalized": "none"}, "normalized is one of hidden, top, all, got 'none'"),
         ({"top_bias": 1}, "top_bias is one of frequencies, zero, got 1"),
-        ({"warmup": -1}, "warmup is a number of updates >= 0, got -1"),
+        ({"warmup": -1}, "warmup is a whole number >= 0, got -1"),
     ],
 )
 def test_a_run_refuses_an_impossible_value(values: dict[str, Any], message: str) -> None:

@@ -34,7 +34,7 @@ from streamnorm.training.textrun import TextRun
         ("arch", "transformer", "one of rnn, gru, lstm"),
         ("nonlinearity", "gelu", "one of tanh, relu"),
         ("learning_rate", math.nan, "a finite number >= 0"),
-        ("warmup", -1, "a number of updates >= 0"),
+        ("warmup", -1, "a whole number >= 0"),
         *[("weight_scale", value, "a finite number > 0") for value in (0, math.inf, math.nan, "2")],
     ],
 )

@@ -19,7 +19,7 @@ REFUSED = [
     *[(name, value, WHOLE) for name in SIZES for value in (0, -3, 2.5, "8", None)],
     *[(name, value, FINITE) for name in RATES for value in (-0.1, math.inf, math.nan)],
     ("architecture", "E", '"A" (fully connected), "B" (convolutional)'),
-    ("warmup", -1, "a number of cycles >= 0"),
+    ("warmup", -1, "a whole number >= 0"),
 ]
 
 

@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from streamnorm.calibration.estimators import DECAY, Across, Corrected, Estimator, Mean, Moving, Pooled, alone
 from streamnorm.calibration.postproc import Site, Told, layers, once_through
+from streamnorm.checks import is_whole
 from streamnorm.normstats import DegenerateReferenceError, Lp
 
 Choice = Literal["pooled", "moving", "corrected"]
@@ -161,7 +162,7 @@ def recalibrate(
     _check(data, estimator)
     if not 0 < decay < 1:
         raise ValueError(f"decay is the weight of the old value, between 0 and 1, got {decay!r}")
-    if passes is not None and (not isinstance(passes, int) or isinstance(passes, bool) or passes < 1):
+    if passes is not None and not is_whole(passes):
         raise ValueError(f"passes is a number of passes >= 1, or None, got {passes!r}")
     most = 1 if passes is None and estimator != "pooled" else passes
     if most != 1 and isinstance(data, Iterator):

@@ -41,6 +41,7 @@ from streamnorm.experiments.study import (
 from streamnorm.layers import Norm
 from streamnorm.training import checkpoint
 from streamnorm.training.architectures import norm_factory
+from streamnorm.checks import expect_finite
 from streamnorm.training.data import Data, load
 from streamnorm.training.keeping import run_to_end
 from streamnorm.training.loop import Trainer, description, evaluate
@@ -89,8 +90,7 @@ class SigmoidRun(Run):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (isinstance(self.scale, (int, float)) and math.isfinite(self.scale) and self.scale > 0):
-            raise ValueError(f"scale is a finite number > 0, got {self.scale!r}")
+        expect_finite("scale", self.scale, above=True)
 
 
 def runs(tier: Tier) -> dict[str, SigmoidRun]:

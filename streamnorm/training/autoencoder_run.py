@@ -7,10 +7,10 @@ line is derived from it, and a checkpoint is refused by another one.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from streamnorm.checks import expect_choice, expect_finite, expect_whole
 from streamnorm.training.run import Described
 
 CHOICES = {
@@ -80,23 +80,20 @@ class AutoencoderRun(Described):
 
     def __post_init__(self) -> None:
         for name in ("vocabulary", "samples_per_batch", "batches_per_update", "epochs"):
-            _whole(name, getattr(self, name))
+            expect_whole(name, getattr(self, name))
         if not self.hidden:
             raise ValueError("hidden names the units of at least one layer, for instance --hidden 128; got none")
         for units in self.hidden:
-            _whole("a number of hidden units", units)
+            expect_whole("a number of hidden units", units)
         if self.train_limit is not None:
-            _whole("train_limit", self.train_limit)
+            expect_whole("train_limit", self.train_limit)
         for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is one of {', '.join(known)}, got {getattr(self, name)!r}")
+            expect_choice(name, getattr(self, name), known)
         if not (isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1):
             raise ValueError(f"dropout is a share >= 0 and below 1, got {self.dropout!r}")
-        rate = self.learning_rate
-        if not (isinstance(rate, (int, float)) and math.isfinite(rate) and rate >= 0):
-            raise ValueError(f"learning_rate is a finite number >= 0, got {rate!r}")
-        if self.warmup is not None and (not isinstance(self.warmup, int) or self.warmup < 0):
-            raise ValueError(f"warmup is a number of updates >= 0, got {self.warmup!r}")
+        expect_finite("learning_rate", self.learning_rate)
+        if self.warmup is not None:
+            expect_whole("warmup", self.warmup, least=0)
 
     @property
     def samples_per_update(self) -> int:
@@ -107,8 +104,3 @@ class AutoencoderRun(Described):
     def label(self) -> str:
         """What a table calls this run."""
         return f"{self.arm} {self.samples_per_batch} S/B x {self.batches_per_update} B/U"
-
-
-def _whole(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is a whole number >= 1, got {value!r}")

@@ -1,13 +1,14 @@
-"""Run: everything that decides what a training run computes, as a frozen dataclass. Imports the standard library alone.
+"""Run: everything that decides what a training run computes, as a frozen dataclass. Imports checks alone.
 
 The command line is derived from it, a record of results repeats it, and a checkpoint is refused by another one.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, Self
+
+from streamnorm.checks import expect_finite, expect_whole, is_whole
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,7 @@ class Settings(Described):
 
     def __post_init__(self) -> None:
         for name in ("width", "samples_per_batch", "batches_per_update", "epochs"):
-            if not _is_count(value := getattr(self, name)):
-                raise ValueError(f"{name} is a whole number >= 1, got {value!r}")
+            expect_whole(name, getattr(self, name))
         if self.architecture not in ARCHITECTURES:
             named = ", ".join(f'"{letter}" ({what})' for letter, what in ARCHITECTURES.items())
             raise ValueError(f"architecture is one of {named}, got {self.architecture!r}")
@@ -109,11 +109,9 @@ class Settings(Described):
                 f"{self.architecture} is called once before it goes back, so that its saved estimate is the latest"
             )
         for name in ("learning_rate", "momentum", "weight_decay"):
-            value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} is a finite number >= 0, got {value!r}")
-        if self.warmup is not None and (not isinstance(self.warmup, int) or self.warmup < 0):
-            raise ValueError(f"warmup is a number of cycles >= 0, got {self.warmup!r}")
+            expect_finite(name, getattr(self, name))
+        if self.warmup is not None:
+            expect_whole("warmup", self.warmup, least=0)
 
     def _checked_loops(self) -> tuple[int, ...]:
         default = LOOPS.get(self.architecture, ())
@@ -122,7 +120,7 @@ class Settings(Described):
         if not default:
             raise ValueError(f"loops is for architectures C and D, {self.architecture} has none; got {self.loops!r}")
         fits = isinstance(self.loops, (tuple, list)) and len(self.loops) == len(default)
-        if not fits or not all(map(_is_count, self.loops)):
+        if not fits or not all(map(is_whole, self.loops)):
             wanted = "two whole numbers >= 1, k1 and k2," if len(default) == 2 else "one whole number >= 1, k,"
             raise ValueError(f"loops is {wanted} for architecture {self.architecture}, got {self.loops!r}")
         return tuple(self.loops)
@@ -140,10 +138,6 @@ class Settings(Described):
         ('C(5, 5)', 'B')
         """
         return self.architecture + (f"({', '.join(map(str, self.loops))})" if self.loops else "")
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,13 @@ one.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from streamnorm.checks import expect_choice, expect_finite, expect_whole, is_whole
 from streamnorm.training.run import Described
 
 CHOICES = {"arch": ("rnn", "gru", "lstm"), "nonlinearity": ("tanh", "relu"), "backward_stats": ("saved", "latest")}
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @dataclass(frozen=True)
@@ -90,22 +86,17 @@ class TextRun(Described):
     def __post_init__(self) -> None:
         sizes = ("hidden", "layers", "samples_per_batch", "batches_per_update", "epochs", "validate_every")
         for name in (*sizes, *(["limit"] if self.limit is not None else [])):
-            if not _is_size(getattr(self, name)):
-                raise ValueError(f"{name} is a whole number >= 1, got {getattr(self, name)!r}")
-        if not isinstance(self.steps, tuple) or not self.steps or not all(map(_is_size, self.steps)):
+            expect_whole(name, getattr(self, name))
+        if not isinstance(self.steps, tuple) or not self.steps or not all(map(is_whole, self.steps)):
             raise ValueError(f"steps is a tuple of whole numbers >= 1 such as (100,), got {self.steps!r}")
         for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is one of {', '.join(known)}, got {getattr(self, name)!r}")
+            expect_choice(name, getattr(self, name), known)
         if self.arch == "lstm" and self.nonlinearity != "tanh":
             raise ValueError(f"nonlinearity is a choice of rnn and gru, an lstm has tanh; got {self.nonlinearity!r}")
-        rate = self.learning_rate
-        if not (isinstance(rate, (int, float)) and math.isfinite(rate) and rate >= 0):
-            raise ValueError(f"learning_rate is a finite number >= 0, got {rate!r}")
-        if not (isinstance(self.weight_scale, (int, float)) and 0 < self.weight_scale < math.inf):
-            raise ValueError(f"weight_scale is a finite number > 0, got {self.weight_scale!r}")
-        if self.warmup is not None and (not isinstance(self.warmup, int) or self.warmup < 0):
-            raise ValueError(f"warmup is a number of updates >= 0, got {self.warmup!r}")
+        expect_finite("learning_rate", self.learning_rate)
+        expect_finite("weight_scale", self.weight_scale, above=True)
+        if self.warmup is not None:
+            expect_whole("warmup", self.warmup, least=0)
 
     @property
     def samples_per_update(self) -> int:
