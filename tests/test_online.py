@@ -36,10 +36,10 @@ def test_every_instruction_set(
     assert loaded is not None
     if library.ISAS[isa] > loaded.streamnorm_isa():
         pytest.skip("more than this machine has")
-    own = module._steps()
+    own = module.compiled_steps()
     step = loaded[f"online_steps_{isa}"]
     step.argtypes, step.restype = own.argtypes, own.restype  # type: ignore[attr-defined]
-    monkeypatch.setattr(module, "_steps", lambda: step)
+    monkeypatch.setattr(module, "compiled_steps", lambda: step)
     x, y = samples(widths=widths)
     for dtype in (torch.float64, torch.float32):
         for rates in ("decay", "nesterov"):
