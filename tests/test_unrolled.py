@@ -16,6 +16,7 @@ from streamnorm.experiments.unrolled import (
     CLAIMS,
     FIGURES,
     LONGER,
+    SLOWER,
     TIERS,
     change,
     last,
@@ -150,7 +151,8 @@ def betas(**errors: float) -> dict[str, list[dict[str, Any]]]:
     """Three seeds of each beta, at 0.5 unless ``errors``, keyed by the three numbers, say otherwise."""
     named = {"a": "C streaming", "b": "C beta .7 .3 0", "c": "C beta 1 0 0", "z": "C beta 0 0 0"}
     given = {named[key]: error for key, error in errors.items()}
-    return {name: seeds(*[given.get(name, 0.5)] * 3) for name in BETAS}
+    slower = [f"{name}, rate .01" for name in SLOWER]
+    return {name: seeds(*[given.get(name, 0.5)] * 3) for name in (*BETAS, *slower)}
 
 
 @pytest.mark.parametrize(
@@ -193,14 +195,15 @@ def test_layer_normalization_has_one_gradient_however_the_samples_are_cut() -> N
 def test_the_runs_have_the_papers_settings(tier: str) -> None:
     named = runs(TIERS[tier])
     for name, run in named.items():
-        architecture, arm, *_ = name.split()
+        architecture, arm, *_ = name.removesuffix(", rate .01").split()
         assert run.network == {"C": "C(5, 5)", "D": "D(5)"}[architecture]
         assert run.arm == ("streaming" if arm == "beta" else arm)
         two = run.arm == "streaming" and not name.endswith("64 x 1")
         assert (run.samples_per_batch, run.batches_per_update) == ((32, 2) if two else (64, 1))
-        assert (run.data, run.learning_rate, run.momentum) == ("cifar10", 0.1, 0.9)
+        assert (run.data, run.momentum) == ("cifar10", 0.9)
+        assert run.learning_rate == (0.01 if name.endswith("rate .01") else 0.1)
         assert (run.p, run.center, run.alpha, run.kappa) == (2, None, (0.7, 0.3), None)
-        assert run.beta == BETAS.get(name, (0.7, 0.0, 0.3))
+        assert run.beta == BETAS.get(name.removesuffix(", rate .01"), (0.7, 0.0, 0.3))
         assert run.backward_stats == ("latest" if arm == "streaming" and name.endswith("latest") else "saved")
     assert len(set(named.values())) == len(named), "two names for one run"
     assert set(named) == {name for names in FIGURES.values() for name in names} >= set(LONGER)

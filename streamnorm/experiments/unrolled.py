@@ -85,10 +85,13 @@ BETAS = {
     "C beta 0 0 0": (0.0, 0.0, 0.0),
 }
 """The choices of Figure 10."""
+SLOWER = ("C streaming", "C beta 1 0 0", "C beta 0 0 0")
+"""Those that are trained at a tenth of the learning rate as well: what comes an update late asks for smaller steps."""
 FIGURES = {
     "Figure 8": ("D streaming", "D tsbn", "D streaming 64 x 1"),
     "Figure 9": ("C streaming", "C tsbn", "C batch", "C layer", "C streaming 64 x 1", "C streaming latest"),
     "Figure 10": tuple(BETAS),
+    "Figure 10 at a tenth of the rate": tuple(f"{name}, rate .01" for name in SLOWER),
 }
 LONGER = ("C streaming", "C tsbn", "D streaming", "D tsbn")
 """What is tested with more loops than it was trained with."""
@@ -110,7 +113,7 @@ def runs(tier: Tier) -> dict[str, Run]:
     c = replace(shared, architecture="C", loops=(tier.loops, tier.loops))
     d = replace(shared, architecture="D", loops=(tier.loops,), width=tier.width // 2)
     c64, d64 = (replace(run, samples_per_batch=64, batches_per_update=1) for run in (c, d))
-    return {
+    named = {
         "C streaming": c,
         "C tsbn": replace(c64, arm="tsbn"),
         "C batch": replace(c64, arm="batch"),
@@ -122,6 +125,10 @@ def runs(tier: Tier) -> dict[str, Run]:
         "C streaming latest": replace(c, backward_stats="latest"),
         "D streaming 64 x 1": d64,
     }
+    slower = {
+        f"{name}, rate .01": replace(named[name], learning_rate=named[name].learning_rate / 10) for name in SLOWER
+    }
+    return named | slower
 
 
 def examine(records: Mapping[str, Sequence[Record]], data: Data, out: Path) -> None:
@@ -264,6 +271,9 @@ def _c26(records: Records) -> tuple[Verdict, str]:
     best = min(errors, key=lambda name: mean(errors[name]))
     ahead, behind = (below(errors["C beta 1 0 0"], errors[name]) for name in ("C beta 0 0 0", best))
     figures = f"training error below (0, 0, 0) by {spread(ahead)}, below the best ({best}) by {spread(behind)}"
+    slower = ", ".join(f"{name} {spread(last(records, f'{name}, rate .01'))}" for name in SLOWER)
+    lost = sum(bool(r["failed"]) for r in records["C beta 1 0 0"])
+    figures += f"; {lost} of {len(behind)} seeds diverged; at a tenth of the rate: {slower}"
     return together([judge(ahead, 0), judge(behind, -0.05, sign_alone_is_partly=False)]), figures
 
 
