@@ -11,7 +11,7 @@ import torch
 
 from streamnorm.experiments.arguments import Arguments
 from streamnorm.experiments.autoencoder import CLAIMS, DROPOUTS, TIERS, main, pairs_of, ratios, runs
-from streamnorm.experiments.autoencoder_measures import correlation, examined, with_and_without_bias
+from streamnorm.experiments.autoencodermeasures import correlation, examined, with_and_without_bias
 from streamnorm.training.autoencoder import Autoencoder
 from streamnorm.training.autoencoder_run import AutoencoderRun
 from streamnorm.training.documents import load_documents

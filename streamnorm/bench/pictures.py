@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from streamnorm.bench.journal import Timed
 from streamnorm.bench.results import DEFAULT, TUNED, Curve, Row, allocators, curves, rows
-from streamnorm.training.curves import COLOURS, OTHER_COLOURS
+from streamnorm.drawing import COLORS, OTHER_COLORS, png
 
 INK, SOFT, FAINT, PAPER = "#1d2127", "#5a626e", "#e3e6ea", "#ffffff"
-OURS, PEERS = COLOURS["streaming"], COLOURS["batch"]
-LINES_OF_OURS = (OURS, OTHER_COLOURS[2], OTHER_COLOURS[0])
-LINES_OF_PEERS = (PEERS, COLOURS["layer"], COLOURS["none"])
+OURS, PEERS = COLORS["streaming"], COLORS["batch"]
+LINES_OF_OURS = (OURS, OTHER_COLORS[2], OTHER_COLORS[0])
+LINES_OF_PEERS = (PEERS, COLORS["layer"], COLORS["none"])
 PANELS = 3
 """In a row, at most."""
 TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
@@ -82,11 +81,11 @@ def _panel(axes: Any, by_allocator: dict[str, list[Row]], named: bool) -> None:
         for row in found:
             if row.variant not in shown:
                 continue
-            at, colour = shown.index(row.variant) + (0 if filled else 0.3), OURS if row.is_ours else PEERS
+            at, color = shown.index(row.variant) + (0 if filled else 0.3), OURS if row.is_ours else PEERS
             a, middle, b = row.ratio
-            axes.plot([a, b], [at, at], color=colour, linewidth=2.2, alpha=0.45, solid_capstyle="butt")
-            face = colour if filled else PAPER
-            axes.plot(middle, at, "o", color=colour, markerfacecolor=face, markersize=6 if filled else 4.5)
+            axes.plot([a, b], [at, at], color=color, linewidth=2.2, alpha=0.45, solid_capstyle="butt")
+            face = color if filled else PAPER
+            axes.plot(middle, at, "o", color=color, markerfacecolor=face, markersize=6 if filled else 4.5)
             if filled:
                 label = f"{middle:.2f}" if middle < 10 else f"{middle:.0f}"
                 axes.annotate(label, (1, at), xycoords=("axes fraction", "data"), xytext=(-3, 0), **_WORDS)
@@ -138,10 +137,10 @@ def _growth(cases: Sequence[Timed], title: str) -> bytes:
 def _lines(axes: Any, drawn: Sequence[Curve]) -> None:
     ours, peers = iter(LINES_OF_OURS * 9), iter(LINES_OF_PEERS * 9)
     for curve in drawn:
-        colour = next(ours) if curve.is_ours else next(peers)
+        color = next(ours) if curve.is_ours else next(peers)
         slope = "" if curve.exponent is None else f": exponent {curve.exponent:.2f}, {curve.low} to {curve.high}"
         values = [seconds * 1e6 for seconds in curve.seconds.values()]
-        axes.plot(list(curve.seconds), values, "o-", color=colour, markersize=3.5, label=curve.variant + slope)
+        axes.plot(list(curve.seconds), values, "o-", color=color, markersize=3.5, label=curve.variant + slope)
 
 
 def _figure(size: tuple[float, float], title: str) -> Any:
@@ -172,6 +171,4 @@ def _legend(figure: Any, used: Sequence[str]) -> None:
 
 
 def _png(figure: Any) -> bytes:
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+    return png(figure)

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Literal
 
 from streamnorm.experiments.arguments import Arguments, begin
-from streamnorm.experiments.autoencoder_curves import picture
-from streamnorm.experiments.autoencoder_measures import NEIGHBORS, examined, with_and_without_bias
+from streamnorm.experiments.autoencodercurves import picture
+from streamnorm.experiments.autoencodermeasures import NEIGHBORS, examined, with_and_without_bias
 from streamnorm.experiments.study import (
     Claim,
     Record,

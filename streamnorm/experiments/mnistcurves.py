@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
-from streamnorm.experiments.textcurves import draw
-from streamnorm.training.curves import COLOURS, DASHES, OTHER_COLOURS
+from streamnorm.drawing import COLORS, DASHES, colors_of, draw, finish, logarithmic, png
+from streamnorm.experiments.study import with_failures
 
 Record = Mapping[str, Any]
 TYPICAL = 0
 """The unit whose input is drawn."""
 SHOWN = ("none", "batch", "streaming")
 LINES = (*SHOWN, "streaming 1 x 60")
+TICKS = (1.0, 2.0, 3.0, 5.0)
 
 
 def picture(
@@ -45,63 +45,37 @@ def picture(
         panel.set_ylim(low, high)
     for name, style in _styles(LINES, records):
         _curve(below[0], records[name], "test_error", 100, style)
-    _finish(below[0], "Test error, %", "weight update")
-    _logarithmic(below[0])
-    for (arm, errors), color in zip(by_scale.items(), (COLOURS[arm] for arm in by_scale), strict=True):
+    finish(below[0], "Test error, %", "weight update")
+    logarithmic(below[0], TICKS)
+    for (arm, errors), color in zip(by_scale.items(), (COLORS[arm] for arm in by_scale), strict=True):
         seeds = list(zip(*([100 * e for e in errors[scale]] for scale in errors), strict=True))
         draw(below[1], list(errors), seeds, {"color": color, "label": arm, "marker": "o", "markersize": 4})
     below[1].set_xscale("log")
-    _finish(below[1], "Last test error, % (90 for a run that diverged)", "scale of the initial weights")
+    finish(below[1], "Last test error, % (90 for a run that diverged)", "scale of the initial weights")
     for name, style in _styles(("batch", *naive), records):
         _curve(below[2], records[name], "weights", 1, style)
-    _logarithmic(below[2])
-    _finish(below[2], "Norm of all weights", "weight update")
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+    logarithmic(below[2], TICKS)
+    finish(below[2], "Norm of all weights", "weight update")
+    return png(figure)
 
 
 def _percentiles(panel: Any, name: str, record: Record) -> None:
     updates = [look["updates"] for look in record["trace"]]
-    color = COLOURS[name]
+    color = COLORS[name]
     for i, width in enumerate((0.9, 1.7, 0.9)):
         panel.plot(updates, [look["percentiles"][i][TYPICAL] for look in record["trace"]], color=color, linewidth=width)
-    panel.set_title(f"{name}: input of one sigmoid, percentiles 15, 50, 85", loc="left", size=10)
-    panel.set_xlabel("weight update")
-    panel.grid(alpha=0.3)
+    finish(panel, f"{name}: input of one sigmoid, percentiles 15, 50, 85", "weight update")
 
 
 def _styles(names: Sequence[str], records: Mapping[str, Sequence[Record]]) -> list[tuple[str, dict[str, Any]]]:
     """A color for each name, with how many of its seeds failed."""
-    colors = [COLOURS.get(name) for name in names]
-    others = iter(OTHER_COLOURS)
-    styles = []
-    for name, color, dash in zip(names, colors, cycle(DASHES), strict=False):
-        lost = sum(bool(record["failed"]) for record in records[name])
-        said = f" ({lost} of {len(records[name])} seeds diverged)" if lost else ""
-        styles.append((name, {"color": color or next(others), "linestyle": dash, "label": name + said}))
-    return styles
+    return [
+        (name, {"color": color, "linestyle": dash, "label": with_failures(name, records[name])})
+        for name, color, dash in zip(names, colors_of(names), cycle(DASHES), strict=False)
+    ]
 
 
 def _curve(panel: Any, records: Sequence[Record], key: str, unit: float, style: dict[str, Any]) -> None:
     whole = [record["trace"] for record in records if record["trace"] and not record["failed"]]
-    if not whole:
-        panel.plot([], [], **style)
-        return
-    draw(panel, [look["updates"] for look in whole[0]], [[unit * look[key] for look in t] for t in whole], style)
-
-
-def _logarithmic(panel: Any) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    panel.set_yscale("log")
-    panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    panel.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _finish(panel: Any, title: str, axis: str) -> None:
-    panel.set_title(title, loc="left", size=10)
-    panel.set_xlabel(axis)
-    panel.grid(alpha=0.3)
-    panel.legend(frameon=False, fontsize=8)
+    updates = [look["updates"] for look in whole[0]] if whole else []
+    draw(panel, updates, [[unit * look[key] for look in t] for t in whole], style)

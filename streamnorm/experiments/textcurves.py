@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import math
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
+from streamnorm.drawing import DASHES, PALETTE, colors_of, draw, finish, png
 from streamnorm.experiments.study import with_failures
-from streamnorm.training.curves import COLOURS, DASHES, OTHER_COLOURS
 
 Record = Mapping[str, Any]
-PALETTE = (*OTHER_COLOURS, *COLOURS.values())
 SPAN = 50
 """Neighbors in the moving average of the training loss (paper, section 7.6)."""
 
@@ -46,12 +44,10 @@ def picture(groups: Mapping[str, Mapping[str, Sequence[Record]]]) -> bytes:
 
     figure = Figure(figsize=(15, 4.4 * len(groups)), dpi=120, layout="constrained")
     for panels, (title, named) in zip(figure.subplots(len(groups), 3, squeeze=False), groups.items(), strict=True):
-        colors: list[str] = []
-        for name, records in named.items():
+        colors = colors_of([records[0]["arm"] for records in named.values()])
+        for (name, records), color, dash in zip(named.items(), colors, cycle(DASHES), strict=False):
             whole = [record for record in records if record["metrics"] and not record["failed"]]
-            own = COLOURS.get(records[0]["arm"])
-            colors.append(own if own and own not in colors else next(c for c in PALETTE if c not in colors))
-            style = {"color": colors[-1], "linestyle": DASHES[len(colors) - 1], "label": with_failures(name, records)}
+            style = {"color": color, "linestyle": dash, "label": with_failures(name, records)}
             if not whole:
                 for panel in panels[:2]:
                     panel.plot([], [], **style)
@@ -68,16 +64,8 @@ def picture(groups: Mapping[str, Mapping[str, Sequence[Record]]]) -> bytes:
         titles = ("training loss, smoothed", "validation loss", "loss along long sequences")
         axes = ("million characters", "million characters", "time step, from a state of 0")
         for panel, what, along_axis in zip(panels, titles, axes, strict=True):
-            if not panel.lines:
-                panel.set_axis_off()
-                continue
-            panel.set_title(f"{title}: {what}, nats", loc="left", size=10)
-            panel.set_xlabel(along_axis)
-            panel.grid(alpha=0.3)
-            panel.legend(frameon=False, fontsize=8)
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+            finish(panel, f"{title}: {what}, nats", along_axis)
+    return png(figure)
 
 
 def over_time(record: Record) -> bytes:
@@ -93,27 +81,11 @@ def over_time(record: Record) -> bytes:
     for panel, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         for unit, color in zip(record[key], PALETTE, strict=False):
             panel.plot(range(2, len(unit) + 2), unit, linewidth=1.2, color=color)
-        panel.set_title(title, loc="left", size=10)
-        panel.set_xlabel("time step, from a state of 0")
-        panel.grid(alpha=0.3)
+        finish(panel, title, "time step, from a state of 0")
         # Of n values, the mean strays by sigma / sqrt(n), and sigma itself by sigma / sqrt(2 n).
         center, noise = (0, record["noise"]) if key == "mu" else (1, record["noise"] / 2**0.5)
         panel.axhspan(center - 2 * noise, center + 2 * noise, color="#7f8793", alpha=0.25, linewidth=0)
     figure.suptitle(
         f"{record['label']}: statistics of W_h h, five units from the steadiest to the least steady", size=10
     )
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
-
-
-def draw(panel: Any, x: Sequence[float], seeds: Sequence[Sequence[float | None]], style: dict[str, Any]) -> None:
-    """A line at the mean over the seeds, in a band from the lowest to the highest; a gap where one is not finite."""
-    draw_columns(panel, x, list(zip(*seeds, strict=True)), style)
-
-
-def draw_columns(panel: Any, x: Sequence[float], of: Sequence[Sequence[float | None]], style: dict[str, Any]) -> None:
-    """``draw`` from the seeds' values at each x, which may be more at one than at another."""
-    columns: list[Any] = [[math.nan] if None in column else column for column in of]
-    panel.plot(x, [statistics.fmean(column) for column in columns], linewidth=1.4, **style)
-    panel.fill_between(x, [*map(min, columns)], [*map(max, columns)], color=style["color"], alpha=0.15, linewidth=0)
+    return png(figure)

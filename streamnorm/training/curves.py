@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 import textwrap
 from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
 
+from streamnorm.drawing import COLORS, DASHES, OTHER_COLORS, logarithmic, png, whole_numbers
 from streamnorm.training.summary import Row, Run, by_label, fixed, summarize
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; without their yellow, too faint on white.
-COLOURS = {"none": "#7f8793", "batch": "#0072B2", "layer": "#009E73", "streaming": "#D55E00"}
-OTHER_COLOURS = ("#CC79A7", "#56B4E9", "#E69F00", "#8F6BD1")
-DASHES = ("-", "--", ":", "-.", (0, (6, 1.5, 1, 1.5, 1, 1.5)), (0, (1, 3)))
 MARKERS_UP_TO = 15
 """Epochs that still have room for a dot each."""
 
@@ -60,20 +56,18 @@ def picture(runs: Sequence[Run], *, dark: bool = False) -> bytes:
     legend = figure.legend(lines, names, loc="outside right upper", frameon=False, labelcolor=ink, handlelength=2.8)
     for text in legend.get_texts():
         text.set_parse_math(False)
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+    return png(figure)
 
 
 def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """An arm is a colour, each of its labels another dash."""
-    others = dict.fromkeys(row.arm for row in rows if row.arm not in COLOURS)
-    colours = COLOURS | dict(zip(others, cycle(OTHER_COLOURS), strict=False))
+    """An arm is a color, each of its labels another dash."""
+    others = dict.fromkeys(row.arm for row in rows if row.arm not in COLORS)
+    colors = COLORS | dict(zip(others, cycle(OTHER_COLORS), strict=False))
     styles, used = {}, []
     for row in rows:
-        colour = colours[row.arm]
-        styles[row.label] = {"color": colour, "linestyle": DASHES[used.count(colour) % len(DASHES)]}
-        used.append(colour)
+        color = colors[row.arm]
+        styles[row.label] = {"color": color, "linestyle": DASHES[used.count(color) % len(DASHES)]}
+        used.append(color)
     return styles
 
 
@@ -85,8 +79,6 @@ def _name(row: Row) -> str:
 
 def _draw(axes: Any, runs: Sequence[Run], styles: dict[str, dict[str, Any]], key: str, unit: float) -> bool:
     """One panel; returns whether a seed ends before the longest run."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-
     longest = max(len(run["metrics"]) for run in runs)
     marker = "o" if longest <= MARKERS_UP_TO else ""
     drawn, ended = [], False
@@ -101,10 +93,7 @@ def _draw(axes: Any, runs: Sequence[Run], styles: dict[str, dict[str, Any]], key
                 axes.plot(len(seed), seed[-1], "x", color=style["color"], markersize=9, markeredgewidth=2)
                 ended = True
         drawn += [value for column in columns for value in column]
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    whole_numbers(axes)
     if drawn and min(drawn) > 0 and max(drawn) / min(drawn) > 8:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        logarithmic(axes, (1.0, 2.0, 5.0))
     return ended

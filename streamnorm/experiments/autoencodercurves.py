@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from streamnorm.drawing import COLORS, DASHES, OTHER_COLORS, draw, draw_columns, finish, png, whole_numbers
 from streamnorm.experiments.study import with_failures
-from streamnorm.experiments.textcurves import draw, draw_columns
-from streamnorm.training.curves import COLOURS, DASHES, OTHER_COLOURS
 
 Records = Mapping[str, Sequence[Mapping[str, Any]]]
 
@@ -20,7 +18,6 @@ def picture(records: Records, dropouts: Sequence[float]) -> bytes:
     left out, and said to be.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(13, 9.5), dpi=120, layout="constrained")
     (costs, norms), (rates, dropout) = figure.subplots(2, 2)
@@ -31,25 +28,25 @@ def picture(records: Records, dropouts: Sequence[float]) -> bytes:
             epochs = range(1, max(map(len, values), default=0) + 1)
             label = with_failures(name.replace(" online", ""), records[name])
             draw(panel, epochs, values, {**style, "marker": "o", "markersize": 4, "label": label})
-            panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            whole_numbers(panel)
     for arm in ("none", "layer"):
         own = sorted(
             (n for n in online if n.startswith(f"{arm} online, rate") and online[n]), key=lambda n: _rate(online[n])
         )
         ends = [[r["metrics"][-1]["test_cost"] for r in online[n]] for n in own]
-        style = {"color": COLOURS[arm], "marker": "o", "markersize": 4, "label": arm}
+        style = {"color": COLORS[arm], "marker": "o", "markersize": 4, "label": arm}
         draw_columns(rates, [_rate(online[n]) for n in own], ends, style)
     for arm in ("none", "batch"):
         for share, dash in zip(dropouts, DASHES, strict=False):
             name = f"{arm}, dropout {share}"
             values = [[m["test_cost"] for m in r["metrics"]] for r in _trained(records[name])]
-            style = {"color": COLOURS[arm], "linestyle": dash, "label": with_failures(name, records[name])}
+            style = {"color": COLORS[arm], "linestyle": dash, "label": with_failures(name, records[name])}
             draw(dropout, range(1, max(map(len, values), default=0) + 1), values, style)
     rates.set_xscale("log")
     tried = sorted({_rate(records[name]) for name in online})
     rates.set_xticks(tried, labels=[f"{rate:g}" for rate in tried])
     rates.minorticks_off()
-    dropout.xaxis.set_major_locator(MaxNLocator(integer=True))
+    whole_numbers(dropout)
     titles = {
         costs: ("One document at a time: test cost, nats a document", "epoch"),
         norms: ("One document at a time: norm of W", "epoch"),
@@ -57,14 +54,8 @@ def picture(records: Records, dropouts: Sequence[float]) -> bytes:
         dropout: ("Mini-batches, few documents: test cost, nats a document", "epoch"),
     }
     for panel, (title, axis) in titles.items():
-        panel.set_title(title, loc="left", size=11)
-        panel.set_xlabel(axis)
-        panel.grid(alpha=0.3)
-        if panel is not norms:  # its lines are those of the costs beside it
-            panel.legend(frameon=False, fontsize=8)
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+        finish(panel, title, axis)
+    return png(figure)
 
 
 def _trained(seeds: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -78,6 +69,6 @@ def _rate(seeds: Sequence[Mapping[str, Any]]) -> float:
 def _styles(arms: Sequence[str]) -> list[dict[str, Any]]:
     """An arm is a color, each of its runs another dash."""
     return [
-        {"color": COLOURS.get(arm, OTHER_COLOURS[0]), "linestyle": DASHES[arms[:i].count(arm) % len(DASHES)]}
+        {"color": COLORS.get(arm, OTHER_COLORS[0]), "linestyle": DASHES[arms[:i].count(arm) % len(DASHES)]}
         for i, arm in enumerate(arms)
     ]

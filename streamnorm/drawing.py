@@ -1,0 +1,78 @@
+"""What all pictures have in common: colors, dashes, lines over seeds, the look of a panel. Imports nothing of ours, and
+matplotlib by what it is handed."""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+# Okabe and Ito's colors, which color-blind readers tell apart; without their yellow, too faint on white.
+COLORS = {"none": "#7f8793", "batch": "#0072B2", "layer": "#009E73", "streaming": "#D55E00"}
+OTHER_COLORS = ("#CC79A7", "#56B4E9", "#E69F00", "#8F6BD1")
+PALETTE = (*OTHER_COLORS, *COLORS.values())
+DASHES = ("-", "--", ":", "-.", (0, (6, 1.5, 1, 1.5, 1, 1.5)), (0, (1, 3)))
+
+
+def colors_of(arms: Sequence[str]) -> list[str]:
+    """An arm's own color where it comes first, another one for each that follows or has none.
+
+    >>> colors_of(["batch", "batch", "group"])
+    ['#0072B2', '#CC79A7', '#56B4E9']
+    """
+    colors: list[str] = []
+    for arm in arms:
+        own = COLORS.get(arm)
+        colors.append(own if own and own not in colors else next(c for c in PALETTE if c not in colors))
+    return colors
+
+
+def draw(panel: Any, x: Sequence[float], seeds: Sequence[Sequence[float | None]], style: dict[str, Any]) -> None:
+    """A line at the mean over the seeds, in a band from the lowest to the highest; a gap where one is not finite.
+    Without seeds the line is in the legend alone."""
+    draw_columns(panel, x if seeds else [], list(zip(*seeds, strict=True)), style)
+
+
+def draw_columns(panel: Any, x: Sequence[float], of: Sequence[Sequence[float | None]], style: dict[str, Any]) -> None:
+    """``draw`` from the seeds' values at each x, which may be more at one than at another."""
+    columns: list[Any] = [[math.nan] if None in column else column for column in of]
+    panel.plot(x, [statistics.fmean(column) for column in columns], linewidth=1.4, **style)
+    panel.fill_between(x, [*map(min, columns)], [*map(max, columns)], color=style["color"], alpha=0.15, linewidth=0)
+
+
+def finish(panel: Any, title: str, axis: str) -> None:
+    """Title, name of the x axis, grid, and a legend if any line has a name; an empty panel is taken away."""
+    if not panel.has_data():
+        panel.set_axis_off()
+        return
+    panel.set_title(title, loc="left", size=10)
+    panel.set_xlabel(axis)
+    panel.grid(alpha=0.3)
+    if panel.get_legend_handles_labels()[1]:
+        panel.legend(frameon=False, fontsize=8)
+
+
+def whole_numbers(panel: Any) -> None:
+    """Ticks at whole numbers along x, however few there are."""
+    from matplotlib.ticker import MaxNLocator
+
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def logarithmic(panel: Any, at: Sequence[float]) -> None:
+    """A logarithmic y axis with plain numbers at ``at`` in each decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=at))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.yaxis.set_minor_formatter(NullFormatter())
+
+
+def png(figure: Any) -> bytes:
+    """The bytes of a figure's PNG."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()
