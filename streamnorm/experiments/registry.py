@@ -18,6 +18,8 @@ STUDIES = {
     "autoencoder": "auto-encoders of sparse text, one document at a time",
     "pipeline": "batch normalization from training to testing: what to test with",
     "mnist": "sigmoid units on MNIST, after the talk of Ioffe (2015)",
+    "inception": "a small Inception network: learning rates, sigmoids, an ensemble, after the same talk",
+    "comments": "two comments: gain and bias before a convolution, curvature and over-fitting",
 }
 
 

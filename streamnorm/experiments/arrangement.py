@@ -1,0 +1,112 @@
+"""Architecture B with its normalizations in other places, and without what stands beside them. Imports the trainer.
+
+In B as it is, a normalization with gain and bias follows convolutions, and ReLU follows it. Here it may stand right
+before each convolution, behind ReLU, with no gain and no bias: the convolution has weights of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from streamnorm.dau import DAU
+from streamnorm.layers import Norm, norms
+from streamnorm.training.architectures import Block, Convolutional, norm_factory
+from streamnorm.training.data import Data
+from streamnorm.training.loop import Trainer
+from streamnorm.training.run import Run
+
+AFTER, BEFORE = "after, gain and bias", "before, bias of the convolution"
+BARE_AFTER, BARE_BEFORE = "after, nothing", "before, nothing"
+
+
+def as_it_is(model: Convolutional, run: Run) -> None:
+    """Convolution, normalization, gain and bias, ReLU."""
+
+
+def bare(model: Convolutional, run: Run) -> None:
+    """Convolution, normalization, ReLU."""
+    for layer in norms(model):
+        layer.affine = None
+
+
+def before(model: Convolutional, run: Run) -> None:
+    """ReLU, normalization, convolution. The read-out has one too: a mean over places and a linear layer are one."""
+    norm, read_out = norm_factory(run), model[-1]
+    assert isinstance(read_out, nn.Linear)
+
+    def rearranged(layers: nn.Sequential) -> nn.Sequential:
+        kept: list[nn.Module] = []
+        for layer in layers:
+            if isinstance(layer, nn.Conv2d):
+                kept.append(norm(layer.in_channels))
+            elif isinstance(layer, nn.AdaptiveAvgPool2d):
+                kept.append(norm(read_out.in_features))
+            if not isinstance(layer, Norm):
+                kept.append(layer)
+        return nn.Sequential(*kept)
+
+    for i, stage in enumerate(model):
+        if isinstance(stage, Block):
+            stage.branch = rearranged(stage.branch)
+        elif isinstance(stage, nn.Sequential):
+            model[i] = rearranged(stage)
+    bare(model, run)
+
+
+def before_with_bias(model: Convolutional, run: Run) -> None:
+    """ReLU, normalization, convolution with a bias, which begins at 0."""
+    before(model, run)
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.bias = nn.Parameter(torch.zeros(layer.out_channels))
+
+
+ARRANGEMENTS: dict[str, Callable[[Convolutional, Run], None]] = {
+    AFTER: as_it_is,
+    BEFORE: before_with_bias,
+    BARE_AFTER: bare,
+    BARE_BEFORE: before,
+}
+"""Where the normalization stands, and what is learned beside the weights; each changes a network before training."""
+
+
+@dataclass(frozen=True)
+class ArrangedRun(Run):
+    """A run of architecture B with batch normalization in one of the ``ARRANGEMENTS``."""
+
+    arrangement: str = AFTER
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.arrangement not in ARRANGEMENTS:
+            known = ", ".join(map(repr, ARRANGEMENTS))
+            raise ValueError(f"arrangement is one of {known}, got {self.arrangement!r}")
+        if (self.architecture, self.arm) != ("B", "batch"):
+            raise ValueError(
+                f"arrangements are of architecture B and the arm 'batch', got {self.architecture!r} and {self.arm!r}"
+            )
+
+
+class ArrangedTrainer(Trainer):
+    """A run under way in its arrangement. The weights begin as those of B do."""
+
+    def __init__(self, run: ArrangedRun, data: Data) -> None:
+        super().__init__(run, data)
+        assert isinstance(self.model, Convolutional)
+        ARRANGEMENTS[run.arrangement](self.model, run)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=run.learning_rate, momentum=run.momentum, weight_decay=run.weight_decay
+        )
+        self.dau = DAU(
+            self.model,
+            self.optimizer,
+            F.cross_entropy,
+            samples_per_batch=run.samples_per_batch,
+            batches_per_update=run.batches_per_update,
+            warmup=0,
+        )
