@@ -426,6 +426,10 @@ def test_train_evaluate_and_neighbors_agree(tmp_path: Path, capsys: pytest.Captu
     assert "love 1: love" in said
     assert "share a label with them" in said
     assert said.count("of the 4 nearest of 6 held-out documents") == 2
+    assert main(["neighbors", layer, "--search", "AR 1"]) == 0
+    assert capsys.readouterr().out.split("\n") == ["war 1", *(f"war 1{i}" for i in range(10)), ""]
+    assert main(["neighbors", layer, "--search", "peace"]) == 2
+    assert "no title of films.jsonl contains 'peace'" in capsys.readouterr().err
 
 
 def test_what_the_commands_cannot_use_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -442,8 +446,8 @@ def test_what_the_commands_cannot_use_is_one_line(tmp_path: Path, capsys: pytest
             "holds a classifier of digits, no auto-encoder; make one by: streamnorm train",
         ),
         (["sample", out], f"holds an auto-encoder of {tmp_path / 'films.jsonl'}, no language model; make one by:"),
-        (["recalibrate", out], "holds an auto-encoder, no classifier"),
-        (["gap", out], "holds an auto-encoder, no classifier"),
+        (["recalibrate", out], "has no layer that keeps statistics for testing"),
+        (["gap", out], "has no layer that keeps statistics for testing"),
         (["evaluate", out, "--loops", "2"], "holds an auto-encoder, which has no --lengths and no --loops"),
         (["neighbors", str(tmp_path / "nowhere"), "war 3"], "no checkpoint at"),
         (["evaluate", out, "--lengths", "5"], "holds an auto-encoder, which has no --lengths"),

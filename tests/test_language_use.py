@@ -155,4 +155,4 @@ def test_what_is_no_language_model_is_refused(tmp_path: Path, capsys: pytest.Cap
     assert main(["sample", str(tmp_path)]) == 2
     assert "holds a classifier of digits, no language model" in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path), "--lengths", "100"]) == 2
-    assert "--lengths are those of a language model" in capsys.readouterr().err
+    assert "holds a classifier, which has no --lengths; leave that out" in capsys.readouterr().err

@@ -7,10 +7,6 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from streamnorm.commands.autoencoders import evaluate_autoencoder
-from streamnorm.commands.classifiers import evaluate_classifier
-from streamnorm.commands.language import evaluate_language
-
 
 @dataclass(frozen=True)
 class Evaluate:
@@ -28,21 +24,18 @@ class Evaluate:
 
 
 def evaluate_one(command: Evaluate) -> None:
-    """Test the checkpoint as what its run says that it is."""
-    from streamnorm.training import checkpoint
-    from streamnorm.training.keeping import CHECKPOINT, kind
+    """Test the network of a checkpoint, and in the other ways that were asked for."""
+    from streamnorm.training.keeping import kind, state_at
+    from streamnorm.training.reopen import KINDS, reopen
 
-    folder, root = command.folder.parent if command.folder.is_file() else command.folder, command.data_root
-    held = kind(checkpoint.load(folder / CHECKPOINT)["run"])
-    if held == "an auto-encoder":
-        if command.lengths or command.loops:
-            raise ValueError(f"{folder} holds an auto-encoder, which has no --lengths and no --loops")
-        evaluate_autoencoder(folder, root)
-    elif held == "a language model":
-        if command.loops:
-            raise ValueError(f"--loops are those of architecture C or D, {folder} holds a language model")
-        evaluate_language(folder, root, command.lengths)
-    else:
-        if command.lengths:
-            raise ValueError(f"--lengths are those of a language model, {folder} holds a classifier; leave it out")
-        evaluate_classifier(folder, root, command.loops)
+    state = state_at(command.folder)
+    held = kind(state["run"])
+    flags = {"lengths": command.lengths, "loops": command.loops}
+    asked = {flag: values for flag, values in flags.items() if values}
+    if not asked.keys() <= KINDS[held].others:
+        missing = " and no ".join(f"--{flag}" for flag in flags if flag not in KINDS[held].others)
+        raise ValueError(f"{command.folder} holds {held}, which has no {missing}; leave that out")
+    run = reopen(command.folder, state, command.data_root)
+    others = [line for flag, values in asked.items() for line in run.others[flag](values)]
+    print(f"{run.label} on {run.setting}, after {state['done']} of {run.updates} updates: {run.test()}")
+    print(*others, sep="\n", end="\n" if others else "")

@@ -1,4 +1,4 @@
-"""The commands of language models: train one, test it, and let it write. Needs the extra ``cli``."""
+"""The commands of language models: train one, and let it write. Needs the extra ``cli``."""
 
 from __future__ import annotations
 
@@ -76,29 +76,6 @@ def train_language(command: Language) -> None:
         )
     if record["failed"]:
         raise ValueError(f"{run.label} could not train: {record['failed']}")
-
-
-def evaluate_language(folder: Path, data_root: Path | None, lengths: tuple[int, ...]) -> None:
-    """Load the checkpoint of a language model and test it on its whole validation text."""
-    from streamnorm.training.language import bits, evaluate, validate
-    from streamnorm.training.language_loop import trained
-    from streamnorm.training.text import load_text
-
-    run, model, state = trained(folder)
-    text = load_text(run.data, data_root, vocabulary=state["data"]["vocabulary"], limit=run.limit)
-    if text.source != state["data"]["text"]:
-        raise ValueError(f"it was trained on another text: {state['data']['text']} there and {text.source} here")
-    characters = len(text.validation) - 1
-    if wrong := [length for length in lengths if not 1 <= length <= characters]:
-        raise ValueError(f"a length is 1 to {characters} time steps, the whole validation text; got {wrong[0]}")
-    nats = validate(model, text.validation, run)
-    print(
-        f"{run.label} on {text.name}, after {state['done']} of {state['updates']} updates: validation loss "
-        f"{nats:.4f} nats, {bits(nats):.4f} bits per character of {characters}"
-    )
-    for length in lengths:
-        nats = evaluate(model, text.validation, length)
-        print(f"{length} time steps, each sequence from a state of 0: {nats:.4f} nats, {bits(nats):.4f} bits")
 
 
 def write_text(command: Sample) -> None:

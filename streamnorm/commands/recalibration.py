@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,30 +14,34 @@ from typing import TYPE_CHECKING
 from tyro.conf import Positional
 
 from streamnorm.calibration.recalibrate import Choice, Progress
+from streamnorm.checks import expect_whole
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from streamnorm.training.loop import Trainer
+    from streamnorm.training.reopen import Reopened, Source
 
 
 @dataclass(frozen=True)
 class Recalibrate:
-    """Take the statistics that testing uses anew from data, with the weights as they are, and keep the result."""
+    """Take the statistics that testing uses anew from data, with the weights as they are, and keep the result.
+
+    The run may be of a classifier, a language model or an auto-encoder. A language model reads the text as in testing:
+    streams of 10 chunks of the trained length, each stream from a state of 0, or of one chunk if training did not carry
+    the state."""
 
     folder: Positional[Path]
-    """Folder of a run that `streamnorm train` or `streamnorm compare` made."""
+    """Folder of a run that `streamnorm train` or `streamnorm compare` made, or its checkpoint file."""
     estimator: Choice = "pooled"
     """pooled: exactly those of all data. moving: a running average with decay 0.9 from mean 0 and sigma 1; corrected:
     the same without what the initial values weigh."""
     passes: int | None = None
     """Passes through the data at most; default: until every layer is exact, and 1 for running averages."""
     samples_per_batch: int = 64
-    """Samples that go through the network at a time; what is pooled does not depend on it."""
+    """Samples, documents or streams of text that go through the network at a time; what is pooled does not depend on
+    it."""
     limit: int | None = None
-    """Take so many training samples only, the first of the file."""
+    """Take so many training samples, documents or characters only, the first of them."""
     data: str | None = None
-    """Training data to take them from; default: those of the run."""
+    """Training data to take them from; default: those of the run. An auto-encoder reads no others."""
     data_root: Path | None = None
     """Folder of the data files; default: the environment variable STREAMNORM_DATA."""
     out: Path | None = None
@@ -49,13 +53,13 @@ class Gap:
     """Tell how far the statistics that testing uses are from those of data, layer by layer; nothing is changed."""
 
     folder: Positional[Path]
-    """Folder of a run that `streamnorm train` or `streamnorm compare` made."""
+    """Folder of a run that `streamnorm train` or `streamnorm compare` made, or its checkpoint file."""
     samples_per_batch: int = 64
-    """Samples that go through the network at a time."""
+    """Samples, documents or streams of text that go through the network at a time."""
     limit: int | None = None
-    """Take so many training samples only, the first of the file."""
+    """Take so many training samples, documents or characters only, the first of them."""
     data: str | None = None
-    """Training data to compare with; default: those of the run."""
+    """Training data to compare with; default: those of the run. An auto-encoder reads no others."""
     data_root: Path | None = None
     """Folder of the data files; default: the environment variable STREAMNORM_DATA."""
 
@@ -64,30 +68,36 @@ def recalibrate_run(command: Recalibrate) -> None:
     """Recalibrate the network of a checkpoint; write it into a folder of its own and test it."""
     from streamnorm.calibration.recalibrate import recalibrate
     from streamnorm.training import checkpoint
-    from streamnorm.training.keeping import CHECKPOINT
-    from streamnorm.training.loop import description, evaluate
+    from streamnorm.training.keeping import CHECKPOINT, expect_folder
 
-    trainer, batches, name = _opened(command)
-    out = command.out or command.folder.with_name(f"{command.folder.resolve().name}-recalibrated")
-    if out.resolve() == command.folder.resolve():
+    folder = command.folder.parent if command.folder.is_file() else command.folder
+    out = command.out or folder.with_name(f"{folder.resolve().name}-recalibrated")
+    run, source = _opened(command)
+    if out.resolve() == folder.resolve():
         raise ValueError(f"{out} is the run itself, whose statistics would be lost; give another folder with --out")
+    expect_folder(out)
     if (out / CHECKPOINT).is_file() and "recalibrated" not in checkpoint.load(out / CHECKPOINT):
         raise ValueError(f"{out} holds another run, which would be lost; give another folder with --out")
-    test = trainer.data.test_x, trainer.data.test_y
-    before = evaluate(trainer.model, *test)
+    before = run.test()
     with warnings.catch_warnings(record=True) as said, _bar() as show:
-        passes = recalibrate(trainer.model, batches, estimator=command.estimator, passes=command.passes, progress=show)
-    after = evaluate(trainer.model, *test)
-    done = {"estimator": command.estimator, "passes": passes, "samples": sum(map(len, batches)), "data": name}
-    checkpoint.save(out / CHECKPOINT, {**trainer.state(), "recalibrated": done})
-    described = {**description(trainer.run, trainer.data), "recalibrated": done}
-    checkpoint.write(out / "run.json", json.dumps(described, indent=1))
+        passes = recalibrate(
+            run.model,
+            source.batches,
+            estimator=command.estimator,
+            passes=command.passes,
+            call=source.call,
+            progress=show,
+        )
+    after = run.test()
+    done = {"estimator": command.estimator, "passes": passes, source.unit: source.count, "data": source.name}
+    state = {**run.state, "model": dict(run.model.state_dict()), "recalibrated": done}
+    checkpoint.save(out / CHECKPOINT, state)
+    checkpoint.write(out / "run.json", json.dumps({**run.description, "recalibrated": done}, indent=1))
     print(
-        f"{trainer.run.label}: statistics of {done['samples']} samples of {name}, {command.estimator}, {passes} "
+        f"{run.label}: statistics of {source.count} {source.unit} of {source.name}, {command.estimator}, {passes} "
         f"pass{'es' if passes > 1 else ''}; kept in {out}"
     )
-    for when, (loss, error) in (("before", before), ("after", after)):
-        print(f"{when:6}  test loss {loss:.4f} nats, error {error:.2%} of {len(test[0])}")
+    print(f"before  {before}\nafter   {after}")
     for warning in said:
         print(f"streamnorm: {warning.message}", file=sys.stderr)
 
@@ -96,48 +106,24 @@ def show_gap(command: Gap) -> None:
     """Print the gap of a checkpoint as a table."""
     from streamnorm.calibration import gap
 
-    trainer, batches, name = _opened(command)
+    run, source = _opened(command)
     with _bar() as show:
-        found = gap(trainer.model, batches, progress=show)
-    print(f"{trainer.run.label}: what testing uses, beside {sum(map(len, batches))} samples of {name}\n\n{found}")
+        found = gap(run.model, source.batches, call=source.call, progress=show)
+    print(f"{run.label}: what testing uses, beside {source.count} {source.unit} of {source.name}\n\n{found}")
 
 
-def _opened(command: Recalibrate | Gap) -> tuple[Trainer, Sequence[Tensor], str]:
-    """The trainer of a checkpoint as it was, mini-batches of training data in random order, and the data's name."""
-    import torch
+def _opened(command: Recalibrate | Gap) -> tuple[Reopened, Source]:
+    """The run as it was, and the data that its statistics are taken of or compared with."""
+    from streamnorm.calibration.postproc import layers
+    from streamnorm.training.keeping import state_at
+    from streamnorm.training.reopen import reopen
 
-    from streamnorm.training import checkpoint
-    from streamnorm.training.data import load
-    from streamnorm.training.keeping import CHECKPOINT, kind
-    from streamnorm.training.loop import Trainer
-    from streamnorm.training.run import Run
-
-    if command.samples_per_batch < 1:
-        raise ValueError(f"samples_per_batch is a whole number >= 1, got {command.samples_per_batch}")
+    expect_whole("samples_per_batch", command.samples_per_batch)
     if command.limit is not None and command.limit < 2:
         raise ValueError(f"limit is a number of samples >= 2, of which there is a sigma, got {command.limit}")
-    state = checkpoint.load(command.folder / CHECKPOINT)
-    if (held := kind(state["run"])) != "a classifier":
-        raise ValueError(
-            f"{command.folder} holds {held}, no classifier; for other models there is "
-            "streamnorm.recalibrate(model, data)"
-        )
-    if state["failed"]:
-        raise ValueError(f"{command.folder} holds a run that could not train: {state['failed']}")
-    run = Run.from_json(state["run"])
-    data = load(run.data, command.data_root, train_limit=run.train_limit, test_limit=run.test_limit)
-    trainer = Trainer(run, data)
-    trainer.restore(state)
-    if command.data is not None:
-        data = load(command.data, command.data_root)
-    x = data.train_x[: command.limit]
-    if x.shape[1:] != trainer.data.train_x.shape[1:]:
-        raise ValueError(
-            f"the network was trained on samples {tuple(trainer.data.train_x.shape[1:])} of {trainer.data.name}, those "
-            f"of {data.name} are {tuple(x.shape[1:])}"
-        )
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(run.seed))
-    return trainer, x[order].split(command.samples_per_batch), data.name
+    run = reopen(command.folder, state_at(command.folder), command.data_root)
+    layers(run.model)  # refuses a network without statistics
+    return run, run.source(command.data, command.limit, command.samples_per_batch)
 
 
 @contextmanager
@@ -147,5 +133,5 @@ def _bar() -> Iterator[Progress]:
 
     from streamnorm.commands.progress import progress
 
-    with progress(Console(stderr=True)) as move:
+    with progress(Console(stderr=True), unit="mini-batch") as move:
         yield lambda number, batch, batches: move(description=f"pass {number}", completed=batch, total=batches)

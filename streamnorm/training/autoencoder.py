@@ -26,9 +26,9 @@ from streamnorm.training import checkpoint
 from streamnorm.training.architectures import NormFactory, norm_factory
 from streamnorm.training.autoencoder_run import AutoencoderRun
 from streamnorm.training.documents import Bags, Documents
-from streamnorm.training.keeping import CHECKPOINT, kind, recorded, run_to_end
+from streamnorm.training.keeping import recorded, run_to_end, trained_state
 from streamnorm.training.language import tested
-from streamnorm.training.loop import differences, load_model, machine, order, versions
+from streamnorm.training.loop import description, differences, load_model, order
 from streamnorm.training.run import Run
 
 EVALUATION_BATCH = 500
@@ -324,11 +324,7 @@ class AutoencoderTrainer:
 
     def record(self) -> dict[str, Any]:
         """What a report reads."""
-        run, documents = self.run, self.documents
-        named = {"arm": run.arm, "label": run.label, "seed": run.seed, "run": run.to_json()}
-        data = {"data": documents.name, "source": documents.source}
-        where = {"versions": versions(), "machine": machine()}
-        return {**named, **data, **where, "metrics": self.metrics, "failed": self.failed}
+        return {**description(self.run, self.documents), "metrics": self.metrics, "failed": self.failed}
 
 
 def train_autoencoder(
@@ -351,8 +347,7 @@ def train_autoencoder(
         CheckpointError: if the folder holds another run, or a damaged checkpoint.
     """
     trainer = AutoencoderTrainer(run, documents)
-    described = {k: v for k, v in trainer.record().items() if k not in ("metrics", "failed")}
-    run_to_end(trainer, folder, described, (lambda: progress(trainer)) if progress else None)
+    run_to_end(trainer, folder, description(run, documents), (lambda: progress(trainer)) if progress else None)
     return trainer.record()
 
 
@@ -364,15 +359,17 @@ def trained(path: Path) -> tuple[AutoencoderRun, Autoencoder, dict[str, Any]]:
         CheckpointError: if it is damaged.
         ValueError: if it is of no auto-encoder, or of a run that could not train.
     """
-    state = checkpoint.load(path / CHECKPOINT if path.is_dir() else path)
-    if kind(state["run"]) != "an auto-encoder":
-        raise ValueError(
-            f"{path} holds {kind(state['run'])} of {state['run'].get('data')}, no auto-encoder; make one by: "
-            "streamnorm train --arch autoencoder"
-        )
-    if state["failed"]:
-        raise ValueError(f"{path} holds a run that could not train: {state['failed']}")
+    state = trained_state(path, "an auto-encoder")
+    return *rebuilt(state), state
+
+
+def rebuilt(state: dict[str, Any]) -> tuple[AutoencoderRun, Autoencoder]:
+    """The run and the model of a checkpoint.
+
+    Raises:
+        CheckpointError: if its weights are not those of its run.
+    """
     run = AutoencoderRun.from_json(state["run"])
     model = build(run, run.vocabulary)
     load_model(model, state["model"])
-    return run, model, state
+    return run, model

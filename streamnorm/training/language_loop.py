@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from streamnorm.dau import attach
 from streamnorm.normstats import DegenerateReferenceError
 from streamnorm.training import checkpoint
-from streamnorm.training.keeping import kind, recorded, run_to_end
+from streamnorm.training.keeping import recorded, run_to_end, trained_state
 from streamnorm.training.language import LanguageModel, State, bits, build, detached, validate
-from streamnorm.training.loop import differences, machine, versions
+from streamnorm.training.loop import description, differences, load_model
 from streamnorm.training.manhattan import Manhattan
 from streamnorm.training.text import Text, chunk, streams
 from streamnorm.training.textrun import TextRun
@@ -185,7 +184,7 @@ class TextTrainer:
         """
         if differing := differences({**state["run"], **state["data"]}, {**self.run.to_json(), **self._identity()}):
             raise checkpoint.CheckpointError(f"the checkpoint is of another run: {differing}")
-        _load(self.model, state["model"])
+        load_model(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.link.load_state_dict(state["link"])
         torch.set_rng_state(state["random"])
@@ -199,9 +198,7 @@ class TextTrainer:
 
     def record(self) -> dict[str, Any]:
         """What a report reads."""
-        run = self.run
-        named = {"arm": run.arm, "label": run.label, "seed": run.seed, "run": run.to_json()}
-        return {**named, **_described(self.text), "metrics": self.metrics, "failed": self.failed}
+        return {**description(self.run, self.text), "metrics": self.metrics, "failed": self.failed}
 
 
 def copied(state: Any) -> State:
@@ -209,10 +206,6 @@ def copied(state: Any) -> State:
     return (
         tuple(part.clone() for part in state) if isinstance(state, list) else None if state is None else state.clone()
     )
-
-
-def _described(text: Text) -> dict[str, Any]:
-    return {"data": text.name, "source": text.source, "versions": versions(), "machine": machine()}
 
 
 def train_text(
@@ -232,8 +225,7 @@ def train_text(
         CheckpointError: if the folder holds another run, or a damaged checkpoint.
     """
     trainer = TextTrainer(run, text)
-    described = {k: v for k, v in trainer.record().items() if k not in ("metrics", "failed")}
-    run_to_end(trainer, folder, described, (lambda: progress(trainer)) if progress else None)
+    run_to_end(trainer, folder, description(run, text), (lambda: progress(trainer)) if progress else None)
     return trainer.record()
 
 
@@ -245,23 +237,17 @@ def trained(path: Path) -> tuple[TextRun, LanguageModel, dict[str, Any]]:
         CheckpointError: if it is damaged.
         ValueError: if it is of no language model, or of a run that could not train.
     """
-    state = checkpoint.load(path / "checkpoint.safetensors" if path.is_dir() else path)
-    if kind(state["run"]) != "a language model":
-        raise ValueError(
-            f"{path} holds {kind(state['run'])} of {state['run'].get('data')}, no language model; make one by: "
-            "streamnorm train --arch gru"
-        )
-    if state["failed"]:
-        raise ValueError(f"{path} holds a run that could not train: {state['failed']}")
+    state = trained_state(path, "a language model")
+    return *rebuilt(state), state
+
+
+def rebuilt(state: dict[str, Any]) -> tuple[TextRun, LanguageModel]:
+    """The run and the model of a checkpoint.
+
+    Raises:
+        CheckpointError: if its weights are not those of its run.
+    """
     run = TextRun.from_json(state["run"])
     model = build(run, len(state["data"]["vocabulary"]))
-    _load(model, state["model"])
-    return run, model, state
-
-
-def _load(model: LanguageModel, state: dict[str, Tensor]) -> None:
-    """``model.load_state_dict``, which also finds out for how many time steps there are statistics."""
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise checkpoint.CheckpointError(f"the checkpoint is of another architecture; {error}") from error
+    load_model(model, state["model"])
+    return run, model
