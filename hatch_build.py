@@ -65,7 +65,7 @@ def library_path(root: Path) -> Path:
 
 
 def build(root: Path, sanitize: bool = False) -> Path:
-    """Compile and link what is older than its sources; returns the library.
+    """Compile and link what is older than its sources, and say so on the error stream; returns the library.
 
     Raises:
         NoCompilerError: without a compiler, or for a platform that has no build.
@@ -94,14 +94,20 @@ def build(root: Path, sanitize: bool = False) -> Path:
         os.utime(partial, ns=(started, started))
         return partial.replace(output)
 
+    def is_old(isa: str, source: Path) -> bool:
+        return not _is_newer(folder / isa / f"{source.stem}.o", [source, *common])
+
     def compile_one(isa: str, source: Path) -> Path:
         output = folder / isa / f"{source.stem}.o"
-        if _is_newer(output, [source, *common]):
+        if not is_old(isa, source):
             return output
         return make(output, [*cxx, *COMPILE, *mode, f"-DSN_ISA={isa}", *ISAS[isa], "-c", str(source)])
 
+    each = [(isa, source) for isa in isas for source in sources]
+    count = sum(is_old(*one) for one in each)
+    sys.stderr.write(f"compiling {count} of {len(each)} kernels ({', '.join(isas)}) with {shlex.join(cxx)}\n")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, *zip(*((isa, s) for isa in isas for s in sources), strict=True)))
+        objects = list(pool.map(compile_one, *zip(*each, strict=True)))
     link = ["-shared", *SANITIZE] if sanitize else LINK[sys.platform]
     return make(library, [*cxx, *map(str, objects), *link])
 

@@ -5,13 +5,15 @@ neighbors | reproduce | bench | doctor``. Flags are derived from dataclasses; no
 
 from __future__ import annotations
 
+import difflib
 import io
+import re
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from operator import or_
 from typing import Any
 
@@ -67,6 +69,18 @@ COMMANDS: dict[Any, Callable[[Any], None]] = {
     Doctor: examine,
 }
 """Every command and what carries it out, in the order of ``streamnorm --help``."""
+GOING_ON = {
+    **dict.fromkeys(
+        (Compare, Train, Language, Autoencoder, Reproduce), "; the same command goes on from the last checkpoint"
+    ),
+    Bench: "; the same command with --resume goes on",
+}
+"""What is said of those that Ctrl-C stops and that keep what they have done."""
+
+
+NAMES = [command.__name__.lower() for command in COMMANDS]
+ARCHS = {"rnn": "language", "gru": "language", "lstm": "language", "autoencoder": "autoencoder"}
+"""What ``train --arch`` takes, and the command that it is."""
 
 
 def _routed(arguments: list[str]) -> list[str]:
@@ -74,39 +88,81 @@ def _routed(arguments: list[str]) -> list[str]:
 
     A classifier, a language model and an auto-encoder share few flags, and of those some defaults differ; joined in one
     dataclass, half of its fields would be refused for each. So they are three commands, and the flag chooses.
+
+    Raises:
+        ValueError: for an architecture that there is not.
     """
-    words = " ".join(arguments).replace("=", " ").split()
-    if words[:1] != ["train"] or "--arch" not in words:
+    if arguments[:1] != ["train"]:
         return arguments
-    chosen = "autoencoder" if words[words.index("--arch") + 1 :][:1] == ["autoencoder"] else "language"
-    return [chosen, *arguments[1:]]
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    if "--arch" not in words:
+        return arguments
+    chosen = next(iter(words[words.index("--arch") + 1 :]), "nothing")
+    if chosen not in ARCHS:
+        raise ValueError(f"--arch takes {', '.join(ARCHS)}, got {chosen}{_near(chosen, ARCHS)}")
+    return [ARCHS[chosen], *arguments[1:]]
 
 
 def _parsed(arguments: list[str]) -> Any:
-    """The command that the arguments make.
+    """The command that the arguments make; help is shown, and ends it.
 
     Raises:
-        ValueError: for a value that a dataclass of ours refuses, in its words; tyro would add the names of its own
-            inner parts. All else it says itself, and exits.
+        ValueError: for a value that a dataclass of ours refuses, in its words; for all else that cannot be parsed, in a
+            line in the place of tyro's box.
     """
-    parse: Callable[[], Any] = partial(
-        tyro.cli,
-        reduce(or_, COMMANDS),
-        prog="streamnorm",
-        description="Normalization for neural networks that learn from streams.",
-        args=arguments,
-        config=(OmitArgPrefixes,),
-    )
+    said = io.StringIO()
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            return parse()
+        with redirect_stdout(io.StringIO()), redirect_stderr(said):
+            return _parse(arguments)
     except SystemExit as stop:
         cause = stop.__context__
         while cause is not None:
             if isinstance(cause, ValueError) and _is_ours(cause):
                 raise cause from None
             cause = cause.__context__
-    return parse()  # the same once more, aloud
+        if stop.code:
+            raise ValueError(_refusal(arguments, said.getvalue())) from None
+    return _parse(arguments)  # help once more, aloud
+
+
+def _parse(arguments: list[str]) -> Any:
+    return tyro.cli(
+        reduce(or_, COMMANDS),
+        prog="streamnorm",
+        description="Normalization for neural networks that learn from streams.",
+        args=arguments,
+        config=(OmitArgPrefixes,),
+    )
+
+
+def _refusal(arguments: list[str], said: str) -> str:
+    """What is wrong with arguments about which tyro ``said`` something."""
+    if not arguments or arguments[0] not in NAMES:
+        got = f"unknown command {arguments[0]!r}{_near(arguments[0], NAMES)}" if arguments else "no command was given"
+        return f"{got}; the commands are {', '.join(NAMES)}"
+    name = arguments[0]
+    known = _flags(name)
+    for flag in (word.split("=")[0].replace("_", "-") for word in arguments if word.startswith("--")):
+        if flag not in known:
+            others = ", ".join(other for other in NAMES if flag in _flags(other))
+            hint = f", which belongs to {others}" if others else _near(flag, known)
+            return f"{name} has no {flag}{hint}; see streamnorm {name} --help"
+    reason = [part for part in re.split(r"\n\W*[-─]{9,}\W*\n", said) if part.strip(" │\n")][1]
+    return f"{' '.join(reason.replace('│', ' ').split()).rstrip('.')}; see streamnorm {name} --help"
+
+
+def _flags(name: str) -> list[str]:
+    """The flags of a command, as its help lists them."""
+    said = io.StringIO()
+    with redirect_stdout(said), suppress(SystemExit):
+        _parse([name, "--help"])
+    lists = re.findall(r"^\W*(?:-h, )?(--[a-z][a-z, -]*)", said.getvalue(), re.MULTILINE)
+    return [flag for found in lists for flag in re.findall(r"--[a-z-]+", found)]
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, known, 1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -123,8 +179,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"streamnorm: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        again = "with --resume goes on" if isinstance(command, Bench) else "goes on from the last checkpoint"
-        print(f"\nstreamnorm: stopped; the same command {again}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        reached = f" at {stop}" if str(stop) else ""
+        print(f"\nstreamnorm: stopped{reached}{GOING_ON.get(type(command), '')}", file=sys.stderr)
         return 130
     return 0

@@ -329,6 +329,16 @@ class Norm(nn.Module):
                 )
         return view
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if prefix + "weight" in state_dict or prefix + "running_mean" in state_dict:
+            warnings.warn(
+                f"what is loaded into {prefix[:-1] or 'it'} ({type(self).__name__}) comes from a layer of torch: its "
+                "weight and bias are affine.weight and affine.bias here, and its running statistics have no place; "
+                "streamnorm.recalibrate(model, data) takes them anew",
+                stacklevel=2,
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_calls": Calls(reference_size=self.reference_size)}
 

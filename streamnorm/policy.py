@@ -68,7 +68,8 @@ class Streaming(Policy):
             (section 3.3.3).
 
     Raises:
-        ValueError: for wrong lengths, values that are not finite, or alpha2 = 0 without a kappa.
+        ValueError: for wrong lengths, values that are not finite, an alpha, kappa1 or kappa2 < 0, or alpha2 = 0
+            without a kappa. Sums other than 1 are taken as they are.
     """
 
     alpha: tuple[float, ...] = (0.7, 0.3)
@@ -84,6 +85,8 @@ class Streaming(Policy):
                 raise ValueError(f"{name} is a tuple of {length} numbers, got {value!r}")
             if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in value):
                 raise ValueError(f"{name} holds {length} finite numbers, got {value!r}")
+            if name != "beta" and min(value[:2]) < 0:
+                raise ValueError(f"{name}1 and {name}2 weigh sigmas too and are numbers >= 0, got {name}={value!r}")
             object.__setattr__(self, name, tuple(float(v) for v in value))
         if self.kappa is None and self.alpha[1] == 0:
             raise ValueError(

@@ -8,11 +8,12 @@ Legend: ``T`` time steps, ``n`` sequences, ``N`` = T n rows, or the rows of a pa
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,11 @@ from streamnorm.scan import scan
 from streamnorm.timespecific import Factory, TimeSpecificNorm
 
 BackwardStats = Literal["saved", "latest"]
+INSTEAD = {
+    "bias": "a norm brings its own bias (affine), and a path without a norm always has one",
+    "proj_size": "nothing projects h; put a torch.nn.Linear behind it",
+}
+"""What stands in the place of arguments that torch's layers have and these do not."""
 
 
 # --- sequences ---
@@ -110,7 +116,19 @@ class Recurrent(nn.Module):
 
     Attributes:
         cells: one for each layer and direction: ``l0``, ``l0_reverse``, ``l1``, ...
+        beside_torch: what its weights are worth to the layer of torch, and the other way round.
     """
+
+    beside_torch: ClassVar[str] = "Without a norm it computes the same; a path with a norm has no bias of its own."
+
+    def __new__(cls, *sizes: Any, **options: Any) -> Self:
+        known = list(inspect.signature(cls.__init__).parameters)[1:]
+        if len(sizes) > 3:
+            raise TypeError(f"{cls.__name__} takes {', '.join(known[:3])} and all else by name, got {sizes}")
+        for name in options:
+            if name not in known:
+                raise TypeError(f"{cls.__name__} has no {name}: {INSTEAD.get(name, 'it takes ' + ', '.join(known))}")
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -216,6 +234,15 @@ class Recurrent(nn.Module):
             references.append((norm._calls, min((size for size in sizes if size is not None), default=None)))
         return references
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if prefix + "weight_ih_l0" in state_dict:
+            warnings.warn(
+                f"what is loaded into {prefix[:-1] or 'it'} ({type(self).__name__}) comes from a layer of torch: its "
+                f"weight_ih_l0 is cells.l0.weight_ih here, and so on. {self.beside_torch}",
+                stacklevel=2,
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def extra_repr(self) -> str:
         options = {
             "num_layers": (self.num_layers, 1),
@@ -312,6 +339,10 @@ class NormGRU(_WithNonlinearity):
     """
 
     cell = NormGRUCell
+    beside_torch = (
+        "But nn.GRU computes something else: its reset gate works behind the matrix, its update gate keeps the old "
+        "state; so train anew."
+    )
 
 
 class NormLSTM(Recurrent):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import streamnorm as sn
 from streamnorm import Batch, Lp, Norm, NormRef, Policy, Sample, Streaming
 from streamnorm.normref import REFS
 from streamnorm.oracle import Oracle
@@ -91,3 +92,19 @@ CASES = [
     if not (case := Case(ref, moment, policy, shape)).is_degenerate()
 ]
 """Every layer that can stand, in every rank for p = 1 and 2, on maps for the others."""
+
+
+# Layers as people write them
+
+LAYERS = {
+    "streaming": lambda c: sn.StreamingNorm(c),
+    "batch": lambda c: sn.BatchNorm(c),
+    "sample": lambda c: sn.SampleNorm(c),
+    "place-wise": lambda c: sn.StreamingNorm(c, sn.BA6),
+}
+
+
+def trained(layer: Norm, *shape: int) -> Norm:
+    layer(draw(shape, 0).float())
+    layer.fold()
+    return layer

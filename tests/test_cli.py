@@ -35,10 +35,10 @@ AUTOENCODER_FLAGS = [
 ]
 FLAGS = {
     "compare": ["--arms", "--seeds", "--out", "--data-root", *RUN_FLAGS],
-    "train": ["--out", "--data-root", "--monitor", *RUN_FLAGS, "--arm", "--seed"],
+    "train": ["--arch", "--out", "--data-root", "--monitor", *RUN_FLAGS, "--arm", "--seed"],
     "language": ["--out", "--data-root", *TEXT_FLAGS],
     "autoencoder": ["--out", "--data-root", *AUTOENCODER_FLAGS],
-    "neighbors": ["--beside", "--k", "--data-root"],
+    "neighbors": ["--search", "--beside", "--k", "--data-root"],
     "evaluate": ["--data-root", "--lengths", "--loops"],
     "recalibrate": [
         *("--estimator", "--passes", "--samples-per-batch", "--limit", "--data", "--data-root", "--out"),
@@ -91,7 +91,9 @@ def test_train_then_evaluate_agree(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "Its metrics reach update " in capsys.readouterr().out
 
 
-def test_a_monitored_run_trains_as_any_other_and_leaves_its_records(tmp_path: Path) -> None:
+def test_a_monitored_run_trains_as_any_other_and_leaves_its_records(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folders = [tmp_path / name for name in ("plain", "monitored")]
     for folder, flags in zip(folders, ([], ["--monitor", "5"]), strict=True):
         assert main(["train", "--out", str(folder), *flags, *QUICK]) == 0
@@ -101,6 +103,9 @@ def test_a_monitored_run_trains_as_any_other_and_leaves_its_records(tmp_path: Pa
     assert [record["step"] for record in records] == list(range(0, ends[0]["updates"], 5))
     assert (folders[1] / "monitor.png").read_bytes().startswith(b"\x89PNG")
     assert not (folders[0] / "monitor.jsonl").exists()
+    capsys.readouterr()
+    assert main(["train", "--out", str(folders[0]), "--monitor", "5", *QUICK]) == 0
+    assert "Monitor: nothing was left to record" in capsys.readouterr().out
     assert main(["train", "--out", str(tmp_path / "never"), "--monitor", "0", *QUICK]) == 2
     assert not (tmp_path / "never").exists()
 
@@ -142,8 +147,10 @@ def test_recalibrated_statistics_are_kept_in_a_folder_of_their_own(
 def test_a_study_is_reproduced_and_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["reproduce", "specialcase", "--tier", "smoke", "--seeds", "0", "--out", str(tmp_path)]
     assert main(command) == 0
-    assert f"Record: {tmp_path / 'results.md'}" in capsys.readouterr().out
-    assert "| C-36: " in (tmp_path / "results.md").read_text()
+    said, record = capsys.readouterr().out, (tmp_path / "results.md").read_text()
+    assert f"Record: {tmp_path / 'results.md'}" in said
+    assert "| C-36: " in record
+    assert "trains far too little for its verdicts to mean anything" in said[: said.index("C-36")], "before them"
     checkpoints = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert len(checkpoints) == 2, "the pair, with one seed"
     assert main(command) == 0
@@ -173,6 +180,37 @@ def test_an_arm_may_have_its_own_batch() -> None:
         (["compare", "--arms", "none", "none"], "every arm and seed once"),
         (["compare", "--seeds"], "give at least one arm and one seed"),
         (["compare", "--data", "digit"], "digits"),
+        (["compare", "--arms", "none", "batch:4000x1"], "4000 samples"),
+        (["compare", "--out", __file__], "test_cli.py is a file, and the run needs a folder"),
+        (["train", "--out", __file__], "test_cli.py is a file, and the run needs a folder"),
+        (["train", "--arm", "streming"], "unknown arm 'streming'"),
+        ([], "no command was given; the commands are compare, train, "),
+        (["trian"], "unknown command 'trian' (did you mean train?); the commands are compare, train, "),
+        (
+            ["train", "--lerning-rate", "1"],
+            "train has no --lerning-rate (did you mean --learning-rate?); see",
+        ),
+        (["train", "--learning_rat=1"], "train has no --learning-rat (did you mean --learning-rate?)"),
+        (["language", "--no-carry-stat"], "language has no --no-carry-stat (did you mean --no-carry-state?)"),
+        (["train", "--arch", "gru", "--monitor", "5"], "language has no --monitor, which belongs to train; see"),
+        (["train", "--arch", "gur"], "--arch takes rnn, gru, lstm, autoencoder, got gur (did you mean gru?)"),
+        (["train", "--arch=autoencodr"], "got autoencodr (did you mean autoencoder?)"),
+        (["train", "--arch"], "--arch takes rnn, gru, lstm, autoencoder, got nothing"),
+        (["train", "--epochs", "x"], "--epochs: invalid literal for int() with base 10: 'x'; see streamnorm train"),
+        (
+            ["train", "--alpha", "1"],
+            "'--alpha'. Expected 2 values; see streamnorm train --help",
+        ),
+        (
+            ["train", "--architecture", "E"],
+            "invalid choice 'E' for argument '--architecture'. Expected one of",
+        ),
+        (["evaluate"], "Missing from streamnorm evaluate: PATH Folder of a run that"),
+        (["train", "--data", "tinyshakespeare"], "is a text; train on it by streamnorm train --arch gru --data tiny"),
+        (
+            ["compare", "--data", "movies"],
+            "a collection of documents; train on it by streamnorm train --arch autoencoder",
+        ),
         (["train", "--batches-per-update", "2000"], "2000 samples"),
         (["train", "--data", "mnist", "--data-root", "nowhere"], "nowhere"),
         (["train", "--loops", "5", "5"], "loops is for architectures C and D, A has none; got (5, 5)"),
@@ -205,10 +243,38 @@ def test_bad_input_is_one_line_and_status_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(command) == 2
-    said = capsys.readouterr().err
+    output, said = capsys.readouterr()
     assert said.startswith("streamnorm: ")
     assert message in said
     assert "Traceback" not in said
+    assert said.count("\n") == 1
+    if command[:1] in (["train"], ["compare"]) and "--arch" not in command:
+        assert not output.strip(), "a classifier says on what it works once nothing is refused any more"
+
+
+@pytest.mark.parametrize(
+    ("flags", "remedy"),
+    [
+        (["--arm", "batch"], "--samples-per-batch 8, or --arm streaming --center estimate"),
+        (["--arm", "instance"], "--arm layer"),
+        (["--arm", "none", "--learning-rate", "1e30"], "a lower --learning-rate"),
+    ],
+)
+def test_a_run_that_cannot_train_says_by_which_flags_it_might(
+    flags: list[str], remedy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--out", str(tmp_path / "failed"), *flags, *QUICK]) == 2
+    said = capsys.readouterr().err
+    assert "could not train: " in said
+    assert f"; try {remedy}" in said
+    tried = {
+        "--samples-per-batch 8": ["--arm", "batch", "--samples-per-batch", "8"],
+        "--arm streaming": ["--arm", "streaming", "--center", "estimate"],
+        "--arm layer": ["--arm", "layer"],
+        "a lower": ["--arm", "none"],
+    }
+    for i, flags in enumerate(tried[words] for words in tried if words in remedy):
+        assert main(["train", "--out", str(tmp_path / str(i)), *flags, *QUICK, "--epochs", "1"]) == 0
 
 
 def test_other_settings_do_not_overwrite_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,16 +285,24 @@ def test_other_settings_do_not_overwrite_a_run(tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "run.json").read_text() == before
 
 
-def test_ctrl_c_stops_with_a_word_on_how_to_go_on(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import sys; from streamnorm.cli import main; sys.exit(main())"]
+@pytest.mark.parametrize("command", [["train"], ["compare", "--arms", "none", "--seeds", "0"]], ids=lambda c: c[0])
+def test_ctrl_c_stops_with_a_word_on_how_far_it_came_and_how_to_go_on(command: list[str], tmp_path: Path) -> None:
+    begin = [sys.executable, "-c", "import sys; from streamnorm.cli import main; sys.exit(main())"]
     process = subprocess.Popen(
-        [*command, "train", "--out", str(tmp_path), "--epochs", "100000"], stderr=subprocess.PIPE, text=True
+        [*begin, *command, "--out", str(tmp_path), "--epochs", "100000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     until = time.monotonic() + 60
-    while not (tmp_path / "checkpoint.safetensors").exists() and time.monotonic() < until:
+    while not any(path.read_text() for path in tmp_path.rglob("metrics.jsonl")) and time.monotonic() < until:
         time.sleep(0.05)
+    time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    output, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command goes on from the last checkpoint" in said
+    assert "epoch   1   train loss " in output, "each epoch as it closes"
+    assert re.search(
+        r"stopped at update \d+ of 4400000 \(.*\); the same command goes on from the last checkpoint", said
+    )
     assert "Traceback" not in said

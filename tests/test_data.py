@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from images import (
 )
 
 from streamnorm.training import data
+from streamnorm.training.hub import answers
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -175,10 +178,32 @@ print(json.dumps([heavy, messages]))
 """
 
 
-def test_import_is_lean_and_offline_without_files_says_how_to_give_them(tmp_path):
-    changes = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
+def test_who_answers_with_an_error_is_there(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(403)
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert answers(url)
+    assert not answers(url)
+
+
+NOBODY = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "", "no_proxy": "127.0.0.1"}
+
+
+@pytest.mark.parametrize("how", [{"HF_HUB_OFFLINE": "1"}, NOBODY], ids=["told", "nobody answers"])
+def test_import_is_lean_and_offline_without_files_says_at_once_how_to_give_them(how, tmp_path):
+    changes = {**how, "HF_HOME": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, "-c", OFFLINE], env=os.environ | changes, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "Retrying" not in done.stderr
     heavy, messages = json.loads(done.stdout.splitlines()[-1])
     assert heavy == []
     for name, repo, file in (

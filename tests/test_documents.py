@@ -177,6 +177,8 @@ def test_a_title_of_several_and_one_of_none_are_answered_with_those_there_are(tm
         documents.find("Dust")
     with pytest.raises(ValueError, match=r"no document .* is called 'The See'; the nearest are 'The Sea \(1950\)'"):
         documents.find("The See")
+    with pytest.raises(ValueError, match=r"is called 'us'; 2 contain it, such as 'Dust \(1939\)', 'Dust \(1998\)'$"):
+        documents.find("us")
     with pytest.raises(ValueError, match=r"is called '123'; one of them is '"):
         documents.find("123")
 

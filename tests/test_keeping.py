@@ -106,6 +106,39 @@ def test_training_goes_on_in_its_folder(
     assert same(ends[1], ends[0])
 
 
+def test_epochs_are_told_as_they_close_and_those_before_a_checkpoint_first(tmp_path: Path) -> None:
+    told: list[Any] = []
+
+    def progress(done: int, of: int) -> None:
+        told.append(done)
+        if done == 6 and told[0] == "begin":
+            raise StopError
+
+    def begin() -> None:
+        assert not tmp_path.joinpath("run.json").exists() or told == ["again"], "before anything is written"
+        told.append("begin")
+
+    def tell(line: dict[str, Any]) -> None:
+        told.append(f"epoch {line['epoch']}")
+
+    with pytest.raises(StopError):
+        train(small(), toy(), tmp_path, progress, None, begin, tell)
+    assert told == ["begin", 1, 2, 3, 4, "epoch 1", 5, 6]
+    told[:] = ["again"]
+    record = train(small(), toy(), tmp_path, progress, None, begin, tell)
+    assert told == ["again", "begin", "epoch 1", 5, 6, 7, 8, "epoch 2"]
+    assert same(record["metrics"], train(small(), toy())["metrics"])
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    for folder in (path, path / "run" / "seed0"):
+        with pytest.raises(NotADirectoryError, match=r"notes\.txt is a file, and the run needs a folder; .* --out"):
+            train(small(), toy(), folder, begin=lambda: pytest.fail("it was refused"))
+    assert path.read_text() == "mine"
+
+
 def test_a_finished_folder_is_read_and_trained_no_more(tmp_path: Path) -> None:
     run, data = small(), toy()
     first = train(run, data, tmp_path)
@@ -184,7 +217,8 @@ def test_a_field_that_only_the_checkpoint_has_is_a_difference(tmp_path: Path) ->
 def test_training_in_the_folder_of_another_run_is_refused_and_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
     train(small(), toy(), tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(CheckpointError, match="epochs 2 there and 3 here"):
+    said = r"epochs 2 there and 3 here \(the learning rate falls late, .*\); give another folder with --out"
+    with pytest.raises(CheckpointError, match=said):
         train(small(epochs=3), toy(), tmp_path)
     assert contents(tmp_path) == before
 

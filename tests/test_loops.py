@@ -298,7 +298,7 @@ def test_train_and_evaluate_with_loops(
     network = f"{architecture}({', '.join(loops)})"
     assert f"architecture {network}" in capsys.readouterr().out
     assert main([*run, "--out", str(tmp_path)]) == 0, "the same command finds it finished"
-    trained = capsys.readouterr().out.splitlines()[-1].split("test loss ")[1].split(" nats")[0]
+    trained = capsys.readouterr().out.split("test loss ")[-1].split(" nats")[0]
     assert main(["evaluate", str(tmp_path), "--loops", *longer]) == 0
     as_trained, beyond = capsys.readouterr().out.splitlines()
     assert f"architecture {network}, after 2 of 2 updates: test loss {trained} nats" in as_trained

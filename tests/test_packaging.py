@@ -196,6 +196,18 @@ def test_what_does_not_compile_is_left_out_unless_it_is_required(tree: Path) -> 
     assert "of_what" not in said
 
 
+@compiles
+def test_the_command_says_what_it_compiles(tree: Path, hook: ModuleType) -> None:
+    command = (sys.executable, "hatch_build.py")
+    done = run(*command, cwd=tree)
+    count = 3 * len(hook.ISAS)
+    assert done.stderr.startswith(f"compiling {count} of {count} kernels (base"), done
+    assert done.stdout == f"{tree / 'streamnorm/kernels/_native.so'}\n"
+    assert run(*command, cwd=tree).stderr == "", "nothing was left to do"
+    (tree / NATIVE / "probe.cpp").touch()
+    assert f"compiling {len(hook.ISAS)} of {count} kernels" in run(*command, cwd=tree).stderr
+
+
 def test_without_a_compiler_the_command_fails_only_if_it_must_not(tree: Path) -> None:
     command = (sys.executable, "hatch_build.py")
     done = run(*command, cwd=tree, CXX="/nonexistent")

@@ -69,6 +69,15 @@ def test_a_step_with_too_few_sequences_for_a_norm_is_refused_before_the_first_st
         (lambda: sn.NormGRU(4, 3, backward_stats="last"), ValueError, "backward_stats is .* got 'last'"),
         (lambda: sn.NormGRU(4, 3, norm=sn.StreamingNorm(3)), TypeError, "by what makes one of c features"),
         (lambda: sn.NormGRU(4, 3, norm=lambda c: None), TypeError, "by what makes one of c features"),
+        (lambda: sn.NormGRU(4, 3, bias=False), TypeError, "NormGRU has no bias: a norm brings its own"),
+        (lambda: sn.NormRNN(4, 3, proj_size=2), TypeError, "NormRNN has no proj_size: .* torch.nn.Linear"),
+        (lambda: sn.NormLSTM(4, 3, bias=True), TypeError, "NormLSTM has no bias: a norm brings its own"),
+        (
+            lambda: sn.NormGRU(4, 3, 1, True),
+            TypeError,
+            r"NormGRU takes .*, num_layers and all else by name, got \(4, 3, 1",
+        ),
+        (lambda: sn.NormLSTM(4, 3, layers=2), TypeError, "NormLSTM has no layers: .* num_layers, "),
     ],
 )
 def test_wrong_settings_are_shown(make: Callable[[], nn.Module], kind: type[Exception], message: str) -> None:
@@ -82,3 +91,18 @@ def test_an_lstm_wants_a_pair(hx: Any) -> None:
         sn.NormLSTMCell(4, 3)(torch.randn(5, 4), hx)
     with pytest.raises(TypeError, match=r"a tuple \(h_0, c_0\) of tensors"):
         sn.NormLSTM(4, 3)(torch.randn(6, 5, 4), hx)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(nn.RNN, sn.NormRNN), (nn.LSTM, sn.NormLSTM), (nn.GRU, sn.NormGRU)])
+def test_the_state_of_a_layer_of_torch_is_recognized_and_what_is_said_of_it_holds(theirs: Any, ours: Any) -> None:
+    other, net = theirs(4, 3), ours(4, 3, norm=None)
+    said = "computes something else" if ours is sn.NormGRU else "Without a norm it computes the same"
+    with pytest.warns(UserWarning, match=rf"weight_ih_l0 is cells.l0.weight_ih here, and so on. .*{said}"):
+        keys = net.load_state_dict(other.state_dict(), strict=False)
+    assert set(keys.unexpected_keys) == set(other.state_dict())
+    with pytest.warns(UserWarning, match="layer of torch"), pytest.raises(RuntimeError, match="Missing key"):
+        net.load_state_dict(other.state_dict())
+    net.load_state_dict({f"cells.l0.{name.removesuffix('_l0')}": value for name, value in other.state_dict().items()})
+    x = torch.randn(6, 5, 4)
+    # Both add up 7 products in float32 at each of 6 steps; what another gate does is a thousand times as much.
+    assert torch.allclose(net(x)[0], other(x)[0], atol=1e-5) == (ours is not sn.NormGRU)

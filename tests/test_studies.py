@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import streamnorm.experiments
-from streamnorm.experiments.arguments import Arguments, begin
+from streamnorm.experiments.arguments import SMOKE, Arguments, begin
 from streamnorm.experiments.registry import STUDIES, study
 
 ROOM = Path(streamnorm.experiments.__file__).parent
@@ -47,6 +47,13 @@ def test_a_study_is_kept_under_its_own_name(name: str, monkeypatch: pytest.Monke
     told, *sizes = stopped.value.args
     assert told == name
     assert set(sizes) >= {"smoke", "reduced"}
+
+
+def test_the_tier_smoke_alone_says_that_its_verdicts_mean_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    for tier in ("reduced", "smoke"):
+        assert capsys.readouterr().out == ""
+        begin(Arguments(tier), "a study", {"smoke": 1, "reduced": 2})  # type: ignore[arg-type]
+    assert capsys.readouterr().out == f"{SMOKE}\n"
 
 
 @pytest.mark.usefixtures("threads")

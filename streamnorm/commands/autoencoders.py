@@ -1,4 +1,4 @@
-"""The commands of auto-encoders: train one, test it, and show what it finds alike. Needs the extra ``cli``."""
+"""The commands of auto-encoders: train one, and show what it finds alike. Needs the extra ``cli``."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ class Neighbors:
     """Folder of a run that `streamnorm train --arch autoencoder` made, or its checkpoint file."""
     titles: Positional[tuple[str, ...]] = ()
     """The documents asked for, such as "Toy Story". None: only how often the held-out documents share a label."""
+    search: str | None = None
+    """List the titles that contain this, and no neighbors; "" lists all."""
     beside: tuple[Path, ...] = ()
     """More of such folders or files, shown side by side with the first."""
     k: int = 10
@@ -71,22 +73,6 @@ def train_autoencoder(command: Autoencoder) -> None:
         raise ValueError(f"{run.label} could not train: {record['failed']}")
 
 
-def evaluate_autoencoder(folder: Path, data_root: Path | None) -> None:
-    """Load the checkpoint of an auto-encoder and test it."""
-    from streamnorm.training.autoencoder import cost_of_frequencies, evaluate, trained
-    from streamnorm.training.documents import load_documents, same_documents
-
-    run, model, state = trained(folder)
-    documents = load_documents(run.data, data_root, vocabulary=run.vocabulary, train_limit=run.train_limit)
-    same_documents(documents, state["data"]["documents"], folder)
-    nats = evaluate(model, documents.words, documents.tested)
-    print(
-        f"{run.label} on {documents.name}, after {state['done']} of {state['updates']} updates: test cost {nats:.3f} "
-        f"nats a document, {nats / run.vocabulary:.5f} a word, of {len(documents.tested)}; "
-        f"{cost_of_frequencies(documents):.3f} from how often each word occurs"
-    )
-
-
 def show_neighbors(command: Neighbors) -> None:
     """Print nearest neighbors side by side, and the precision of each checkpoint."""
     from rich.console import Console
@@ -96,6 +82,12 @@ def show_neighbors(command: Neighbors) -> None:
     from streamnorm.training.neighbors import codes_of, nearest, precision, precision_by_chance, side_by_side
 
     documents, columns = codes_of([command.checkpoint, *command.beside], command.data_root)
+    if command.search is not None:
+        found = documents.search(command.search)
+        if not found:
+            raise ValueError(f"no title of {documents.name} contains {command.search!r}; give less of it")
+        print("\n".join(found))
+        return
     asked = [documents.find(title) for title in command.titles]
     console = Console()
     for i in asked:

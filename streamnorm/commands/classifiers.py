@@ -1,4 +1,4 @@
-"""The commands of classifiers: train one, several side by side, and test one. Needs the extra ``cli``."""
+"""The commands of classifiers: train one, or several side by side. Needs the extra ``cli``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from streamnorm.training.run import Run, Settings
 
@@ -32,12 +32,12 @@ class Compare:
 
 @dataclass(frozen=True)
 class Train:
-    """Train one network; a stopped run goes on from its last checkpoint.
-
-    With --arch rnn, gru or lstm it is a language model, with --arch autoencoder an auto-encoder of documents, and the
-    flags are those of `streamnorm language` or `streamnorm autoencoder`."""
+    """Train one network; a stopped run goes on from its last checkpoint."""
 
     run: Run = field(default_factory=Run)
+    arch: Literal["rnn", "gru", "lstm", "autoencoder"] | None = None
+    """None: a classifier. rnn, gru, lstm: a language model, with the flags of `streamnorm language`.
+    autoencoder: of documents, with the flags of `streamnorm autoencoder`."""
     out: Path | None = None
     """Folder of the run. Default: runs/DATA-ARM-SEED."""
     data_root: Path | None = None
@@ -79,32 +79,40 @@ def compare(command: Compare) -> None:
 
     from streamnorm.commands.progress import progress
     from streamnorm.training.data import load
-    from streamnorm.training.loop import train
+    from streamnorm.training.keeping import expect_folder
+    from streamnorm.training.loop import expect_enough, train
     from streamnorm.training.report import write_report
     from streamnorm.training.summary import sentence, summarize
 
     if not command.seeds or not command.arms:
         raise ValueError("give at least one arm and one seed, for instance --arms none streaming --seeds 0 1 2")
     runs = arms(command)
+    _expect_images(command.settings.data)
     console = Console()
     settings = command.settings
     out = command.out or Path("runs") / f"compare-{settings.data}"
+    expect_folder(out)
     _keep_report(out, runs)
     data = load(settings.data, command.data_root, train_limit=settings.train_limit, test_limit=settings.test_limit)
+    for run in runs:
+        expect_enough(run, data)
     console.print(
         f"{data.name}: {len(data.train_x)} to train on, {len(data.test_x)} to test; {len(runs)} runs in {out}"
     )
     records = []
     with progress(console) as move:
-        for done, run in enumerate(runs):
+        for number, run in enumerate(runs, 1):
+            name = f"{run.label}, seed {run.seed}"
+            said = f"run {number} of {len(runs)}, {name}"
 
-            def show(update: int, updates: int, done: int = done, run: Run = run) -> None:
-                said = f"{run.label}, seed {run.seed}"
-                move(completed=done + update / updates, total=len(runs), description=said)
+            def show(done: int, total: int, said: str = said) -> None:
+                move(completed=done, total=total, description=said)
+
+            def tell(line: dict[str, Any], name: str = name) -> None:
+                console.print(f"{name}, {_epoch(line)}", highlight=False, soft_wrap=True)
 
             folder = out / re.sub(r"[^\w.-]+", "-", run.label) / f"seed{run.seed}"
-            records.append(train(run, data, folder, show))
-            move(completed=done + 1, total=len(runs))
+            records.append(train(run, data, folder, show, tell=tell))
     title = f"{data.name}, architecture {settings.network}"
     report = write_report(records, out, title)
     rows = summarize(records)
@@ -114,6 +122,16 @@ def compare(command: Compare) -> None:
             console.print(f"{row.label}: {row.failed}", highlight=False)
     console.print(f"\n{sentence(rows)}\n", highlight=False, soft_wrap=True)
     console.print(f"Report: {report}", soft_wrap=True)
+
+
+def _expect_images(data: str) -> None:
+    """Refuse what other models are trained on, and say by which command they are."""
+    from streamnorm.training.documents import COLLECTIONS
+    from streamnorm.training.text import TEXTS
+
+    for arch, known, what in (("gru", TEXTS, "a text"), ("autoencoder", COLLECTIONS, "a collection of documents")):
+        if data in known:
+            raise ValueError(f"{data} is {what}; train on it by streamnorm train --arch {arch} --data {data}")
 
 
 def _keep_report(out: Path, runs: Sequence[Run]) -> None:
@@ -136,56 +154,61 @@ def train_one(command: Train) -> None:
     from streamnorm.training.checkpoint import write
     from streamnorm.training.data import load
     from streamnorm.training.loop import MONITOR, train
-    from streamnorm.training.summary import fixed
 
     run, every = command.run, command.monitor
     if every is not None and every < 1:
         raise ValueError(f"--monitor is a number of weight updates >= 1, got {every}")
+    _expect_images(run.data)
     console = Console()
     out = command.out or Path("runs") / f"{run.data}-{run.arm}-{run.seed}"
     data = load(run.data, command.data_root, train_limit=run.train_limit, test_limit=run.test_limit)
-    console.print(f"{run.label} on {data.name}, architecture {run.network}, seed {run.seed}; kept in {out}")
-    say_where(console, out)
-    with progress(console, run.label) as move:
-        record = train(run, data, out, lambda done, total: move(completed=done, total=total), every)
-    for line in record["metrics"]:
+
+    def begin() -> None:
         console.print(
-            f"epoch {line['epoch']:3d}   train loss {line['train_loss']:.4f} nats, error {line['train_error']:.2%}   "
-            f"test loss {fixed(line['test_loss'], unit=1, places=4)} nats, error {line['test_error']:.2%}"
-            + (f"   {line['note']}" if "note" in line else ""),
-            highlight=False,
-            soft_wrap=True,
+            f"{run.label} on {data.name}, architecture {run.network}, seed {run.seed}; kept in {out}", soft_wrap=True
         )
-    if every is not None and (out / MONITOR).is_file():
-        write((out / MONITOR).with_suffix(".png"), picture(read(out / MONITOR)))
-        console.print(f"Monitor: {out / MONITOR} and .png", soft_wrap=True)
+        say_where(console, out)
+
+    with progress(console, run.label) as move:
+
+        def show(done: int, total: int) -> None:
+            epoch = -(-done * run.epochs // total)
+            move(completed=done, total=total, description=f"{run.label}, epoch {epoch} of {run.epochs}")
+
+        def tell(line: dict[str, Any]) -> None:
+            console.print(_epoch(line), highlight=False, soft_wrap=True)
+
+        record = train(run, data, out, show, every, begin, tell)
+    if every is not None:
+        seen = read(out / MONITOR) if (out / MONITOR).is_file() else []
+        if seen:
+            write((out / MONITOR).with_suffix(".png"), picture(seen))
+            console.print(f"Monitor: {out / MONITOR} and .png", soft_wrap=True)
+        else:
+            said = "Monitor: nothing was left to record; to record this run begin it anew with another --out"
+            console.print(said, soft_wrap=True)
     if record["failed"]:
-        raise ValueError(f"{run.label} could not train: {record['failed']}")
+        raise ValueError(f"{run.label} could not train: {record['failed']}; try {_remedy(record['failed'])}")
 
 
-def evaluate_classifier(folder: Path, data_root: Path | None, loops: tuple[int, ...]) -> None:
-    """Load the checkpoint of a classifier and test it."""
-    from streamnorm.training import checkpoint
-    from streamnorm.training.data import load
-    from streamnorm.training.keeping import CHECKPOINT
-    from streamnorm.training.loop import Trainer, evaluate, reloop
+def _remedy(failed: str) -> str:
+    """The flags by which a run that failed might not."""
+    if failed.startswith("diverged"):
+        return "a lower --learning-rate"
+    if "(BA" in failed:
+        return "--samples-per-batch 8, or --arm streaming --center estimate"
+    return "--arm layer, or --architecture B, which has maps"
 
-    state = checkpoint.load(folder / CHECKPOINT)
-    run = Run.from_json(state["run"])
-    if state["failed"]:
-        raise ValueError(f"{folder} holds a run that could not train: {state['failed']}")
-    data = load(run.data, data_root, train_limit=run.train_limit, test_limit=run.test_limit)
-    trainer = Trainer(run, data)
-    trainer.restore(state)
-    other = reloop(trainer, loops) if loops else None
-    loss, error = evaluate(trainer.model, data.test_x, data.test_y)
-    print(
-        f"{run.label} on {data.name}, architecture {run.network}, after {trainer.done} of {trainer.updates} updates: "
-        f"test loss {loss:.4f} nats, error {error:.2%} of {len(data.test_x)}"
+
+def _epoch(line: dict[str, Any]) -> str:
+    """What an epoch came to, in words."""
+    from streamnorm.training.summary import fixed
+
+    return (
+        f"epoch {line['epoch']:3d}   train loss {line['train_loss']:.4f} nats, error {line['train_error']:.2%}   "
+        f"test loss {fixed(line['test_loss'], unit=1, places=4)} nats, error {line['test_error']:.2%}"
+        + (f"   {line['note']}" if "note" in line else "")
     )
-    if other is not None:
-        loss, error = evaluate(other, data.test_x, data.test_y)
-        print(f"with loops {' '.join(map(str, loops))}: test loss {loss:.4f} nats, error {error:.2%}")
 
 
 def _table(rows: Any, title: str) -> Any:

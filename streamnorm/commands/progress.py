@@ -13,10 +13,23 @@ from rich.progress import Progress
 
 
 @contextmanager
-def progress(console: Console, text: str = "") -> Iterator[Callable[..., None]]:
-    """A bar that is gone in the end: what moves it, called with ``completed``, ``total`` and ``description``."""
+def progress(console: Console, text: str = "", unit: str = "update") -> Iterator[Callable[..., None]]:
+    """A bar that is gone in the end: what moves it, called with ``completed``, ``total`` and ``description``.
+
+    Raises:
+        KeyboardInterrupt: with how far it came, in units.
+    """
     with Progress(console=console, transient=True) as bar:
-        yield partial(bar.update, bar.add_task(text))
+        task = bar.add_task(text, total=None)
+        try:
+            yield partial(bar.update, task)
+        except KeyboardInterrupt:
+            reached = bar.tasks[task]
+            if not reached.total:
+                raise
+            raise KeyboardInterrupt(
+                f"{unit} {reached.completed:.0f} of {reached.total:.0f} ({reached.description})"
+            ) from None
 
 
 def say_where(console: Console, folder: Path) -> None:
@@ -25,4 +38,5 @@ def say_where(console: Console, folder: Path) -> None:
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
     if lines:
         reached = json.loads(lines[-1])["updates"]
-        console.print(f"Its metrics reach update {reached} already; what is missing goes on from the last checkpoint.")
+        said = f"Its metrics reach update {reached} already; what is missing goes on from the last checkpoint."
+        console.print(said, soft_wrap=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 Size = TypeVar("Size")
+SMOKE = "The tier smoke checks that everything works: it trains far too little for its verdicts to mean anything."
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Arguments:
 
 def begin(arguments: Arguments, name: str, sizes: Mapping[str, Size]) -> tuple[Size, Path]:
     """The size that was asked for and the folder to keep the study ``name`` in; torch takes as many threads as it may.
+    The smallest size says what it is for.
 
     Raises:
         ValueError: for a tier that the study does not come in.
@@ -43,6 +45,8 @@ def begin(arguments: Arguments, name: str, sizes: Mapping[str, Size]) -> tuple[S
 
     if arguments.tier not in sizes:
         raise ValueError(f"the study {name} comes in {' and '.join(sizes)}, got --tier {arguments.tier}")
+    if arguments.tier == "smoke":
+        print(SMOKE)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     return sizes[arguments.tier], arguments.out or Path("runs") / f"{name}-{arguments.tier}"

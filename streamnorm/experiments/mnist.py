@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamnorm.checks import expect_finite
 from streamnorm.experiments.arguments import Arguments, begin
 from streamnorm.experiments.mnistcurves import picture
 from streamnorm.experiments.record import opening, verdicts
@@ -41,7 +42,6 @@ from streamnorm.experiments.study import (
 from streamnorm.layers import Norm
 from streamnorm.training import checkpoint
 from streamnorm.training.architectures import norm_factory
-from streamnorm.checks import expect_finite
 from streamnorm.training.data import Data, load
 from streamnorm.training.keeping import run_to_end
 from streamnorm.training.loop import Trainer, description, evaluate

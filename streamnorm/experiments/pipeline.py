@@ -308,7 +308,7 @@ def main(arguments: Arguments) -> Path:
                 record["measures"] = measured(trainer, tier.sizes)
             if name == NORMALIZED:
                 record["epsilon"] = {f"{eps:g}": with_epsilon(data, eps, record["seed"]) for eps in EPSILONS}
-    title = f"Batch normalization from training to testing: {data.name}, architecture A"
+    title = f"Batch normalization from training to testing: {data.name}, architecture A, tier {arguments.tier}"
     return write_results(records, CLAIMS, out, title, table(records))
 
 

@@ -12,10 +12,11 @@ COLUMNS = 4
 MOST = 24
 """Panels of each kind; of more modules, so many are drawn, evenly among them."""
 INPUT, SIGMA = "#0072B2", "#D55E00"
+WATCHED = "Watched values: percentiles 15, 50, 85"
 
 
 def picture(records: Sequence[Record]) -> bytes:
-    """A PNG over the steps: for each watched module the 15th, 50th and 85th percentile of its pre-activations, for each
+    """A PNG over the steps: for each watched module the 15th, 50th and 85th percentile of its values, for each
     normalization layer its sigma, the median over its features in a band from the 15th to the 85th percentile.
 
     Raises:
@@ -36,12 +37,12 @@ def picture(records: Sequence[Record]) -> bytes:
     parts = figure.subfigures(len(shown), 1, squeeze=False, height_ratios=list(lines.values()))[:, 0]
     for part, (what, curves) in zip(parts, shown.items(), strict=True):
         left_out = len(rows[what]) - len(curves)
-        title = "Pre-activations: percentiles 15, 50, 85" if what == "preactivations" else "Sigma of the normalizations"
+        title = WATCHED if what == "preactivations" else "Sigma of the normalizations"
         title += f" ({len(curves)} of {len(rows[what])} modules)" if left_out else ""
         part.suptitle(title, size=11, x=0.01, ha="left")
         panels = part.subplots(lines[what], columns, squeeze=False).flatten()
         for panel, (name, points) in zip(panels, curves.items(), strict=False):
-            _draw(panel, name, points, what)
+            _draw(panel, _named(name, records), points, what)
         for panel in panels[len(curves) :]:
             panel.set_axis_off()
     out = io.BytesIO()
@@ -73,6 +74,12 @@ def _sigmas(records: Sequence[Record]) -> dict[str, Points]:
     return found
 
 
+def _named(name: str, records: Sequence[Record]) -> str:
+    """The name and the class of a module: a number alone would say nothing. Old records lack the class."""
+    kind = next((record["modules"][name] for record in records if name in record.get("modules", {})), "")
+    return f"{name or 'the model itself'} {kind}".rstrip()
+
+
 def _thinned(curves: dict[str, Points]) -> dict[str, Points]:
     names = list(curves)
     count = min(len(names), MOST)
@@ -90,7 +97,7 @@ def _draw(panel: Any, name: str, points: Points, what: str) -> None:
         panel.plot(steps, middle, color=SIGMA, linewidth=1.6, marker=marker)
         if max(high) > 8 * min(low) > 0:
             panel.set_yscale("log")
-    panel.set_title(name or "the model itself", loc="left", size=9).set_parse_math(False)
+    panel.set_title(name, loc="left", size=9).set_parse_math(False)
     panel.set_xlabel("weight update", size=8)
     panel.tick_params(labelsize=8)
     panel.grid(alpha=0.3)

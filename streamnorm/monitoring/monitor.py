@@ -70,7 +70,8 @@ def monitor(
         watch: a pattern of names such as ``"layers.*.act"``, a module, a class of modules, a function ``(name, module)
             -> bool``, or several of these; None: all modules that are nonlinearities, or in a model without any the
             normalization layers; ``()``: none. What stands inside a normalization layer or cell of ours cannot be
-            watched, for a hook there turns off compiled kernels, which round otherwise.
+            watched, for a hook there turns off compiled kernels, which round otherwise; of a model whose norms all lie
+            in cells, what they remember is recorded.
         every: updates from one record to the next.
         values: that are looked at in a tensor, at most; their positions depend on the shape alone.
         axis: of the features; -1 for sequences ``(n, T, c)``.
@@ -205,7 +206,8 @@ class Monitor:
         norms = self._remembered() if self._norms is None else self._norms
         self._norms = None
         seen = {site.name: site.distribution() for site in self._sites if site.calls}
-        record = {"step": self.steps, "preactivations": seen, "norms": norms}
+        kinds = {name: type(self.model.get_submodule(name)).__name__ for name in (*seen, *norms)}
+        record = {"step": self.steps, "modules": kinds, "preactivations": seen, "norms": norms}
         if self.path is None:
             self._records.append(record)
         else:
@@ -345,5 +347,5 @@ def _scalars(record: Record, prefix: str = "") -> Iterator[tuple[str, float]]:
             value = {f"p{p}": one for p, one in zip(PERCENTILES, value, strict=True)}
         if isinstance(value, dict):
             yield from _scalars(value, f"{prefix}{name}/")
-        elif value is not None and name != "step":
+        elif value is not None and not (name == "step" or isinstance(value, str)):
             yield prefix + name, value

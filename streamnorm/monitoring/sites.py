@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from streamnorm.cells import Cell
-from streamnorm.layers import Norm
+from streamnorm.layers import Norm, norms
 from streamnorm.timespecific import TimeSpecificNorm
 
 Choice = str | nn.Module | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -192,6 +192,8 @@ def chosen_modules(model: nn.Module, watch: Choice | Iterable[Choice] | None) ->
         for kinds in (NONLINEARITIES, NORMALIZATIONS):
             if any(isinstance(module, kinds) for module in known.values()):
                 return [(name, module) for name, module in known.items() if isinstance(module, kinds)]
+        if any(norm.H1 is not None for norm in norms(model)):
+            return []  # inside of cells: what they remember is recorded
         raise ValueError(
             f"{type(model).__name__} has no nonlinearities and no normalization layers as modules, which are "
             f"watched by default; choose by watch= from {_shown(known)}"

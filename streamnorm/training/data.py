@@ -31,6 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamnorm.training.hub import at_once_or_never
+
 ENVIRONMENT = "STREAMNORM_DATA"
 CLASSES = 10
 DIGITS_TRAIN = 1437
@@ -345,7 +347,8 @@ def _load_hub(name: str, repo: str, column: str, shape: tuple[int, int, int]) ->
     """A data set from the Hugging Face hub, or from that library's own cache of an earlier visit."""
     datasets = _optional("datasets")
     try:
-        loaded = datasets.load_dataset(repo)
+        with at_once_or_never():
+            loaded = datasets.load_dataset(repo)
         raw_image = datasets.Image(decode=False)
         tables = [loaded[split].cast_column(column, raw_image)[:] for split in ("train", "test")]
         urls = loaded["train"].info.download_checksums or {}

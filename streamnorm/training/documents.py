@@ -134,13 +134,17 @@ class Documents:
         here = self.labels.members[self.labels.offsets[i] : self.labels.offsets[i + 1]]
         return [self.label_names[label] for label in here.tolist()]
 
+    def search(self, text: str) -> list[str]:
+        """The titles that contain ``text``, whatever its case, in alphabetical order."""
+        return sorted(title for title in self.titles if text.casefold() in title.casefold())
+
     def find(self, title: str) -> int:
         """The number of the document called ``title``, which may leave out its case and what stands in brackets at its
         end.
 
         Raises:
-            ValueError: for a title that several documents have, with all of them, and for an unknown one, with the
-                nearest.
+            ValueError: for a title that several documents have, with all of them, and for an unknown one, with those
+                that contain it, or else the nearest.
 
         >>> documents = load_documents("pydoc", vocabulary=500)
         >>> documents.titles[documents.find("Lambda")]
@@ -155,8 +159,11 @@ class Documents:
             if found:
                 return found[0]
         folded = {_bare(known): known for known in self.titles}
-        near = [repr(folded[match]) for match in difflib.get_close_matches(_bare(title), folded, n=3, cutoff=0.5)]
-        hint = f"the nearest are {', '.join(near)}" if near else f"one of them is {self.titles[0]!r}"
+        near = [folded[match] for match in difflib.get_close_matches(_bare(title), folded, n=3, cutoff=0.5)]
+        if holding := self.search(title):
+            hint = f"{len(holding)} contain it, such as {', '.join(map(repr, holding[:3]))}"
+        else:
+            hint = f"the nearest are {', '.join(map(repr, near))}" if near else f"one of them is {self.titles[0]!r}"
         raise ValueError(f"no document of {self.name} is called {title!r}; {hint}")
 
 

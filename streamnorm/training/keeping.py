@@ -17,6 +17,13 @@ from streamnorm.training import checkpoint
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 CHECKPOINT = "checkpoint.safetensors"
+MADE_BY = {
+    "a classifier": "streamnorm train",
+    "an auto-encoder": "streamnorm train --arch autoencoder",
+    "a language model": "streamnorm train --arch gru",
+}
+"""Every kind of run, and a command that makes one."""
+Tell = Callable[[dict[str, Any]], None]
 
 
 def finite(value: Any) -> Any:
@@ -47,6 +54,45 @@ def kind(run: Mapping[str, Any]) -> str:
     return "a classifier" if arch is None else "an auto-encoder" if arch == "autoencoder" else "a language model"
 
 
+def state_at(path: Path) -> dict[str, Any]:
+    """The checkpoint at ``path``, or in the folder ``path``.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        CheckpointError: if it is damaged.
+    """
+    return checkpoint.load(path / CHECKPOINT if path.is_dir() else path)
+
+
+def expect_trained(state: dict[str, Any], path: Path) -> None:
+    """Refuse the checkpoint of a run that failed.
+
+    Raises:
+        ValueError: with why it failed.
+    """
+    if state["failed"]:
+        raise ValueError(f"{path} holds a run that could not train: {state['failed']}")
+
+
+def trained_state(path: Path, wanted: str) -> dict[str, Any]:
+    """``state_at``, of a run that could train and is of the kind ``wanted``, one of ``MADE_BY``.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        CheckpointError: if it is damaged.
+        ValueError: if it is of another kind, or of a run that could not train.
+    """
+    state = state_at(path)
+    held = kind(state["run"])
+    if held != wanted:
+        raise ValueError(
+            f"{path} holds {held} of {state['run'].get('data')}, no {wanted.split(' ', 1)[1]}; make one by: "
+            f"{MADE_BY[wanted]}"
+        )
+    expect_trained(state, path)
+    return state
+
+
 class Kept(Protocol):
     """What can be kept: a trainer between two of its steps."""
 
@@ -68,6 +114,8 @@ def run_to_end(
     described: dict[str, Any],
     progress: Callable[[], None] | None,
     within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    begin: Callable[[], None] | None = None,
+    tell: Tell | None = None,
 ) -> None:
     """Step ``trainer`` until it is finished, from its last checkpoint if ``folder`` holds one.
 
@@ -76,21 +124,29 @@ def run_to_end(
         described: what ``run.json`` says of it.
         progress: called after each step.
         within: entered around all steps, once the trainer is where its checkpoint left it.
+        begin: called once nothing is refused any more, before anything is written.
+        tell: called with each line of the metrics: first with those of the checkpoint, then with each as it comes.
 
     Raises:
         CheckpointError: if the folder holds another run, or a damaged checkpoint.
+        NotADirectoryError: if it is a file, or inside of one.
     """
+    if folder is not None:
+        expect_folder(folder)
     if folder is not None and (folder / CHECKPOINT).is_file():
         try:
             trainer.restore(checkpoint.load(folder / CHECKPOINT))
         except checkpoint.CheckpointError as error:
             raise checkpoint.CheckpointError(
-                f"{error}; give another folder, or delete {folder} to start over"
+                f"{error}; give another folder with --out, or delete {folder} to start over"
             ) from error
+    if begin:
+        begin()
     if folder is not None:
         checkpoint.sweep(folder)
         checkpoint.write(folder / "run.json", json.dumps(described, indent=1))
         _save_metrics(trainer, folder)
+    _tell(trainer.metrics, tell)
     saved, lines = time.monotonic(), len(trainer.metrics)
     with within():
         while not trainer.finished:
@@ -100,7 +156,26 @@ def run_to_end(
             late = time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS
             if folder is not None and (late or trainer.finished or len(trainer.metrics) > lines):
                 save(trainer, folder)
-                saved, lines = time.monotonic(), len(trainer.metrics)
+                saved = time.monotonic()
+            _tell(trainer.metrics[lines:], tell)
+            lines = len(trainer.metrics)
+
+
+def expect_folder(folder: Path) -> None:
+    """Refuse a path where no folder can be made.
+
+    Raises:
+        NotADirectoryError: with the file that is in its way.
+    """
+    for path in (folder, *folder.parents):
+        if path.is_file():
+            raise NotADirectoryError(f"{path} is a file, and the run needs a folder; give another one with --out")
+
+
+def _tell(lines: list[dict[str, Any]], tell: Tell | None) -> None:
+    if tell:
+        for line in lines:
+            tell(line)
 
 
 def save(trainer: Kept, folder: Path) -> None:

@@ -27,9 +27,13 @@ from streamnorm.normstats import DegenerateReferenceError
 from streamnorm.op import latest_statistics
 from streamnorm.training import checkpoint
 from streamnorm.training.architectures import build
+from streamnorm.training.autoencoder_run import AutoencoderRun
 from streamnorm.training.data import Data
-from streamnorm.training.keeping import recorded, run_to_end
+from streamnorm.training.documents import Documents
+from streamnorm.training.keeping import Tell, recorded, run_to_end
 from streamnorm.training.run import Run
+from streamnorm.training.text import Text
+from streamnorm.training.textrun import TextRun
 
 Progress = Callable[[int, int], None]
 EVALUATION_BATCH = 1000
@@ -85,16 +89,24 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     return loss / len(x), wrong / len(x)
 
 
+def expect_enough(run: Run, data: Data) -> None:
+    """Refuse data that do not fill one update.
+
+    Raises:
+        ValueError: with both sizes.
+    """
+    if run.samples_per_update > len(data.train_x):
+        raise ValueError(
+            f"one update takes {run.samples_per_batch} S/B x {run.batches_per_update} B/U = {run.samples_per_update} "
+            f"samples, {data.name} has {len(data.train_x)} to train on"
+        )
+
+
 class Trainer:
     """A run under way: the model and its optimizer, the position in the data, and the metrics so far."""
 
     def __init__(self, run: Run, data: Data) -> None:
-        size = run.samples_per_update
-        if size > len(data.train_x):
-            raise ValueError(
-                f"one update takes {run.samples_per_batch} S/B x {run.batches_per_update} B/U = {size} samples, "
-                f"{data.name} has {len(data.train_x)} to train on"
-            )
+        expect_enough(run, data)
         self.run = run
         self.data = data
         self.model = build(run, data.train_x[0], data.classes)
@@ -110,7 +122,7 @@ class Trainer:
             vectorize=not run.loops,  # in a loop mini-batches take turns at a layer
             warmup=0,
         )
-        self.per_epoch = len(data.train_x) // size
+        self.per_epoch = len(data.train_x) // run.samples_per_update
         self.updates = self.per_epoch * run.epochs
         self.done = 0
         self.sums = {"loss": 0.0, "wrong": 0, "seconds": 0.0}
@@ -207,7 +219,9 @@ class Trainer:
         """
         there = {**Run().to_json(), **state["run"], **state["data"]}  # an older run lacks newer settings
         if differing := differences(there, {**self.run.to_json(), **self._identity()}):
-            raise checkpoint.CheckpointError(f"the checkpoint is of another run: {differing}")
+            longer = " (the learning rate falls late, at a time that the epochs decide)"
+            reason = longer if there["epochs"] != self.run.epochs else ""
+            raise checkpoint.CheckpointError(f"the checkpoint is of another run: {differing}{reason}")
         load_model(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])
@@ -270,8 +284,8 @@ def reloop(trainer: Trainer, loops: tuple[int, ...]) -> nn.Module:
     return model
 
 
-def description(run: Run, data: Data) -> dict[str, Any]:
-    """What a run is, for its record."""
+def description(run: Run | TextRun | AutoencoderRun, data: Data | Text | Documents) -> dict[str, Any]:
+    """What a run of any kind is, for its record."""
     return {
         "arm": run.arm,
         "label": run.label,
@@ -285,7 +299,13 @@ def description(run: Run, data: Data) -> dict[str, Any]:
 
 
 def train(
-    run: Run, data: Data, folder: Path | None = None, progress: Progress | None = None, monitored: int | None = None
+    run: Run,
+    data: Data,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+    monitored: int | None = None,
+    begin: Callable[[], None] | None = None,
+    tell: Tell | None = None,
 ) -> dict[str, Any]:
     """Train ``run`` to its end, from its last checkpoint if ``folder`` holds one.
 
@@ -293,6 +313,8 @@ def train(
         folder: where the run is kept; None keeps nothing.
         progress: called with (updates done, updates in all).
         monitored: record pre-activations and memories every so many updates, in ``monitor.jsonl`` of the folder.
+        begin: called once nothing is refused any more, before anything is written.
+        tell: called with the metrics of each epoch: first of those before its checkpoint, then of each as it closes.
 
     Returns:
         The record: what was run, on what, and the metrics of every epoch. ``failed`` says in a sentence why a run
@@ -309,5 +331,5 @@ def train(
             return nullcontext()
         return monitor(trainer.model, trainer.optimizer, folder / MONITOR, every=monitored, start=trainer.done)
 
-    run_to_end(trainer, folder, description(run, data), show, within)
+    run_to_end(trainer, folder, description(run, data), show, within, begin, tell)
     return trainer.record()
