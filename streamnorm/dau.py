@@ -369,10 +369,16 @@ class DAU:
             raise ValueError(
                 f"{self.accumulated} of {self.n} mini-batches are accumulated; the weights are updated after {self.n}"
             )
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None and self.n > 1:
-                    parameter.grad.div_(self.n)
+        take_mean(self.optimizer, self.n)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.accumulated = 0
+
+
+def take_mean(optimizer: Optimizer, n: int) -> None:
+    """Divide the gradients that n mini-batches have added up by n, in place."""
+    if n > 1:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.div_(n)

@@ -32,7 +32,10 @@ def colors_of(arms: Sequence[str]) -> list[str]:
 def draw(panel: Any, x: Sequence[float], seeds: Sequence[Sequence[float | None]], style: dict[str, Any]) -> None:
     """A line at the mean over the seeds, in a band from the lowest to the highest; a gap where one is not finite.
     Without seeds the line is in the legend alone."""
-    draw_columns(panel, x if seeds else [], list(zip(*seeds, strict=True)), style)
+    if seeds:
+        draw_columns(panel, x, list(zip(*seeds, strict=True)), style)
+    else:
+        panel.plot([], [], **style)
 
 
 def draw_columns(panel: Any, x: Sequence[float], of: Sequence[Sequence[float | None]], style: dict[str, Any]) -> None:

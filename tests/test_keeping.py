@@ -17,7 +17,7 @@ import torch
 from close import same
 from toy import small, to_the_end, toy
 
-from streamnorm.training import checkpoint, keeping, loop
+from streamnorm.training import checkpoint, keeping, underway
 from streamnorm.training.checkpoint import CheckpointError
 from streamnorm.training.loop import Trainer, train
 from streamnorm.training.run import Run
@@ -255,14 +255,14 @@ def test_the_weights_of_another_architecture_are_refused_by_name_and_change_noth
     mine.step()
     before = {k: v.clone() for k, v in mine.model.state_dict().items()}
     with pytest.raises(CheckpointError, match=f"of another architecture; {message}"):
-        loop.load_model(mine.model, dict(other.model.state_dict()))
+        underway.load_model(mine.model, dict(other.model.state_dict()))
     assert same(dict(mine.model.state_dict()), before)
 
 
 def test_weights_of_the_same_architecture_are_loaded_where_memories_have_no_shape_yet() -> None:
     other, mine = Trainer(small(arm="BA6-S"), toy()), Trainer(small(arm="BA6-S", seed=1), toy())
     other.step()
-    loop.load_model(mine.model, dict(other.model.state_dict()))
+    underway.load_model(mine.model, dict(other.model.state_dict()))
     assert same(dict(mine.model.state_dict()), dict(other.model.state_dict()))
 
 

@@ -19,8 +19,9 @@ from streamnorm.cli import main
 from streamnorm.training import checkpoint
 from streamnorm.training.architectures import ARMS, Convolutional, FullyRecurrent, build
 from streamnorm.training.checkpoint import CheckpointError
-from streamnorm.training.loop import Trainer, evaluate, load_model, reloop
+from streamnorm.training.loop import Trainer, evaluate, reloop
 from streamnorm.training.run import Run
+from streamnorm.training.underway import load_model
 
 # --- The modules
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from streamnorm.kernels import library
-from streamnorm.training.loop import machine, versions
+from streamnorm.training.underway import machine, versions
 
 FLAGS = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16")
 FLAGS += ("amx_bf16", "asimd", "sve", "bf16")

@@ -21,7 +21,7 @@ from streamnorm.bench.record import sentences, write_record
 from streamnorm.bench.registry import check_names
 from streamnorm.bench.settings import Bench
 from streamnorm.bench.worker import INTERRUPTED, RED
-from streamnorm.training.loop import differences
+from streamnorm.training.underway import differences
 
 TUNED = {
     "MALLOC_MMAP_THRESHOLD_": "4000000000",

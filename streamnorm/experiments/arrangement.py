@@ -10,10 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from streamnorm.dau import DAU
 from streamnorm.layers import Norm, norms
 from streamnorm.training.architectures import Block, Convolutional, norm_factory
 from streamnorm.training.data import Data
@@ -95,18 +93,9 @@ class ArrangedRun(Run):
 class ArrangedTrainer(Trainer):
     """A run under way in its arrangement. The weights begin as those of B do."""
 
-    def __init__(self, run: ArrangedRun, data: Data) -> None:
-        super().__init__(run, data)
-        assert isinstance(self.model, Convolutional)
-        ARRANGEMENTS[run.arrangement](self.model, run)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=run.learning_rate, momentum=run.momentum, weight_decay=run.weight_decay
-        )
-        self.dau = DAU(
-            self.model,
-            self.optimizer,
-            F.cross_entropy,
-            samples_per_batch=run.samples_per_batch,
-            batches_per_update=run.batches_per_update,
-            warmup=0,
-        )
+    def network(self, run: Run, data: Data) -> nn.Module:
+        assert isinstance(run, ArrangedRun)
+        model = super().network(run, data)
+        assert isinstance(model, Convolutional)
+        ARRANGEMENTS[run.arrangement](model, run)
+        return model

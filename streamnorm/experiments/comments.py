@@ -46,9 +46,10 @@ from streamnorm.layers import norms
 from streamnorm.training import checkpoint
 from streamnorm.training.data import Data, load
 from streamnorm.training.keeping import run_to_end
-from streamnorm.training.loop import Trainer, description, evaluate
+from streamnorm.training.loop import Trainer, evaluate
 from streamnorm.training.run import Run
 from streamnorm.training.summary import summarize, table
+from streamnorm.training.underway import description
 
 RATES = (0.01, 0.03)
 """Learning rates of architecture A; at 0.1 it diverges without normalization."""
@@ -114,6 +115,8 @@ class CurvedTrainer(Trainer):
     """A run of architecture A under way, which is looked at before its first update, every so many and its last
     (``trace``): by then its statistics of testing are those of its weights."""
 
+    KEPT = (*Trainer.KEPT, "trace")
+
     def __init__(self, run: Run, data: Data, tier: Tier) -> None:
         super().__init__(run, data)
         self.tier = tier
@@ -154,13 +157,6 @@ class CurvedTrainer(Trainer):
     def looked_at(self) -> tuple[Tensor, Tensor]:
         """The training samples of which the curvature is taken: the first of the file."""
         return self.data.train_x[: self.tier.samples], self.data.train_y[: self.tier.samples]
-
-    def state(self) -> dict[str, Any]:
-        return {**super().state(), "trace": self.trace}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        super().restore(state)
-        self.trace = state["trace"]
 
     def record(self) -> dict[str, Any]:
         measured = {} if self.failed else {"scaling": scaling(self.model, *self.looked_at())}

@@ -22,10 +22,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from streamnorm.dau import DAU
 from streamnorm.experiments.arguments import Arguments, begin
 from streamnorm.experiments.inceptioncurves import picture
 from streamnorm.experiments.mnist import CHANCE, end_errors
@@ -49,9 +47,10 @@ from streamnorm.training.data import Data, load
 from streamnorm.training.inception import Inception
 from streamnorm.training.keeping import run_to_end
 from streamnorm.training.language import tested
-from streamnorm.training.loop import EVALUATION_BATCH, Trainer, description
+from streamnorm.training.loop import EVALUATION_BATCH, Trainer
 from streamnorm.training.run import Run
 from streamnorm.training.summary import summarize, table
+from streamnorm.training.underway import description
 
 ARMS = ("none", "batch", "streaming")
 RATE = 0.01
@@ -145,45 +144,28 @@ def member(tier: Tier) -> InceptionRun:
 class InceptionTrainer(Trainer):
     """A run of the small Inception network under way."""
 
-    run: InceptionRun
+    def network(self, run: Run, data: Data) -> nn.Module:
+        """Its weights are drawn from the run's seed, alike for every arm and nonlinearity.
 
-    def __init__(self, run: InceptionRun, data: Data) -> None:
-        super().__init__(run, data)
-        self.model = network(run, data)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=run.learning_rate, momentum=run.momentum, weight_decay=run.weight_decay
-        )
-        self.dau = DAU(
-            self.model,
-            self.optimizer,
-            F.cross_entropy,
-            samples_per_batch=run.samples_per_batch,
-            batches_per_update=run.batches_per_update,
-            warmup=0,
-        )
+        They lie channels last, with which pooling and small convolutions take two thirds of the time.
+        """
+        assert isinstance(run, InceptionRun)
+        channels = data.train_x.shape[1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed)
+            model = Inception(channels, data.classes, norm_factory(run), NONLINEARITIES[run.nonlinearity], run.width)
+            for module in model.modules():
+                if isinstance(module, (nn.Linear, nn.Conv2d)):
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def probabilities(self) -> Tensor:
         """Of the classes for each test sample, ``(n, classes)`` in float64, in testing."""
         with tested(self.model):
             outputs = [self.model(x) for x in self.data.test_x.split(EVALUATION_BATCH)]
         return torch.cat(outputs).double().softmax(1)
-
-
-def network(run: InceptionRun, data: Data) -> Inception:
-    """Its weights are drawn from the run's seed, alike for every arm and nonlinearity.
-
-    They lie channels last, with which pooling and small convolutions take two thirds of the time.
-    """
-    channels = data.train_x.shape[1]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seed)
-        model = Inception(channels, data.classes, norm_factory(run), NONLINEARITIES[run.nonlinearity], run.width)
-        for module in model.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def carry_out(tier: Tier, seeds: Sequence[int], data: Data, out: Path) -> dict[str, list[Record]]:

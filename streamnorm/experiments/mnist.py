@@ -44,9 +44,10 @@ from streamnorm.training import checkpoint
 from streamnorm.training.architectures import norm_factory
 from streamnorm.training.data import Data, load
 from streamnorm.training.keeping import run_to_end
-from streamnorm.training.loop import Trainer, description, evaluate
+from streamnorm.training.loop import Trainer, evaluate
 from streamnorm.training.run import Run
 from streamnorm.training.summary import summarize, table
+from streamnorm.training.underway import description
 
 CHANCE = 0.9
 SCALES = (0.01, 0.1, 1.0, 10.0, 100.0)
@@ -121,20 +122,27 @@ class SigmoidTrainer(Trainer):
     """A run under way, which is looked at every so many updates and at its end (``trace``), with the weights that its
     statistics were taken with."""
 
+    KEPT = (*Trainer.KEPT, "trace")
+
     def __init__(self, run: SigmoidRun, data: Data, every: int) -> None:
         super().__init__(run, data)
         self.every = every
         self.trace: list[dict[str, Any]] = []
         self.optimizer.register_step_pre_hook(lambda *_: self._look_between())
-        assert isinstance(self.model, nn.Sequential)
+
+    def network(self, run: Run, data: Data) -> nn.Module:
+        assert isinstance(run, SigmoidRun)
+        model = super().network(run, data)
+        assert isinstance(model, nn.Sequential)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
-            for i, module in enumerate(self.model):
+            for i, module in enumerate(model):
                 if isinstance(module, nn.ReLU):
-                    self.model[i] = nn.Sigmoid()
+                    model[i] = nn.Sigmoid()
                 elif isinstance(module, nn.Linear):
-                    scale = 1.0 if module is self.model[-1] else run.scale
+                    scale = 1.0 if module is model[-1] else run.scale
                     nn.init.normal_(module.weight, std=scale / math.sqrt(module.in_features))
+        return model
 
     def step(self) -> None:
         super().step()
@@ -177,13 +185,6 @@ class SigmoidTrainer(Trainer):
             return x
         finally:
             self.model.train()
-
-    def state(self) -> dict[str, Any]:
-        return {**super().state(), "trace": self.trace}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        super().restore(state)
-        self.trace = state["trace"]
 
     def record(self) -> dict[str, Any]:
         return {**super().record(), "trace": self.trace}

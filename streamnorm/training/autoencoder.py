@@ -20,16 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from streamnorm.dau import attach, vectorized
+from streamnorm.dau import attach, take_mean, vectorized
 from streamnorm.normstats import DegenerateReferenceError
-from streamnorm.training import checkpoint
 from streamnorm.training.architectures import NormFactory, norm_factory
 from streamnorm.training.autoencoder_run import AutoencoderRun
 from streamnorm.training.documents import Bags, Documents
 from streamnorm.training.keeping import recorded, run_to_end, trained_state
 from streamnorm.training.language import tested
-from streamnorm.training.loop import description, differences, load_model, order
+from streamnorm.training.loop import order
 from streamnorm.training.run import Run
+from streamnorm.training.underway import UnderWay, description, load_model
 
 EVALUATION_BATCH = 500
 
@@ -195,8 +195,13 @@ def cost_of_frequencies(documents: Documents) -> float:
     return sum(cost(logits[: len(batch)], batch).sum().item() for batch in batches) / len(documents.tested)
 
 
-class AutoencoderTrainer:
-    """A run under way: model, optimizer, the position in the documents, and the metrics so far."""
+class AutoencoderTrainer(UnderWay):
+    """The run of an auto-encoder under way."""
+
+    PARTS = ("optimizer", "link")
+    KEPT = ("sums",)
+    run: AutoencoderRun
+    model: Autoencoder
 
     def __init__(self, run: AutoencoderRun, documents: Documents) -> None:
         size = run.samples_per_update
@@ -205,25 +210,19 @@ class AutoencoderTrainer:
                 f"one update takes {run.samples_per_batch} S/B x {run.batches_per_update} B/U = {size} documents, "
                 f"{documents.name} has {documents.train} to train on"
             )
-        self.run = run
-        self.documents = documents
-        self.model = build(run, documents.words.size)
+        model = build(run, documents.words.size)
         if run.top_bias == "frequencies":
-            self.model.top_bias().data.copy_(log_odds(documents))
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=run.learning_rate)
-        self.link = attach(self.model, self.optimizer, "auto" if run.warmup is None else run.warmup)
-        self.random = torch.Generator().manual_seed(run.seed)
+            model.top_bias().data.copy_(log_odds(documents))
+        optimizer = torch.optim.SGD(model.parameters(), lr=run.learning_rate)
         self.per_epoch = documents.train // size
-        self.updates = self.per_epoch * run.epochs
-        self.done = 0
+        super().__init__(run, documents, model, optimizer, self.per_epoch * run.epochs)
+        self.documents = documents
+        self.link = attach(model, optimizer, "auto" if run.warmup is None else run.warmup)
+        self.random = torch.Generator().manual_seed(run.seed)
         self.sums = {"cost": 0.0, "seconds": 0.0}
-        self.metrics: list[dict[str, Any]] = []
-        self.failed: str | None = None
 
-    @property
-    def finished(self) -> bool:
-        """Whether there is nothing left to do."""
-        return self.failed is not None or self.done == self.updates
+    def identity(self) -> dict[str, Any]:
+        return {"documents": self.documents.source}
 
     def step(self) -> None:
         """One cycle of mini-batches and its weight update; before that, at the end of an epoch, a test.
@@ -264,11 +263,7 @@ class AutoencoderTrainer:
         return self.documents.words.select(index)
 
     def _update_weights(self) -> None:
-        n = self.run.batches_per_update
-        if n > 1:
-            for parameter in self.model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.div_(n)
+        take_mean(self.optimizer, self.run.batches_per_update)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -288,43 +283,6 @@ class AutoencoderTrainer:
             }
         )
         self.sums = {"cost": 0.0, "seconds": 0.0}
-
-    def state(self) -> dict[str, Any]:
-        """Everything that a resumed run needs."""
-        return {
-            "run": self.run.to_json(),
-            "data": self._identity(),
-            "model": dict(self.model.state_dict()),
-            "optimizer": self.optimizer.state_dict(),
-            "link": self.link.state_dict(),
-            "random": self.random.get_state(),
-            "done": self.done,
-            "updates": self.updates,
-            "sums": self.sums,
-            "metrics": self.metrics,
-            "failed": self.failed,
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on where ``state()`` was taken.
-
-        Raises:
-            CheckpointError: if it was taken of another run or other documents.
-        """
-        if differing := differences({**state["run"], **state["data"]}, {**self.run.to_json(), **self._identity()}):
-            raise checkpoint.CheckpointError(f"the checkpoint is of another run: {differing}")
-        load_model(self.model, state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.link.load_state_dict(state["link"])
-        self.random.set_state(state["random"])
-        self.done, self.sums, self.metrics, self.failed = (state[k] for k in ("done", "sums", "metrics", "failed"))
-
-    def _identity(self) -> dict[str, Any]:
-        return {"documents": self.documents.source}
-
-    def record(self) -> dict[str, Any]:
-        """What a report reads."""
-        return {**description(self.run, self.documents), "metrics": self.metrics, "failed": self.failed}
 
 
 def train_autoencoder(

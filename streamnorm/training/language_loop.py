@@ -16,18 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 
-from streamnorm.dau import attach
+from streamnorm.dau import attach, take_mean
 from streamnorm.normstats import DegenerateReferenceError
-from streamnorm.training import checkpoint
 from streamnorm.training.keeping import recorded, run_to_end, trained_state
 from streamnorm.training.language import LanguageModel, State, bits, build, detached, validate
-from streamnorm.training.loop import description, differences, load_model
 from streamnorm.training.manhattan import Manhattan
 from streamnorm.training.text import Text, chunk, streams
 from streamnorm.training.textrun import TextRun
+from streamnorm.training.underway import UnderWay, description, load_model
 
 SMOOTHED = 50
 """Mini-batches in the moving average of the training loss (section 7.6)."""
@@ -38,12 +36,15 @@ def learning_rate(run: TextRun, update: int, updates: int) -> float:
     return run.learning_rate * (1.0 if update < updates * 2 / 3 else 0.1)
 
 
-class TextTrainer:
-    """A run under way: model, optimizer, the states of all streams, the position in the text, the metrics so far."""
+class TextTrainer(UnderWay):
+    """The run of a language model under way, with the states of all its streams."""
+
+    PARTS = ("optimizer", "link")
+    KEPT = ("states", "losses", "seconds")
+    run: TextRun
+    model: LanguageModel
 
     def __init__(self, run: TextRun, text: Text) -> None:
-        self.run = run
-        self.text = text
         self.x, self.y = streams(text.train, run.samples_per_update)
         self.per_epoch = len(self.x) // sum(run.steps) * len(run.steps)
         if not self.per_epoch:
@@ -53,21 +54,17 @@ class TextTrainer:
                 f"chunks of {' + '.join(map(str, run.steps))} time steps; ask for fewer streams or steps, or give a "
                 "longer text"
             )
-        self.model = build(run, len(text.vocabulary))
-        self.optimizer = Manhattan(self.model.parameters(), lr=run.learning_rate)
-        self.link = attach(self.model, self.optimizer, "auto" if run.warmup is None else run.warmup)
-        self.updates = self.per_epoch * run.epochs
-        self.done = 0
+        model = build(run, len(text.vocabulary))
+        optimizer = Manhattan(model.parameters(), lr=run.learning_rate)
+        super().__init__(run, text, model, optimizer, self.per_epoch * run.epochs)
+        self.text = text
+        self.link = attach(model, optimizer, "auto" if run.warmup is None else run.warmup)
         self.states: list[State] = [None] * run.batches_per_update
         self.losses: list[float] = []
         self.seconds = 0.0
-        self.metrics: list[dict[str, Any]] = []
-        self.failed: str | None = None
 
-    @property
-    def finished(self) -> bool:
-        """Whether there is nothing left to do."""
-        return self.failed is not None or self.done == self.updates
+    def identity(self) -> dict[str, Any]:
+        return {"text": self.text.source, "vocabulary": self.text.vocabulary}
 
     @property
     def characters(self) -> int:
@@ -135,9 +132,7 @@ class TextTrainer:
     def _update_weights(self) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.run, self.done - 1, self.updates)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.div_(self.run.batches_per_update)
+        take_mean(self.optimizer, self.run.batches_per_update)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -158,47 +153,10 @@ class TextTrainer:
         )
         self.losses = []
 
-    def state(self) -> dict[str, Any]:
-        """Everything that a resumed run needs."""
-        return {
-            "run": self.run.to_json(),
-            "data": self._identity(),
-            "model": dict(self.model.state_dict()),
-            "optimizer": self.optimizer.state_dict(),
-            "link": self.link.state_dict(),
-            "random": torch.get_rng_state(),
-            "states": self.states,
-            "done": self.done,
-            "updates": self.updates,
-            "losses": self.losses,
-            "seconds": self.seconds,
-            "metrics": self.metrics,
-            "failed": self.failed,
-        }
-
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where ``state()`` was taken.
-
-        Raises:
-            CheckpointError: if it was taken of another run or another text.
-        """
-        if differing := differences({**state["run"], **state["data"]}, {**self.run.to_json(), **self._identity()}):
-            raise checkpoint.CheckpointError(f"the checkpoint is of another run: {differing}")
-        load_model(self.model, state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.link.load_state_dict(state["link"])
-        torch.set_rng_state(state["random"])
+        super().restore(state)
         # Copies lie in memory as a layer's own results do: sums over it round alike, and the run goes on bit for bit.
         self.states = [copied(s) for s in state["states"]]
-        self.done, self.losses, self.seconds = state["done"], state["losses"], state["seconds"]
-        self.metrics, self.failed = state["metrics"], state["failed"]
-
-    def _identity(self) -> dict[str, Any]:
-        return {"text": self.text.source, "vocabulary": self.text.vocabulary}
-
-    def record(self) -> dict[str, Any]:
-        """What a report reads."""
-        return {**description(self.run, self.text), "metrics": self.metrics, "failed": self.failed}
 
 
 def copied(state: Any) -> State:

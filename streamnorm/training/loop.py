@@ -7,8 +7,6 @@ A folder holds one run: ``run.json`` (what it is, with versions), ``metrics.json
 from __future__ import annotations
 
 import math
-import platform
-import re
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -25,40 +23,15 @@ from streamnorm.dau import AUTO_WARMUP, DAU
 from streamnorm.monitoring.monitor import monitor
 from streamnorm.normstats import DegenerateReferenceError
 from streamnorm.op import latest_statistics
-from streamnorm.training import checkpoint
 from streamnorm.training.architectures import build
-from streamnorm.training.autoencoder_run import AutoencoderRun
 from streamnorm.training.data import Data
-from streamnorm.training.documents import Documents
 from streamnorm.training.keeping import Tell, recorded, run_to_end
 from streamnorm.training.run import Run
-from streamnorm.training.text import Text
-from streamnorm.training.textrun import TextRun
+from streamnorm.training.underway import UnderWay, description, load_model
 
 Progress = Callable[[int, int], None]
 EVALUATION_BATCH = 1000
 MONITOR = "monitor.jsonl"
-
-
-def versions() -> dict[str, str]:
-    """Of what a result depends on."""
-    from importlib.metadata import version
-
-    return {"python": platform.python_version(), "torch": torch.__version__, "streamnorm": version("streamnorm")}
-
-
-def machine() -> dict[str, str | int]:
-    """What a result was computed on."""
-    return {"cpu": _processor(), "threads": torch.get_num_threads(), "system": platform.system()}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def learning_rate(run: Run, update: int, updates: int) -> float:
@@ -102,17 +75,21 @@ def expect_enough(run: Run, data: Data) -> None:
         )
 
 
-class Trainer:
-    """A run under way: the model and its optimizer, the position in the data, and the metrics so far."""
+class Trainer(UnderWay):
+    """The run of a classifier under way. A study with a network of its own says so in ``network``."""
+
+    KEPT = ("sums",)
+    run: Run
+    data: Data
 
     def __init__(self, run: Run, data: Data) -> None:
         expect_enough(run, data)
-        self.run = run
-        self.data = data
-        self.model = build(run, data.train_x[0], data.classes)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=run.learning_rate, momentum=run.momentum, weight_decay=run.weight_decay
+        model = self.network(run, data)
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=run.learning_rate, momentum=run.momentum, weight_decay=run.weight_decay
         )
+        self.per_epoch = len(data.train_x) // run.samples_per_update
+        super().__init__(run, data, model, optimizer, self.per_epoch * run.epochs)
         self.dau = DAU(
             self.model,
             self.optimizer,
@@ -122,17 +99,15 @@ class Trainer:
             vectorize=not run.loops,  # in a loop mini-batches take turns at a layer
             warmup=0,
         )
-        self.per_epoch = len(data.train_x) // run.samples_per_update
-        self.updates = self.per_epoch * run.epochs
-        self.done = 0
         self.sums = {"loss": 0.0, "wrong": 0, "seconds": 0.0}
-        self.metrics: list[dict[str, Any]] = []
-        self.failed: str | None = None
 
-    @property
-    def finished(self) -> bool:
-        """Whether there is nothing left to do."""
-        return self.failed is not None or self.done == self.updates
+    def network(self, run: Run, data: Data) -> nn.Module:
+        """What is trained, with its first weights."""
+        return build(run, data.train_x[0], data.classes)
+
+    def identity(self) -> dict[str, Any]:
+        sizes = {"training samples": len(self.data.train_x), "test samples": len(self.data.test_x)}
+        return {"data set": self.data.name, **sizes}
 
     def step(self) -> None:
         """One cycle of mini-batches and its weight update; before that, at the end of an epoch, a test.
@@ -197,80 +172,6 @@ class Trainer:
         )
         self.sums = {"loss": 0.0, "wrong": 0, "seconds": 0.0}
 
-    def state(self) -> dict[str, Any]:
-        """Everything that a resumed run needs."""
-        return {
-            "run": self.run.to_json(),
-            "data": self._identity(),
-            "model": dict(self.model.state_dict()),
-            "optimizer": self.optimizer.state_dict(),
-            "random": torch.get_rng_state(),
-            "done": self.done,
-            "sums": self.sums,
-            "metrics": self.metrics,
-            "failed": self.failed,
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on where ``state()`` was taken.
-
-        Raises:
-            CheckpointError: if it was taken of another run.
-        """
-        there = {**Run().to_json(), **state["run"], **state["data"]}  # an older run lacks newer settings
-        if differing := differences(there, {**self.run.to_json(), **self._identity()}):
-            longer = " (the learning rate falls late, at a time that the epochs decide)"
-            reason = longer if there["epochs"] != self.run.epochs else ""
-            raise checkpoint.CheckpointError(f"the checkpoint is of another run: {differing}{reason}")
-        load_model(self.model, state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"])
-        self.done, self.sums, self.metrics, self.failed = (state[k] for k in ("done", "sums", "metrics", "failed"))
-
-    def _identity(self) -> dict[str, Any]:
-        sizes = {"training samples": len(self.data.train_x), "test samples": len(self.data.test_x)}
-        return {"data set": self.data.name, **sizes}
-
-    def record(self) -> dict[str, Any]:
-        """What a report reads."""
-        return {**description(self.run, self.data), "metrics": self.metrics, "failed": self.failed}
-
-
-def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """The fields in which two runs differ, in words; empty if in none."""
-    pairs = {k: (there.get(k), here.get(k)) for k in {**here, **there}}
-    return ", ".join(f"{k} {old!r} there and {new!r} here" for k, (old, new) in pairs.items() if old != new)
-
-
-def load_model(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """``model.load_state_dict``, refusing another architecture before anything is changed.
-
-    Raises:
-        CheckpointError: with the names and shapes that do not fit.
-    """
-    mine, there = model.state_dict(), {_first_step(name) for name in state}
-    missing = sorted(name for name in mine if _first_step(name) not in there)
-    unknown = sorted(name for name in state if _first_step(name) not in mine)
-    # A memory of streamnorm that has seen nothing yet is empty here and takes the shape that it has there.
-    shapes = [
-        f"{name} {tuple(value.shape)} there and {tuple(here.shape)} here"
-        for name, value in state.items()
-        if (here := mine.get(_first_step(name))) is not None and here.numel() and value.shape != here.shape
-    ]
-    if missing or unknown or shapes:
-        parts = [
-            f"{title}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
-            for title, names in (("missing there", missing), ("unknown here", unknown), ("of another shape", shapes))
-            if names
-        ]
-        raise checkpoint.CheckpointError(f"the checkpoint is of another architecture; {'; '.join(parts)}")
-    model.load_state_dict(state)
-
-
-def _first_step(name: str) -> str:
-    """Statistics per time step are as many as training had; those of the first step speak for all."""
-    return re.sub(r"\btimes\.\d+\.", "times.0.", name)
-
 
 def reloop(trainer: Trainer, loops: tuple[int, ...]) -> nn.Module:
     """The model of a run with other loops than it was trained with: the same weights, gains and statistics.
@@ -282,20 +183,6 @@ def reloop(trainer: Trainer, loops: tuple[int, ...]) -> nn.Module:
     model = build(run, data.train_x[0], data.classes)
     load_model(model, trainer.model.state_dict())
     return model
-
-
-def description(run: Run | TextRun | AutoencoderRun, data: Data | Text | Documents) -> dict[str, Any]:
-    """What a run of any kind is, for its record."""
-    return {
-        "arm": run.arm,
-        "label": run.label,
-        "seed": run.seed,
-        "run": run.to_json(),
-        "data": data.name,
-        "source": data.source,
-        "versions": versions(),
-        "machine": machine(),
-    }
 
 
 def train(

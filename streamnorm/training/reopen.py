@@ -21,9 +21,10 @@ from streamnorm.training.data import load
 from streamnorm.training.documents import load_documents, same_documents
 from streamnorm.training.keeping import expect_trained, kind
 from streamnorm.training.language import bits
-from streamnorm.training.loop import Trainer, description, reloop
+from streamnorm.training.loop import Trainer, reloop
 from streamnorm.training.run import Run
 from streamnorm.training.text import load_text
+from streamnorm.training.underway import description
 
 
 @dataclass(frozen=True, eq=False)

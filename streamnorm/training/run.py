@@ -22,6 +22,11 @@ class Described:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """What fields have where nothing is said, as JSON has them."""
+        return {f.name: list(f.default) if isinstance(f.default, tuple) else f.default for f in fields(cls)}
+
+    @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """The run that ``to_json`` described.
 
