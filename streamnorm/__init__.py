@@ -7,13 +7,13 @@ from streamnorm.cells import NormRNNCell as NormRNNCell
 from streamnorm.dau import DAU as DAU
 from streamnorm.dau import attach as attach
 from streamnorm.dau import vectorized as vectorized
-from streamnorm.layers import Affine as Affine
 from streamnorm.layers import BatchNorm as BatchNorm
-from streamnorm.layers import Norm as Norm
 from streamnorm.layers import SampleNorm as SampleNorm
 from streamnorm.layers import StreamingNorm as StreamingNorm
 from streamnorm.monitoring.monitor import Monitor as Monitor
 from streamnorm.monitoring.monitor import monitor as monitor
+from streamnorm.norm import Affine as Affine
+from streamnorm.norm import Norm as Norm
 from streamnorm.normop import Scale as Scale
 from streamnorm.normop import Standardize as Standardize
 from streamnorm.normref import BA1 as BA1

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from streamnorm.checks import expect_whole, is_whole
-from streamnorm.layers import Norm, norms
+from streamnorm.norm import Norm, norms
 
 Warmup = int | Literal["auto"]
 AUTO_WARMUP = 4

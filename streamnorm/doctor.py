@@ -15,7 +15,8 @@ import torch
 
 from streamnorm import kernels
 from streamnorm.kernels import library
-from streamnorm.layers import BatchNorm, Norm, SampleNorm, StreamingNorm
+from streamnorm.layers import BatchNorm, SampleNorm, StreamingNorm
+from streamnorm.norm import Norm
 from streamnorm.normref import BA1, BA3, BA6, SP1, SP2, SP5, NormRef
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -22,7 +22,7 @@ from streamnorm import kernels
 from streamnorm.cells import Cell, NormGRUCell, NormRNNCell
 from streamnorm.fused import Fused, Told, as_read, is_hooked
 from streamnorm.kernels import cpu, library
-from streamnorm.layers import Norm, gains_of
+from streamnorm.norm import Norm, gains_of
 from streamnorm.op import refuse_second_derivative
 
 NAMES: dict[type[Cell], str] = {NormRNNCell: "rnn", NormGRUCell: "gru"}

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from streamnorm.kernels import library
-from streamnorm.layers import Affine, Norm, StreamingNorm
+from streamnorm.layers import StreamingNorm
+from streamnorm.norm import Affine, Norm
 from streamnorm.normop import Standardize
 from streamnorm.normstats import Lp
 from streamnorm.policy import Streaming

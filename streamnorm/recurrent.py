@@ -32,7 +32,8 @@ from streamnorm.cells import (
     expect,
     given_state,
 )
-from streamnorm.layers import Calls, Device, Norm, StreamingNorm
+from streamnorm.layers import StreamingNorm
+from streamnorm.norm import Calls, Device, Norm
 from streamnorm.scan import scan
 from streamnorm.timespecific import Factory, TimeSpecificNorm
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from streamnorm import fusedscan
 from streamnorm.cells import Cell, State, at
-from streamnorm.layers import Norm
+from streamnorm.norm import Norm
 
 
 def scan(

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from streamnorm.layers import Norm
+from streamnorm.norm import Norm
 
 Factory = Callable[[int], nn.Module]
 """What makes a normalization of c features: a class, a ``functools.partial`` of one, a function."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import streamnorm as sn
-from streamnorm.layers import Norm
+from streamnorm.norm import Norm
 
 CLASSES = 3
 FEATURES = 6

@@ -16,7 +16,8 @@ from torch import nn
 
 from streamnorm.cli import main
 from streamnorm.dau import attach
-from streamnorm.layers import Norm, SampleNorm, StreamingNorm
+from streamnorm.layers import SampleNorm, StreamingNorm
+from streamnorm.norm import Norm
 from streamnorm.training import checkpoint
 from streamnorm.training.autoencoder import (
     Autoencoder,

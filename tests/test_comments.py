@@ -40,7 +40,8 @@ from streamnorm.experiments.comments import (
     share_below,
 )
 from streamnorm.experiments.curvature import hessian, largest_eigenvalue, loss_and_gradient, relative
-from streamnorm.layers import BatchNorm, Norm, StreamingNorm
+from streamnorm.layers import BatchNorm, StreamingNorm
+from streamnorm.norm import Norm
 from streamnorm.training.architectures import Block
 from streamnorm.training.loop import Trainer
 from streamnorm.training.run import Run

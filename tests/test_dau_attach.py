@@ -13,7 +13,7 @@ from nets import assert_equal, batch, connected, everything, memories, moved, ne
 from torch import nn
 
 import streamnorm as sn
-from streamnorm.layers import Norm
+from streamnorm.norm import Norm
 
 # --- Folds
 

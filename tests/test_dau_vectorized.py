@@ -11,7 +11,7 @@ from nets import NETS, MakeNorm, assert_equal, batch, dau, everything, memories,
 from torch import nn
 
 import streamnorm as sn
-from streamnorm.layers import Norm
+from streamnorm.norm import Norm
 
 
 def arms() -> list[tuple[str, str, float, sn.NormRef, sn.Policy]]:

@@ -33,7 +33,8 @@ from streamnorm.experiments.inception import (
     runs,
     shares,
 )
-from streamnorm.layers import Affine, BatchNorm, Norm
+from streamnorm.layers import BatchNorm
+from streamnorm.norm import Affine, Norm
 from streamnorm.training.data import Data, load
 from streamnorm.training.inception import Branches, Inception, inception, reduction, unit_of
 from streamnorm.training.loop import Trainer

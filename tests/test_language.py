@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from texts import same, seen_by, small, tiny, to_the_end
 from torch import Tensor
 
-from streamnorm.layers import norms
+from streamnorm.norm import norms
 from streamnorm.training.language import ARMS, LanguageModel, bits, build, evaluate, losses, statistics_kept
 from streamnorm.training.language_loop import TextTrainer, learning_rate, train_text, trained
 from streamnorm.training.text import Text, load_text

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from texts import same, seen_by, small, snapshot, tiny, to_the_end
 from torch import Tensor
 
-from streamnorm.layers import norms
+from streamnorm.norm import norms
 from streamnorm.training.language import build, evaluate, statistics_kept, validate
 from streamnorm.training.language_loop import TextTrainer
 from streamnorm.training.text import chunk

@@ -29,7 +29,7 @@ from streamnorm.experiments.mnist import (
     scaled,
     spreads,
 )
-from streamnorm.layers import Affine, Norm
+from streamnorm.norm import Affine, Norm
 from streamnorm.training.data import Data, load
 from streamnorm.training.loop import Trainer
 

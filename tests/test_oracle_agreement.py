@@ -8,7 +8,7 @@ from cases import CASES, Case
 from close import assert_close
 
 from streamnorm.kernels import using
-from streamnorm.layers import Norm
+from streamnorm.norm import Norm
 from streamnorm.oracle import Oracle
 
 CYCLES = (2, 1, 3)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import streamnorm as sn
-from streamnorm.layers import norms
+from streamnorm.norm import norms
 
 
 def copy_weights(ours: Any, theirs: nn.Module) -> None:

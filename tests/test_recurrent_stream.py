@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 import streamnorm as sn
-from streamnorm.layers import norms
+from streamnorm.norm import norms
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import streamnorm as sn
-from streamnorm.layers import norms
+from streamnorm.norm import norms
 
 
 @pytest.mark.parametrize("name", NETS)

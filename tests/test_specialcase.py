@@ -9,7 +9,7 @@ import pytest
 from toy import to_the_end, toy
 
 from streamnorm.experiments.specialcase import AVERAGE, CLAIMS, LAST, RUNS
-from streamnorm.layers import norms
+from streamnorm.norm import norms
 from streamnorm.training.loop import Trainer
 
 

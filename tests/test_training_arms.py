@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from toy import small
 
-from streamnorm.layers import Affine, Norm
+from streamnorm.norm import Affine, Norm
 from streamnorm.normref import REFS
 from streamnorm.normstats import DegenerateReferenceError
 from streamnorm.training.architectures import ARMS, Block, build

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from toy import flat, small, steps, to_the_end, toy
 
-from streamnorm.layers import Norm
+from streamnorm.norm import Norm
 from streamnorm.training.architectures import build
 from streamnorm.training.data import Data
 from streamnorm.training.loop import Trainer, learning_rate, order, train

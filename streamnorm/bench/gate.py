@@ -18,7 +18,7 @@ from torch import Tensor
 
 from streamnorm import kernels
 from streamnorm.bench.case import WrongError
-from streamnorm.layers import Norm
+from streamnorm.norm import Norm
 from streamnorm.oracle import Oracle
 
 MakeLayer = Callable[[int], Norm]

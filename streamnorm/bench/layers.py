@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from streamnorm.bench.case import Case, Shared, Traffic, Variant
 from streamnorm.bench.gate import MakeLayer, check_cycle, check_layer, draw, using
 from streamnorm.bench.machine import cache
-from streamnorm.layers import BatchNorm, Norm, StreamingNorm
+from streamnorm.layers import BatchNorm, StreamingNorm
+from streamnorm.norm import Norm
 
 MAPS = (
     *((32, 64, 56, 56), (16, 512, 28, 28), (64, 256, 14, 14)),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from streamnorm.bench.case import Case, Shared, Variant, WrongError
 from streamnorm.bench.layers import Pair
 from streamnorm.kernels import using
-from streamnorm.layers import Norm
+from streamnorm.norm import Norm
 from streamnorm.recurrent import NormGRU, NormRNN
 
 SEQUENCES, STEPS = 32, 100

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from streamnorm.calibration.estimators import Estimator
-from streamnorm.layers import Norm
+from streamnorm.norm import Norm
 from streamnorm.normref import BA1, NormRef
 from streamnorm.normstats import Lp
 from streamnorm.timespecific import TimeSpecificNorm

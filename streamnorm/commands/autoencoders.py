@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tyro.conf import Positional
 
@@ -53,14 +55,13 @@ def train_autoencoder(command: Autoencoder) -> None:
     console = Console()
     out = command.out or Path("runs") / f"{Path(run.data).name.split('.')[0]}-autoencoder-{run.arm}-{run.seed}"
     documents = load_documents(run.data, command.data_root, vocabulary=run.vocabulary, train_limit=run.train_limit)
-    said = f"{run.label} on {escape(documents.source)}, seed {run.seed}; kept in {out}"
-    console.print(said, highlight=False, soft_wrap=True)
-    say_where(console, out)
-    with progress(console, run.label) as move:
-        record = autoencoder.train_autoencoder(
-            run, documents, out, lambda trainer: move(completed=trainer.done, total=trainer.updates)
-        )
-    for line in record["metrics"]:
+
+    def begin() -> None:
+        said = f"{run.label} on {escape(documents.source)}, seed {run.seed}; kept in {out}"
+        console.print(said, highlight=False, soft_wrap=True)
+        say_where(console, out)
+
+    def tell(line: dict[str, Any]) -> None:
         console.print(
             f"epoch {line['epoch']:3d}   train cost {line['train_cost']:.3f}   test cost "
             f"{fixed(line['test_cost'], unit=1, places=3)} nats a document, "
@@ -69,6 +70,15 @@ def train_autoencoder(command: Autoencoder) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+    with progress(console, run.label) as move:
+
+        def show(trainer: autoencoder.AutoencoderTrainer) -> None:
+            epoch = math.ceil(trainer.done / trainer.per_epoch)
+            said = f"{run.label}, epoch {epoch} of {run.epochs}"
+            move(completed=trainer.done, total=trainer.updates, description=said)
+
+        record = autoencoder.train_autoencoder(run, documents, out, show, begin, tell)
     if record["failed"]:
         raise ValueError(f"{run.label} could not train: {record['failed']}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tyro.conf import Positional
 
@@ -52,10 +53,18 @@ def train_language(command: Language) -> None:
     console = Console()
     out = command.out or Path("runs") / f"{Path(run.data).stem}-{run.arch}-{run.arm}-{run.seed}"
     text = load_text(run.data, command.data_root, limit=run.limit)
-    console.print(
-        f"{run.label} on {escape(text.source)}, seed {run.seed}; kept in {out}", highlight=False, soft_wrap=True
-    )
-    say_where(console, out)
+    latest: list[dict[str, Any]] = []
+
+    def begin() -> None:
+        said = f"{run.label} on {escape(text.source)}, seed {run.seed}; kept in {out}"
+        console.print(said, highlight=False, soft_wrap=True)
+        say_where(console, out)
+
+    def tell(line: dict[str, Any]) -> None:
+        if latest and math.ceil(line["epoch"]) > math.ceil(latest[-1]["epoch"]):
+            console.print(_epoch(latest[-1]), highlight=False, soft_wrap=True)
+        latest[:] = [line]
+
     with progress(console, run.label) as move:
 
         def show(trainer: TextTrainer) -> None:
@@ -64,18 +73,23 @@ def train_language(command: Language) -> None:
                 said += f"  validation {fixed(trainer.metrics[-1]['validation_loss'], unit=1, places=3)}"
             move(completed=trainer.done, total=trainer.updates, description=f"{run.label}{said} nats")
 
-        record = train_text(run, text, out, show)
-    for epoch, line in {math.ceil(line["epoch"]): line for line in record["metrics"]}.items():
-        console.print(
-            f"epoch {epoch:3d}   train loss {line['train_loss']:.4f} nats   validation loss "
-            f"{fixed(line['validation_loss'], unit=1, places=4)} nats, "
-            f"{fixed(line['validation_bits'], unit=1, places=4)} bits per character"
-            + (f"   {line['note']}" if "note" in line else ""),
-            highlight=False,
-            soft_wrap=True,
-        )
+        record = train_text(run, text, out, show, begin, tell)
+    for line in latest:
+        console.print(_epoch(line), highlight=False, soft_wrap=True)
     if record["failed"]:
         raise ValueError(f"{run.label} could not train: {record['failed']}")
+
+
+def _epoch(line: dict[str, Any]) -> str:
+    """What the latest validation of an epoch came to, in words."""
+    from streamnorm.training.summary import fixed
+
+    return (
+        f"epoch {math.ceil(line['epoch']):3d}   train loss {line['train_loss']:.4f} nats   validation loss "
+        f"{fixed(line['validation_loss'], unit=1, places=4)} nats, "
+        f"{fixed(line['validation_bits'], unit=1, places=4)} bits per character"
+        + (f"   {line['note']}" if "note" in line else "")
+    )
 
 
 def write_text(command: Sample) -> None:

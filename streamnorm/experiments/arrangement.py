@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from streamnorm.layers import Norm, norms
+from streamnorm.norm import Norm, norms
 from streamnorm.training.architectures import Block, Convolutional, norm_factory
 from streamnorm.training.data import Data
 from streamnorm.training.loop import Trainer

@@ -21,6 +21,7 @@ from typing import Literal
 from streamnorm.experiments.arguments import Arguments, begin
 from streamnorm.experiments.autoencodercurves import picture
 from streamnorm.experiments.autoencodermeasures import NEIGHBORS, examined, with_and_without_bias
+from streamnorm.experiments.record import opening, verdicts
 from streamnorm.experiments.study import (
     Claim,
     Record,
@@ -177,19 +178,19 @@ def _c38(records: Records) -> tuple[Verdict, str]:
 
 
 def _c39(records: Records) -> tuple[Verdict, str]:
-    verdicts, figures = [], []
+    parts, figures = [], []
     for what, (none, layer) in pairs_of(records).items():
         if not what.startswith("online"):
             continue
         ends = {name: final(records, name, "norm") for name in (none, layer)}
         begins = {n: [r["metrics"][0]["norm"] if r["metrics"] else math.nan for r in records[n]] for n in ends}
         growth = {n: below(begins[n], ends[n]) for n in ends}
-        verdicts += [judge(below(ends[none], ends[layer]), 0), judge(below(growth[none], growth[layer]), 0)]
+        parts += [judge(below(ends[none], ends[layer]), 0), judge(below(growth[none], growth[layer]), 0)]
         figures.append(
             f"{what}: none {spread(ends[none])}, grown by {spread(growth[none])} since the first epoch, "
             f"layer {spread(ends[layer])}, by {spread(growth[layer])}"
         )
-    return together(verdicts), "; ".join(figures)
+    return together(parts), "; ".join(figures)
 
 
 def _c40(records: Records) -> tuple[Verdict, str]:
@@ -213,14 +214,14 @@ def _c41(records: Records) -> tuple[Verdict, str]:
 
 
 def _c46(records: Records) -> tuple[Verdict, str]:
-    verdicts, figures = [], []
+    parts, figures = [], []
     for depth in ("", "deep "):
         none, batch = f"{depth}sigmoid none", f"{depth}sigmoid batch"
         open_ = {name: figure(records, name, "unsaturated") for name in (none, batch)}
         ends = {name: final(records, name, "test_cost") for name in (none, batch)}
-        verdicts += [judge(below(open_[none], open_[batch]), 0), judge(below(ends[batch], ends[none]), 0)]
+        parts += [judge(below(open_[none], open_[batch]), 0), judge(below(ends[batch], ends[none]), 0)]
         figures += [f"{n}: {spread(open_[n])} between .05 and .95, test cost {spread(ends[n])}" for n in (none, batch)]
-    return together(verdicts), "; ".join(figures)
+    return together(parts), "; ".join(figures)
 
 
 def _c47(records: Records) -> tuple[Verdict, str]:
@@ -254,17 +255,17 @@ def _c48_place(records: Records) -> tuple[Verdict, str]:
 
 
 def _c63(records: Records) -> tuple[Verdict, str]:
-    verdicts, figures = [], []
+    parts, figures = [], []
     for what, names in pairs_of(records).items():
         if not what.startswith("online"):
             continue
         for key in ("units_alike", "units_and_words"):
             none, layer = (figure(records, name, key) for name in names)
-            verdicts.append(judge(below(layer, none), 0))
+            parts.append(judge(below(layer, none), 0))
         for name in names:
             alike, words, dead = (figure(records, name, key) for key in ("units_alike", "units_and_words", "dead"))
             figures.append(f"{name}: among units {spread(alike)}, with words {spread(words)}, dead {mean(dead):.1%}")
-    return together(verdicts), "mean absolute correlation, " + "; ".join(figures)
+    return together(parts), "mean absolute correlation, " + "; ".join(figures)
 
 
 CLAIMS = [
@@ -339,23 +340,9 @@ def write_results(records: Records, tier: Tier, documents: Documents, out: Path,
     write(out / "results.json", json.dumps({"title": title, "records": records}, indent=1, allow_nan=False) + "\n")
     write(out / "curves.png", picture(records, DROPOUTS))
     first = next(iter(records.values()))[0]
-    facts = [", ".join(f"{k} {v}" for k, v in first[part].items()) for part in ("versions", "machine")]
     chance = precision_by_chance(documents.tested, documents.labels)
-    lines = [f"# {title}", "", f"Data: {first['data']}. {first['source']}.", ""]
-    lines += [f"Versions: {facts[0]}. Machine: {facts[1]}. Costs in nats a document.", ""]
-    lines += ["| claim | verdict | figures |", "|---|---|---|"]
-    for claim in CLAIMS:
-        verdict, said = claim.check(records)
-        lines.append(f"| {claim.id}: {claim.text} | **{verdict}** | {said} |")
-        print(f"{claim.id} {verdict}: {said}")
-    lines += [
-        "",
-        table(records, tier.vocabulary),
-        f"Precision by chance: {chance:.3f}.",
-        "",
-        "![Curves](curves.png)",
-        "",
-    ]
+    lines = [*opening(first, title), *verdicts(records, CLAIMS), "", table(records, tier.vocabulary)]
+    lines += [f"Costs in nats a document. Precision by chance: {chance:.3f}.", "", "![Curves](curves.png)", ""]
     lines += [neighbors(records, documents, tier, out), ""]
     write(out / "results.md", "\n".join(lines))
     return out / "results.md"

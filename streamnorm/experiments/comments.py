@@ -42,7 +42,7 @@ from streamnorm.experiments.study import (
     spread,
     together,
 )
-from streamnorm.layers import norms
+from streamnorm.norm import norms
 from streamnorm.training import checkpoint
 from streamnorm.training.data import Data, load
 from streamnorm.training.keeping import run_to_end

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from streamnorm.layers import norms
+from streamnorm.norm import norms
 
 Product = Callable[[Tensor], Tensor]
 """``v -> A v`` of a symmetric matrix A."""

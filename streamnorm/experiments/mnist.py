@@ -39,7 +39,8 @@ from streamnorm.experiments.study import (
     spread,
     together,
 )
-from streamnorm.layers import Norm
+from streamnorm.monitoring.sites import PERCENTILES, SATURATED
+from streamnorm.norm import Norm
 from streamnorm.training import checkpoint
 from streamnorm.training.architectures import norm_factory
 from streamnorm.training.data import Data, load
@@ -51,9 +52,6 @@ from streamnorm.training.underway import description
 
 CHANCE = 0.9
 SCALES = (0.01, 0.1, 1.0, 10.0, 100.0)
-PERCENTILES = (0.15, 0.5, 0.85)
-SATURATED = math.log(0.95 / 0.05)
-"""Beyond it, a sigmoid is above 0.95 or below 0.05."""
 UNITS = 10
 """Units of the last hidden layer that are followed."""
 LOOKED_AT = 1000
@@ -168,7 +166,7 @@ class SigmoidTrainer(Trainer):
             {
                 "updates": self.done,
                 "test_error": error,
-                "percentiles": followed.quantile(torch.tensor(PERCENTILES), 0).tolist(),
+                "percentiles": followed.quantile(torch.tensor(PERCENTILES) / 100, 0).tolist(),
                 "unsaturated": (inputs.abs() < SATURATED).float().mean().item(),
                 "weights": torch.stack(weights).sum().sqrt().item(),
             }

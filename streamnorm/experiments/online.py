@@ -18,7 +18,7 @@ from torch import Tensor
 
 from streamnorm.experiments.arguments import Arguments, begin
 from streamnorm.experiments.study import Claim, Record, Records, Verdict, below, carry_out, final, judge, mean, spread
-from streamnorm.layers import norms
+from streamnorm.norm import norms
 from streamnorm.normref import NormRef
 from streamnorm.normstats import Lp
 from streamnorm.training.data import Data

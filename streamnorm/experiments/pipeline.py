@@ -40,7 +40,8 @@ from streamnorm.experiments.study import (
     spread,
     together,
 )
-from streamnorm.layers import BatchNorm, norms
+from streamnorm.layers import BatchNorm
+from streamnorm.norm import norms
 from streamnorm.training import checkpoint
 from streamnorm.training.data import Data
 from streamnorm.training.keeping import CHECKPOINT, finite

@@ -1,17 +1,18 @@
-"""The records of a monitor as a picture. Imports nothing of ours; matplotlib, from the extra ``cli``, when it draws."""
+"""The records of a monitor as a picture. Needs matplotlib, from the extra ``cli``, when it draws."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from streamnorm.drawing import COLORS, png
 
 Record = Mapping[str, Any]
 COLUMNS = 4
 MOST = 24
 """Panels of each kind; of more modules, so many are drawn, evenly among them."""
-INPUT, SIGMA = "#0072B2", "#D55E00"
+INPUT, SIGMA = COLORS["batch"], COLORS["streaming"]
 WATCHED = "Watched values: percentiles 15, 50, 85"
 
 
@@ -45,9 +46,7 @@ def picture(records: Sequence[Record]) -> bytes:
             _draw(panel, _named(name, records), points, what)
         for panel in panels[len(curves) :]:
             panel.set_axis_off()
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+    return png(figure)
 
 
 Points = list[tuple[int, float, float, float]]

@@ -22,8 +22,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from streamnorm.layers import Norm
 from streamnorm.monitoring.sites import PERCENTILES, ROWS, Choice, Site, chosen_modules, finite, percentiles
+from streamnorm.norm import Norm
 from streamnorm.stream import Memory
 
 Record = dict[str, Any]

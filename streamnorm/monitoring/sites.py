@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from streamnorm.cells import Cell
-from streamnorm.layers import Norm, norms
+from streamnorm.norm import Norm, norms
 from streamnorm.timespecific import TimeSpecificNorm
 
 Choice = str | nn.Module | type[nn.Module] | Callable[[str, nn.Module], bool]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from streamnorm.cells import at
-from streamnorm.layers import Affine, Norm
+from streamnorm.norm import Affine, Norm
 from streamnorm.normop import Scale
 from streamnorm.normref import BA1, REFS, SP1, SP2, NormRef
 from streamnorm.normstats import Lp

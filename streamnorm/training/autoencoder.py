@@ -25,7 +25,7 @@ from streamnorm.normstats import DegenerateReferenceError
 from streamnorm.training.architectures import NormFactory, norm_factory
 from streamnorm.training.autoencoder_run import AutoencoderRun
 from streamnorm.training.documents import Bags, Documents
-from streamnorm.training.keeping import recorded, run_to_end, trained_state
+from streamnorm.training.keeping import Tell, recorded, run_to_end, trained_state
 from streamnorm.training.language import tested
 from streamnorm.training.loop import order
 from streamnorm.training.run import Run
@@ -290,12 +290,16 @@ def train_autoencoder(
     documents: Documents,
     folder: Path | None = None,
     progress: Callable[[AutoencoderTrainer], None] | None = None,
+    begin: Callable[[], None] | None = None,
+    tell: Tell | None = None,
 ) -> dict[str, Any]:
     """Train ``run`` to its end, from its last checkpoint if ``folder`` holds one.
 
     Args:
         folder: where the run is kept; None keeps nothing.
         progress: called with the trainer after each update.
+        begin: called once nothing is refused any more, before anything is written.
+        tell: called with the metrics of each epoch: first of those before its checkpoint, then of each as it closes.
 
     Returns:
         The record: what was run, on what, and the metrics of every epoch. ``failed`` says in a sentence why a run
@@ -305,7 +309,8 @@ def train_autoencoder(
         CheckpointError: if the folder holds another run, or a damaged checkpoint.
     """
     trainer = AutoencoderTrainer(run, documents)
-    run_to_end(trainer, folder, description(run, documents), (lambda: progress(trainer)) if progress else None)
+    show = (lambda: progress(trainer)) if progress else None
+    run_to_end(trainer, folder, description(run, documents), show, begin=begin, tell=tell)
     return trainer.record()
 
 

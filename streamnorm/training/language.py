@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from streamnorm.layers import Affine, BatchNorm, Norm, SampleNorm, StreamingNorm
+from streamnorm.layers import BatchNorm, SampleNorm, StreamingNorm
+from streamnorm.norm import Affine, Norm
 from streamnorm.recurrent import NormGRU, NormLSTM, NormRNN, Recurrent
 from streamnorm.timespecific import TimeSpecific, TimeSpecificNorm
 from streamnorm.training.text import decode, encode

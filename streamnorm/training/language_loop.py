@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from streamnorm.dau import attach, take_mean
 from streamnorm.normstats import DegenerateReferenceError
-from streamnorm.training.keeping import recorded, run_to_end, trained_state
+from streamnorm.training.keeping import Tell, recorded, run_to_end, trained_state
 from streamnorm.training.language import LanguageModel, State, bits, build, detached, validate
 from streamnorm.training.manhattan import Manhattan
 from streamnorm.training.text import Text, chunk, streams
@@ -167,13 +167,20 @@ def copied(state: Any) -> State:
 
 
 def train_text(
-    run: TextRun, text: Text, folder: Path | None = None, progress: Callable[[TextTrainer], None] | None = None
+    run: TextRun,
+    text: Text,
+    folder: Path | None = None,
+    progress: Callable[[TextTrainer], None] | None = None,
+    begin: Callable[[], None] | None = None,
+    tell: Tell | None = None,
 ) -> dict[str, Any]:
     """Train ``run`` to its end, from its last checkpoint if ``folder`` holds one.
 
     Args:
         folder: where the run is kept; None keeps nothing.
         progress: called with the trainer after each update.
+        begin: called once nothing is refused any more, before anything is written.
+        tell: called with each line of metrics: first with those before its checkpoint, then with each as it comes.
 
     Returns:
         The record: what was run, on what, and a line of metrics for every validation. ``failed`` says in a sentence why
@@ -183,7 +190,8 @@ def train_text(
         CheckpointError: if the folder holds another run, or a damaged checkpoint.
     """
     trainer = TextTrainer(run, text)
-    run_to_end(trainer, folder, description(run, text), (lambda: progress(trainer)) if progress else None)
+    show = (lambda: progress(trainer)) if progress else None
+    run_to_end(trainer, folder, description(run, text), show, begin=begin, tell=tell)
     return trainer.record()
 
 

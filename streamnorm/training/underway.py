@@ -44,7 +44,8 @@ class UnderWay:
 
     def __init__(self, run: Any, data: Named, model: nn.Module, optimizer: Optimizer, updates: int) -> None:
         self.run, self.data, self.model, self.optimizer = run, data, model, optimizer
-        self.updates, self.done = updates, 0
+        self.updates = updates
+        self.done = 0
         self.metrics: list[dict[str, Any]] = []
         self.failed: str | None = None
         self.random = torch.default_generator

@@ -1,0 +1,381 @@
+"""The layer: normalization as a ``torch.nn`` module, and the gain and bias that follow it (paper, section 3).
+
+``Norm`` is the whole framework, R x S x policy. Imports the op and what stands below it.
+
+Legend: ``n`` inputs along the first axis = ``g`` mini-batches (steps of the stream) of ``m`` samples; ``c`` features;
+``place`` = x, y, z.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from streamnorm import kernels
+from streamnorm import op as _op
+from streamnorm.checks import is_whole
+from streamnorm.fused import Fused, is_hooked
+from streamnorm.kernels import Definition, cpu
+from streamnorm.normop import Scale, Standardize
+from streamnorm.normref import NormRef
+from streamnorm.normstats import Lp
+from streamnorm.policy import Policy
+from streamnorm.stream import Memory
+
+Device = torch.device | str | int | None
+FORGOTTEN = 1000
+"""Training calls without a weight update after which a streaming layer asks whether it was forgotten."""
+
+
+class Affine(nn.Module):
+    """The learnable gain and bias, a layer of its own after each normalization (section 3.5).
+
+    ``y = weight x + bias``, one pair a feature; ``x (n, c, *place) -> y (n, c, *place)``.
+
+    >>> Affine(3)(torch.ones(2, 3, 4)).shape
+    torch.Size([2, 3, 4])
+    """
+
+    def __init__(self, num_features: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Gain 1, bias 0."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim < 2 or x.shape[1] != self.num_features:
+            raise ValueError(f"expected (n, {self.num_features}, ...), got {tuple(x.shape)}")
+        shape = (-1, *[1] * (x.ndim - 2))
+        return (x * self.weight.reshape(shape)).add_(self.bias.reshape(shape)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}"
+
+
+@dataclass(slots=True)
+class Calls:
+    """What a layer remembers of its training calls beside the stream; nothing of it is saved.
+
+    Attributes:
+        reference_size: activations in the smallest reference of the latest call.
+        unfolded: calls since the last weight update.
+        in_cycle: calls in the vectorized cycle that is under way, None outside of one.
+        latest: how the latest call was cut, its s and its estimates, for a call that is computed again; or what its
+            compiled kernel was told and has left.
+        fused: the layer's compiled calls, False if there are none for it, None if nobody has asked.
+    """
+
+    reference_size: int | None = None
+    unfolded: int = 0
+    in_cycle: int | None = None
+    latest: Any = None
+    fused: Any = None
+
+
+class Norm(nn.Module):
+    """A normalization layer: NormRef x NormStats x policy (section 3), the framework in one class.
+
+    ``y = N(x, s_hat)`` with ``s = S(R)``; the policy says what s_hat is and what its gradient is.
+
+    Args:
+        num_features: c.
+        ref: R, one of ``SP1 ... SP5``, ``BA1 ... BA6``, any ``NormRef`` or one of your own.
+        moment: S, ``Lp(p, center)`` or one of your own.
+        policy: ``Sample()``, ``Batch()``, ``Streaming()`` or one of your own with F and G.
+        affine: follow with a gain and a bias per feature (``Affine``).
+        op: N, ``Standardize()`` as in the paper, ``Scale()``, or one of your own.
+        device, dtype: as torch's; statistics stay float32 or wider.
+
+    Shapes: ``x (n, c)``, ``(n, c, x)``, ``(n, c, x, y)`` or ``(n, c, x, y, z)`` -> ``y`` of the same shape and dtype.
+    Statistics are kept in float32 or wider.
+
+    A layer that streams needs to be told of every weight update: ``attach(model, optimizer)``, or ``fold()`` after each
+    ``optimizer.step()``.
+
+    Raises:
+        ValueError: for a rank, feature count or map size other than the layer's, and for Setting A with a single
+            activation in a reference; no state has changed then.
+        RuntimeError: when it is tested before it was trained.
+
+    >>> layer = Norm(3, BA1, Lp(2, "estimate"), Streaming())
+    >>> y = layer(torch.randn(8, 3))
+    >>> layer.fold()
+    >>> layer.eval()(torch.randn(1, 3)).shape
+    torch.Size([1, 3])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        ref: NormRef,
+        moment: Lp,
+        policy: Policy,
+        affine: bool = False,
+        op: Standardize | Scale | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not is_whole(num_features):
+            raise ValueError(f"num_features is a number of features >= 1, got {num_features!r}")
+        if not isinstance(ref, NormRef):
+            raise TypeError(f"ref is a NormRef such as streamnorm.BA1, got {ref!r}")
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policy is a Policy such as streamnorm.Streaming(), got {policy!r}")
+        self.num_features = num_features
+        self.definition = Definition(ref, moment, op or Standardize())
+        self.policy = policy
+        self.steps = 1
+        self.reverse = False
+        _check_pairing(ref, moment, policy)
+        shape = (2, ref.groups(num_features)) if ref.place == "all" and ref.is_built_in else None
+        self.H1 = None if policy.F is None else Memory(policy.F, shape)
+        self.H2 = None if policy.G is None else Memory(policy.G, shape)
+        self.affine = Affine(num_features) if affine else None
+        self._calls = Calls()
+        if device is not None or dtype is not None:
+            self.to(device=device, dtype=dtype)
+
+    @property
+    def ref(self) -> NormRef:
+        """R, the normalization reference."""
+        return self.definition.ref
+
+    @property
+    def moment(self) -> Lp:
+        """S, the statistics."""
+        return self.definition.moment
+
+    @property
+    def weight(self) -> nn.Parameter | None:
+        """The gain of ``affine``, or None."""
+        return None if self.affine is None else self.affine.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias of ``affine``, or None."""
+        return None if self.affine is None else self.affine.bias
+
+    @property
+    def reference_size(self) -> int | None:
+        """How many activations the smallest reference of the latest training call held."""
+        return self._calls.reference_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._normalize(x, self._modules.get("affine"))
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """``forward`` without the gain and bias."""
+        return self._normalize(x, None)
+
+    def _normalize(self, x: Tensor, affine: nn.Module | None) -> Tensor:
+        if self.training or self.H1 is None:
+            in_cycle = self.steps > 1 and not self.reverse and self._expect_first_call()
+            y = self._fused(x, affine)
+            if y is None:
+                y = self._train(x, affine)
+            if in_cycle:
+                self._calls.in_cycle = 1
+            return y
+        y = self._test(x)
+        return y if affine is None else affine(y)
+
+    def _test(self, x: Tensor) -> Tensor:
+        view = self._view(x, steps=1)
+        assert self.H1 is not None
+        if not self.H1.known:
+            raise RuntimeError(
+                f"{type(self).__name__} is tested (eval mode) before it has seen any training data, so there are no "
+                "statistics to normalize with; run it in train() mode first, or load a state_dict"
+            )
+        return _op.normalize_fixed(view, self.definition, self.H1.estimate).reshape(x.shape)
+
+    def _expect_first_call(self) -> bool:
+        """Whether this is a call in a vectorized cycle. A second one would bring its mini-batches in another order than
+        the loop does."""
+        if self._calls.in_cycle is None or self.H1 is None or _recomputing():
+            return False
+        if self._calls.in_cycle:
+            raise ValueError(
+                f"{self!r} is called twice in a vectorized cycle: all {self.steps} mini-batches of its first call "
+                "would arrive before those of the second, and in the loop they take turns; use the loop over "
+                "mini-batches (DAU(..., vectorize=False)), a layer for each place, or, if a call is a cycle, "
+                "vectorized() for each"
+            )
+        return True
+
+    def compiled(self) -> Fused | Literal[False]:
+        """The layer's compiled calls, or False if there are none for it. Its definition, rules and memories may have
+        been replaced."""
+        modules: Any = self._modules
+        fused, H1, H2 = self._calls.fused, modules.get("H1"), modules.get("H2")
+        uses_estimate = self.policy.uses_estimate
+        if fused is None or (fused and not fused.is_of(self.definition, uses_estimate, H1, H2)):
+            served = Fused.serves(self.definition, H1, H2)
+            self._calls.fused = fused = served and Fused(self.definition, uses_estimate, H1, H2)
+        return fused
+
+    def _fused(self, x: Tensor, affine: nn.Module | None) -> Tensor | None:
+        """A training call by one compiled kernel, or None where that cannot be."""
+        calls = self._calls
+        fused = self.compiled()
+        H1 = self._modules.get("H1")
+        if fused is False or not cpu.takes(x) or not kernels.may_use("cpu"):
+            return None
+        if H1 is not None and _recomputing():
+            return self._fused_again(x, affine)
+        steps = 1 if H1 is None else self.steps
+        told = fused.told(x, steps, self.reverse, self._check)
+        if told is None:
+            return None
+        calls.reference_size = told.reference_size
+        gains = gains_of(affine) if told.has_gains else None
+        joined = gains is not None
+        done = fused.normalize(x, told, *(gains or (None, None)))
+        if done is None:
+            return None
+        y, tables = done
+        if H1 is not None:
+            self._count(calls, (steps, fused, told, tables, joined))
+        return y if affine is None or joined else affine(y)
+
+    def _fused_again(self, x: Tensor, affine: nn.Module | None) -> Tensor | None:
+        """The latest call once more, if it was one by a compiled kernel: activation checkpointing repeats it."""
+        latest = self._calls.latest
+        if latest is None or len(latest) == 3:
+            return None
+        _, fused, told, tables, joined = latest
+        y = fused.again(x, told, tables, *((gains_of(affine) if joined else None) or (None, None)))
+        return y if affine is None or joined else affine(y)
+
+    def _check(self, x: Tensor, steps: int) -> Tensor:
+        """The canonical view of a training input that the layer does not refuse."""
+        view = self._view(x, steps)
+        if view.numel():
+            count = self.ref.size(view.shape)
+            self.moment.check_size(self.ref, count)
+            self._calls.reference_size = count
+        return view
+
+    def _count(self, calls: Calls, latest: Any) -> None:
+        calls.latest = latest
+        calls.unfolded += 1
+        if calls.unfolded == FORGOTTEN and self.policy.uses_estimate:
+            warnings.warn(
+                f"{self!r} has seen {FORGOTTEN} training calls and no weight update; call streamnorm.attach(model, "
+                "optimizer) once, or layer.fold() after each optimizer.step()",
+                stacklevel=5,
+            )
+
+    def _train(self, x: Tensor, affine: nn.Module | None) -> Tensor:
+        gains = gains_of(affine)
+        latest = self._calls.latest
+        again = latest if self.H1 is not None and latest and len(latest) == 3 and _recomputing() else None
+        # A sample is normalized by itself, however the first axis is cut; a recomputed call is cut as it was.
+        view = self._check(x, 1 if self.H1 is None else again[0] if again else self.steps)
+        if not view.numel():
+            return x.clone()
+        recall = (again[1], again[2]) if again else None
+        streams = _op.Streams(self.H1, self.H2, self.policy.uses_estimate, recall, self.reverse)
+        joined = gains is not None and not x.is_inference() and _op.joins(view, self.definition)
+        y, estimates, s = _op.normalize(view, self.definition, streams, *(gains if joined and gains else ()))
+        if estimates is not None and s is not None and not again:
+            self._count(self._calls, (self.steps, s, estimates))
+        y = y.reshape(x.shape)
+        return y if affine is None or joined else affine(y)
+
+    def fold(self, happened: Tensor | bool = True) -> None:
+        """A weight update took place: long <- kappa1 long + kappa2 short, short emptied (section 3.3.1, 3.3.2)."""
+        calls = self._calls
+        if not (happened is True and calls.fused and calls.fused.fold()):
+            for memory in (self.H1, self.H2):
+                if memory is not None:
+                    memory.fold(happened)
+        calls.unfolded = 0
+
+    def _view(self, x: Tensor, steps: int) -> Tensor:
+        c = self.num_features
+        if not 2 <= x.ndim <= 5:
+            raise ValueError(
+                f"expected (n, {c}), (n, {c}, x), (n, {c}, x, y) or (n, {c}, x, y, z), got {tuple(x.shape)}"
+                + ("; for a single sample write x.unsqueeze(0)" if x.ndim == 1 else "")
+            )
+        if x.shape[1] != c:
+            raise ValueError(
+                f"expected {c} features on axis 1, got {tuple(x.shape)}; features come second: (n, {c}, ...)"
+            )
+        if not x.is_floating_point():
+            raise ValueError(f"expected a floating dtype, got {x.dtype}; write x.float()")
+        if x.shape[0] % steps:
+            raise ValueError(f"{x.shape[0]} samples do not divide into {steps} mini-batches of equal size")
+        view = self.ref.view(x, steps)
+        memory = self.H1
+        if memory is not None and memory.shaped and self.ref.place != "all":
+            known, place = tuple(memory.estimate.shape[2:]), tuple(x.shape[2:])
+            if known != place and self.ref.is_built_in:
+                raise ValueError(
+                    f"{self.ref!r} keeps statistics for every place of a map of size {known}, got {place} in "
+                    f"{tuple(x.shape)}; use a reference over all places (BA1, BA2, SP1, SP2), or a layer for each size"
+                )
+        return view
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if prefix + "weight" in state_dict or prefix + "running_mean" in state_dict:
+            warnings.warn(
+                f"what is loaded into {prefix[:-1] or 'it'} ({type(self).__name__}) comes from a layer of torch: its "
+                "weight and bias are affine.weight and affine.bias here, and its running statistics have no place; "
+                "streamnorm.recalibrate(model, data) takes them anew",
+                stacklevel=2,
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_calls": Calls(reference_size=self.reference_size)}
+
+    def __repr__(self) -> str:
+        options = ", affine=True" if self.affine is not None else ""
+        if self.definition.op != Standardize():
+            options += f", op={self.definition.op!r}"
+        return f"Norm({self.num_features}, {self.ref!r}, {self.moment!r}, {self.policy!r}{options})"
+
+
+def _check_pairing(ref: NormRef, moment: Lp, policy: Policy) -> None:
+    if not policy.uses_estimate:
+        if policy.F is None and ref.samples != "one":
+            raise ValueError(f"{policy!r} looks at one sample, {ref!r} at the mini-batch; use SP1 ... SP5, or Batch()")
+        if policy.F is not None and ref.samples != "batch":
+            raise ValueError(f"{policy!r} looks at the mini-batch, {ref!r} at one sample; use BA1 ... BA6, or Sample()")
+    elif policy.F is None:
+        raise ValueError(f"{policy!r} trains with F's estimate (uses_estimate) and has no F")
+    if policy.F is None and getattr(moment, "center", None) == "estimate":
+        raise ValueError(f'center="estimate" (Setting B) needs a running estimate and {policy!r} keeps none')
+
+
+def gains_of(affine: nn.Module | None) -> tuple[Tensor, Tensor] | None:
+    """Gain and bias of an ``Affine``, one a feature on one device, that does nothing else and that nobody watches."""
+    if type(affine) is not Affine or is_hooked(affine):
+        return None
+    parameters: Any = affine._parameters
+    weight, bias = parameters["weight"], parameters["bias"]
+    c = affine.num_features
+    return (weight, bias) if weight.numel() == c == bias.numel() and weight.is_cpu == bias.is_cpu else None
+
+
+def _recomputing() -> bool:
+    """Whether autograd is running a backward pass: a forward call inside it repeats one that has been."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def norms(model: nn.Module) -> Iterator[Norm]:
+    """Every ``Norm`` layer of a model, each once."""
+    return (module for module in model.modules() if isinstance(module, Norm))
