@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from streamnorm.drawing import COLORS, DASHES, OTHER_COLORS, draw, finish, png
+from streamnorm.drawing import COLORS, DASHES, OTHER_COLORS, draw, finish, png, whole_numbers
 from streamnorm.experiments.study import with_failures
 
 Record = Mapping[str, Any]
@@ -30,6 +30,7 @@ def picture(arranged: Named, curved: Named) -> bytes:
     for (name, records), color in zip(arranged.items(), OTHER_COLORS, strict=True):
         whole = [[100 * line["test_error"] for line in r["metrics"]] for r in records if not r["failed"]]
         draw(errors, range(1, 1 + len(whole[0]) if whole else 1), whole, _style(name, records, color, "-"))
+    whole_numbers(errors)
     finish(errors, "Architecture B: test error, %", "epoch")
     dashes = dict(zip(dict.fromkeys(r[0]["run"]["learning_rate"] for r in curved.values()), DASHES, strict=False))
     for name, records in curved.items():
