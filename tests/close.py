@@ -30,6 +30,6 @@ def same(a: Any, b: Any) -> bool:
         return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
         return isinstance(b, dict) and list(a) == list(b) and all(k == "seconds" or same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return isinstance(b, list) and len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, (list, tuple)):  # of a tuple a checkpoint makes a list
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b))
     return type(a) is type(b) and a == b

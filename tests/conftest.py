@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 pytest.register_assert_rewrite("images", "nets", "toy", "twins")  # what they assert is shown as a test's own
 
 torch.set_num_threads(1)  # the tensors of a test are small, and workers share the cores
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -54,12 +52,3 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.delenv("STREAMNORM_DATA", raising=False)
     return tmp_path / "xdg" / "streamnorm"
-
-
-@pytest.fixture(scope="session")
-def real_data() -> Path:
-    """The folder with the real data sets; what needs it is skipped without it."""
-    folder = Path(os.environ.get("STREAMNORM_DATA", SHARED))
-    if not folder.is_dir():
-        pytest.skip(f"no data folder at {folder}; set STREAMNORM_DATA")
-    return folder

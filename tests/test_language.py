@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from texts import same, seen_by, small, tiny, to_the_end
+from close import same
+from texts import seen_by, small, tiny, to_the_end
 from torch import Tensor
 
 from streamnorm.norm import norms

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from texts import same, small, snapshot, tiny, to_the_end
+from close import same
+from texts import small, snapshot, tiny, to_the_end
 
 from streamnorm.training import checkpoint, keeping
 from streamnorm.training.checkpoint import CheckpointError

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from texts import WORDS, same, small, tiny, to_the_end
+from close import same
+from texts import WORDS, small, tiny, to_the_end
 
 from streamnorm.cli import main
 from streamnorm.training import checkpoint

@@ -43,17 +43,6 @@ def small(**changes: Any) -> TextRun:
     return TextRun(**{**defaults, **changes})
 
 
-def same(a: Any, b: Any) -> bool:
-    """Whether two nests are equal to the bit; "seconds" may differ."""
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and list(a) == list(b) and all(k == "seconds" or same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and a == b
-
-
 def to_the_end(trainer: TextTrainer) -> TextTrainer:
     while not trainer.finished:
         trainer.step()
