@@ -1,4 +1,4 @@
-"""What every test stands on: seeds, shape checks at run time, what several files ask for, where the real data lie."""
+"""What every test stands on: seeds, shape checks at run time, what several files ask for."""
 
 from __future__ import annotations
 
