@@ -79,6 +79,7 @@ TIERS = {
     "smoke": Tier("pydoc", 200, 8, (12, 8, 12), (0.005, 0.02), 0.005, 8, 0.1, 64, 32, 2, ("lambda",)),
     "reduced": Tier("movies", 1992, 128, (256, 128, 256), (0.001, 0.003, 0.01), 0.003, 64, 0.1, None, 4500, 40, FILMS),
 }
+TIERS["full"] = replace(TIERS["reduced"], rates=(3e-4, 0.001, 0.003, 0.01, 0.03), few=9000, epochs=80)
 
 
 def runs(tier: Tier) -> dict[str, AutoencoderRun]:
