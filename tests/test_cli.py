@@ -228,7 +228,6 @@ def test_an_arm_may_have_its_own_batch() -> None:
         (["sample", "nowhere"], "no checkpoint at nowhere"),
         (["recalibrate", "nowhere"], "no checkpoint at nowhere"),
         (["reproduce", "onlin"], "unknown study 'onlin'; did you mean 'online'?"),
-        (["reproduce", "autoencoder", "--tier", "full"], "autoencoder comes in smoke and reduced, got --tier full"),
         (["reproduce", "online", "--seeds"], "a study needs at least one seed"),
         (["reproduce", "online", "--threads", "0"], "threads is a whole number >= 1, got 0"),
         (["gap", "nowhere", "--samples-per-batch", "0"], "samples_per_batch is a whole number >= 1, got 0"),
