@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import difflib
 import io
+import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
@@ -94,10 +95,13 @@ def _routed(arguments: list[str]) -> list[str]:
     """
     if arguments[:1] != ["train"]:
         return arguments
-    words = [word for argument in arguments for word in argument.split("=", 1)]
-    if "--arch" not in words:
+    given = [i for i, argument in enumerate(arguments) if argument.split("=", 1)[0] == "--arch"]
+    if not given:
         return arguments
-    chosen = next(iter(words[words.index("--arch") + 1 :]), "nothing")
+    value = arguments[given[0]].partition("=")[2]
+    chosen = value or next(iter(arguments[given[0] + 1 :]), "nothing")
+    if chosen == "None":
+        return arguments
     if chosen not in ARCHS:
         raise ValueError(f"--arch takes {', '.join(ARCHS)}, got {chosen}{_near(chosen, ARCHS)}")
     return [ARCHS[chosen], *arguments[1:]]
@@ -112,7 +116,7 @@ def _parsed(arguments: list[str]) -> Any:
     """
     said = io.StringIO()
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(said):
+        with redirect_stdout(io.StringIO()), redirect_stderr(said), _wide():
             return _parse(arguments)
     except SystemExit as stop:
         cause = stop.__context__
@@ -142,22 +146,37 @@ def _refusal(arguments: list[str], said: str) -> str:
         return f"{got}; the commands are {', '.join(NAMES)}"
     name = arguments[0]
     known = _flags(name)
-    for flag in (word.split("=")[0].replace("_", "-") for word in arguments if word.startswith("--")):
+    words = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    for flag in (word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")):
         if flag not in known:
             others = ", ".join(other for other in NAMES if flag in _flags(other))
             hint = f", which belongs to {others}" if others else _near(flag, known)
             return f"{name} has no {flag}{hint}; see streamnorm {name} --help"
-    reason = [part for part in re.split(r"\n\W*[-─]{9,}\W*\n", said) if part.strip(" │\n")][1]
-    return f"{' '.join(reason.replace('│', ' ').split()).rstrip('.')}; see streamnorm {name} --help"
+    lines = "\n".join(line.strip().removeprefix("│").removesuffix("│") for line in said.splitlines())
+    reason = [part for part in re.split(r"\n\W*[-─]{9,}\W*\n", f"\n{lines}\n") if part.strip()][1]
+    return f"{' '.join(reason.split()).rstrip('.')}; see streamnorm {name} --help"
 
 
 def _flags(name: str) -> list[str]:
     """The flags of a command, as its help lists them."""
     said = io.StringIO()
-    with redirect_stdout(said), suppress(SystemExit):
+    with redirect_stdout(said), suppress(SystemExit), _wide():
         _parse([name, "--help"])
     lists = re.findall(r"^\W*(?:-h, )?(--[a-z][a-z, -]*)", said.getvalue(), re.MULTILINE)
     return [flag for found in lists for flag in re.findall(r"--[a-z-]+", found)]
+
+
+@contextmanager
+def _wide() -> Iterator[None]:
+    """Inside, lines are as long as they are, whatever the terminal."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "5000"
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS")
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def _near(word: str, known: Iterable[str]) -> str:

@@ -25,7 +25,8 @@ def colors_of(arms: Sequence[str]) -> list[str]:
     colors: list[str] = []
     for arm in arms:
         own = COLORS.get(arm)
-        colors.append(own if own and own not in colors else next(c for c in PALETTE if c not in colors))
+        others = (color for color in PALETTE if color not in colors)
+        colors.append(own if own and own not in colors else next(others, PALETTE[len(colors) % len(PALETTE)]))
     return colors
 
 

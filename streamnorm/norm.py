@@ -330,11 +330,17 @@ class Norm(nn.Module):
         return view
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        if prefix + "weight" in state_dict or prefix + "running_mean" in state_dict:
+        strange = {name for name in ("weight", "running_mean") if prefix + name in state_dict} - set(self.state_dict())
+        if strange:
+            gains = "have no place (affine=False)" if self.affine is None else "are affine.weight and affine.bias here"
+            statistics = (
+                ", and its running statistics have no place; streamnorm.recalibrate(model, data) takes them anew"
+                if "running_mean" in strange and self.H1 is not None
+                else ""
+            )
             warnings.warn(
                 f"what is loaded into {prefix[:-1] or 'it'} ({type(self).__name__}) comes from a layer of torch: its "
-                "weight and bias are affine.weight and affine.bias here, and its running statistics have no place; "
-                "streamnorm.recalibrate(model, data) takes them anew",
+                f"weight and bias {gains}{statistics}",
                 stacklevel=2,
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

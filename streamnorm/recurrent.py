@@ -122,13 +122,13 @@ class Recurrent(nn.Module):
 
     beside_torch: ClassVar[str] = "Without a norm it computes the same; a path with a norm has no bias of its own."
 
-    def __new__(cls, *sizes: Any, **options: Any) -> Self:
-        known = list(inspect.signature(cls.__init__).parameters)[1:]
-        if len(sizes) > 3:
-            raise TypeError(f"{cls.__name__} takes {', '.join(known[:3])} and all else by name, got {sizes}")
+    def __new__(cls, *_: Any, **options: Any) -> Self:
+        known = inspect.signature(cls.__init__).parameters
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
         for name in options:
-            if name not in known:
-                raise TypeError(f"{cls.__name__} has no {name}: {INSTEAD.get(name, 'it takes ' + ', '.join(known))}")
+            if name not in known and not takes_any:
+                what = INSTEAD.get(name, f"it takes {', '.join(list(known)[1:])}")
+                raise TypeError(f"{cls.__name__} has no {name}: {what}")
         return super().__new__(cls)
 
     def __init__(
@@ -236,7 +236,7 @@ class Recurrent(nn.Module):
         return references
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        if prefix + "weight_ih_l0" in state_dict:
+        if prefix + "weight_ih_l0" in state_dict and "weight_ih_l0" not in self.state_dict():
             warnings.warn(
                 f"what is loaded into {prefix[:-1] or 'it'} ({type(self).__name__}) comes from a layer of torch: its "
                 f"weight_ih_l0 is cells.l0.weight_ih here, and so on. {self.beside_torch}",

@@ -205,6 +205,9 @@ def test_an_arm_may_have_its_own_batch() -> None:
             ["train", "--architecture", "E"],
             "invalid choice 'E' for argument '--architecture'. Expected one of",
         ),
+        (["train", "--out=--arch", "--epochs", "x"], "parsing --epochs"),
+        (["evaluate", "--lengths", "x", "--", "-x"], "parsing --lengths"),
+        (["doctor", "a" * 200], "a" * 200),
         (["evaluate"], "Missing from streamnorm evaluate: PATH Folder of a run that"),
         (["train", "--data", "tinyshakespeare"], "is a text; train on it by streamnorm train --arch gru --data tiny"),
         (
@@ -305,3 +308,16 @@ def test_ctrl_c_stops_with_a_word_on_how_far_it_came_and_how_to_go_on(command: l
         r"stopped at update \d+ of 4400000 \(.*\); the same command goes on from the last checkpoint", said
     )
     assert "Traceback" not in said
+
+
+def test_a_classifier_is_what_arch_none_says(tmp_path: Path) -> None:
+    for arch in (["--arch", "None"], ["--arch=None"]):
+        assert main(["train", *arch, "--out", str(tmp_path), *QUICK]) == 0
+
+
+def test_a_run_is_recalibrated_from_inside_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["train", "--out", str(tmp_path / "run"), *QUICK]) == 0
+    monkeypatch.chdir(tmp_path / "run")
+    for folder in (".", "checkpoint.safetensors"):
+        assert main(["recalibrate", folder]) == 0
+    assert (tmp_path / "run-recalibrated/checkpoint.safetensors").is_file()

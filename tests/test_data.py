@@ -182,7 +182,7 @@ def test_who_answers_with_an_error_is_there(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
     class Refusing(BaseHTTPRequestHandler):
-        def do_GET(self):
+        def do_HEAD(self):
             self.send_error(403)
 
         def log_message(self, *_):

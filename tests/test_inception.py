@@ -144,6 +144,26 @@ def test_an_ensemble_answers_by_the_mean_probability() -> None:
     assert averaged([unsure, unsure, sure], torch.tensor([0, 0])) == 0
 
 
+def test_a_member_that_could_not_train_has_no_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: Data
+) -> None:
+    def failing(self: InceptionTrainer) -> None:
+        step(self)
+        self.failed = "diverged" if self.run.seed == 3 else None
+
+    step = InceptionTrainer.step
+    monkeypatch.setattr(InceptionTrainer, "step", failing)
+    monkeypatch.setattr("streamnorm.experiments.inception.runs", lambda tier: {})
+    monkeypatch.setattr("streamnorm.experiments.inception.member", lambda tier: SMALL)
+    asked: list[int] = []
+    monkeypatch.setattr(
+        "streamnorm.experiments.inception.averaged", lambda answers, y: asked.append(len(answers)) or 0.5
+    )
+    records = carry_out(TIERS["smoke"], (0,), digits, tmp_path)
+    assert asked == [5]
+    assert records[ENSEMBLE][0]["members"][3] == 0.9, "chance"
+
+
 def test_probabilities_are_those_of_testing(digits: Data) -> None:
     trainer = InceptionTrainer(SMALL, digits)
     while not trainer.finished:

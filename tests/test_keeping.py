@@ -206,6 +206,20 @@ def test_the_checkpoint_of_another_run_is_refused_with_every_difference_and_chan
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
+def test_a_checkpoint_of_another_kind_of_trainer_is_refused_before_any_change() -> None:
+    class Tracing(Trainer):
+        KEPT = (*Trainer.KEPT, "trace")
+        trace: tuple[int, ...] = ()
+
+    plain, tracing = Trainer(small(), toy()), Tracing(small(), toy())
+    plain.step()
+    before = {name: value.clone() for name, value in tracing.model.state_dict().items()}
+    with pytest.raises(CheckpointError, match="of another kind of run: it lacks trace"):
+        tracing.restore(plain.state())
+    assert same(dict(tracing.model.state_dict()), before)
+    assert tracing.done == 0
+
+
 def test_a_field_that_only_the_checkpoint_has_is_a_difference(tmp_path: Path) -> None:
     trainer = Trainer(small(), toy())
     state = snapshot(trainer, tmp_path / "c")

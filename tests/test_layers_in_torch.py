@@ -262,3 +262,18 @@ def test_layers_are_made_on_a_device_and_of_a_dtype(make: Callable[..., nn.Modul
     narrow = make(6, dtype=torch.bfloat16)
     assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
     assert {b.dtype for b in narrow.buffers() if b.is_floating_point()} <= {torch.float32}
+
+
+def test_nothing_is_said_of_a_state_that_fits() -> None:
+    class Watched(sn.StreamingNorm):
+        def __init__(self, c: int) -> None:
+            super().__init__(c)
+            self.register_buffer("running_mean", torch.zeros(c))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Watched(4).load_state_dict(Watched(4).state_dict())
+    with pytest.warns(UserWarning, match=r"into it \(SampleNorm\) .* are affine.weight and affine.bias here$"):
+        sn.SampleNorm(4).load_state_dict(nn.LayerNorm(4).state_dict(), strict=False)
+    with pytest.warns(UserWarning, match=r"have no place \(affine=False\), and its running statistics"):
+        sn.StreamingNorm(4, affine=False).load_state_dict(nn.BatchNorm1d(4).state_dict(), strict=False)

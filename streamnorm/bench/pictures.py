@@ -61,7 +61,7 @@ def _dots(cases: Sequence[Timed], title: str) -> bytes:
         _panel(axes, panels[names[i]], named=i % columns == 0)
     figure.supxlabel(f"time of a step / {references[names[0]] if one else 'reference'}", size=10, color=SOFT)
     _legend(figure, allocators(cases))
-    return _png(figure)
+    return png(figure)
 
 
 def _range(panels: Iterable[dict[str, list[Row]]]) -> tuple[float, float]:
@@ -131,7 +131,7 @@ def _growth(cases: Sequence[Timed], title: str) -> bytes:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axes.yaxis.set_minor_locator(NullLocator())
         axes.legend(frameon=False, labelcolor=INK, fontsize=9, loc="upper left")
-    return _png(figure)
+    return png(figure)
 
 
 def _lines(axes: Any, drawn: Sequence[Curve]) -> None:
@@ -168,7 +168,3 @@ def _legend(figure: Any, used: Sequence[str]) -> None:
     marks = [Line2D([], [], color=edge, markerfacecolor=face, marker="o", linestyle="") for edge, face, _ in entries]
     words = [word for *_, word in entries]
     figure.legend(marks, words, loc="outside upper right", ncols=len(marks), frameon=False, labelcolor=INK)
-
-
-def _png(figure: Any) -> bytes:
-    return png(figure)

@@ -57,7 +57,7 @@ def train_autoencoder(command: Autoencoder) -> None:
     documents = load_documents(run.data, command.data_root, vocabulary=run.vocabulary, train_limit=run.train_limit)
 
     def begin() -> None:
-        said = f"{run.label} on {escape(documents.source)}, seed {run.seed}; kept in {out}"
+        said = f"{run.label} on {escape(documents.source)}, seed {run.seed}; kept in {escape(str(out))}"
         console.print(said, highlight=False, soft_wrap=True)
         say_where(console, out)
 

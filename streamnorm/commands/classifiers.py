@@ -147,6 +147,7 @@ def _keep_report(out: Path, runs: Sequence[Run]) -> None:
 def train_one(command: Train) -> None:
     """Train one run and show its epochs."""
     from rich.console import Console
+    from rich.markup import escape
 
     from streamnorm.commands.progress import progress, say_where
     from streamnorm.monitoring import read
@@ -165,7 +166,8 @@ def train_one(command: Train) -> None:
 
     def begin() -> None:
         console.print(
-            f"{run.label} on {data.name}, architecture {run.network}, seed {run.seed}; kept in {out}", soft_wrap=True
+            f"{run.label} on {data.name}, architecture {run.network}, seed {run.seed}; kept in {escape(str(out))}",
+            soft_wrap=True,
         )
         say_where(console, out)
 
@@ -184,7 +186,7 @@ def train_one(command: Train) -> None:
         if seen:
             write((out / MONITOR).with_suffix(".png"), picture(seen))
             console.print(f"Monitor: {out / MONITOR} and .png", soft_wrap=True)
-        else:
+        elif not record["failed"]:
             said = "Monitor: nothing was left to record; to record this run begin it anew with another --out"
             console.print(said, soft_wrap=True)
     if record["failed"]:

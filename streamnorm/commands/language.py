@@ -56,7 +56,7 @@ def train_language(command: Language) -> None:
     latest: list[dict[str, Any]] = []
 
     def begin() -> None:
-        said = f"{run.label} on {escape(text.source)}, seed {run.seed}; kept in {out}"
+        said = f"{run.label} on {escape(text.source)}, seed {run.seed}; kept in {escape(str(out))}"
         console.print(said, highlight=False, soft_wrap=True)
         say_where(console, out)
 

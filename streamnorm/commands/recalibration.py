@@ -71,7 +71,8 @@ def recalibrate_run(command: Recalibrate) -> None:
     from streamnorm.training.keeping import CHECKPOINT, expect_folder
 
     folder = command.folder.parent if command.folder.is_file() else command.folder
-    out = command.out or folder.with_name(f"{folder.resolve().name}-recalibrated")
+    beside = folder if folder.name else folder.resolve()
+    out = command.out or beside.with_name(f"{folder.resolve().name}-recalibrated")
     run, source = _opened(command)
     if out.resolve() == folder.resolve():
         raise ValueError(f"{out} is the run itself, whose statistics would be lost; give another folder with --out")

@@ -1,7 +1,8 @@
 """Architecture B with its normalizations in other places, and without what stands beside them. Imports the trainer.
 
 In B as it is, a normalization with gain and bias follows convolutions, and ReLU follows it. Here it may stand right
-before each convolution, behind ReLU, with no gain and no bias: the convolution has weights of its own.
+before each convolution, with no gain and no bias: behind ReLU within the blocks, on the sum at the transition, on the
+image at the stem. The convolution has weights of its own.
 """
 
 from __future__ import annotations

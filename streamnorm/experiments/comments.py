@@ -303,7 +303,7 @@ def _c51(records: Records) -> tuple[Verdict, str]:
 CLAIMS = [
     Claim("C-49", "Right before a convolution, BN does without gain and bias: two techniques (003, BorisG).", _c49),
     Claim("C-50", "Weights a times as large: the same loss, the gradient divided by a (003, BorisG).", _c50),
-    Claim("C-51", "BN changes the curvature of the loss, and so over-fits less (003, BorisG).", _c51),
+    Claim("C-51", "BN lowers the curvature of the loss; how much it over-fits is reported (003, BorisG).", _c51),
 ]
 
 

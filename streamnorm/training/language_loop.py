@@ -25,7 +25,7 @@ from streamnorm.training.language import LanguageModel, State, bits, build, deta
 from streamnorm.training.manhattan import Manhattan
 from streamnorm.training.text import Text, chunk, streams
 from streamnorm.training.textrun import TextRun
-from streamnorm.training.underway import UnderWay, description, load_model
+from streamnorm.training.underway import LATE, UnderWay, description, load_model
 
 SMOOTHED = 50
 """Mini-batches in the moving average of the training loss (section 7.6)."""
@@ -41,6 +41,7 @@ class TextTrainer(UnderWay):
 
     PARTS = ("optimizer", "link")
     KEPT = ("states", "losses", "seconds")
+    WHY_EPOCHS = LATE
     run: TextRun
     model: LanguageModel
 

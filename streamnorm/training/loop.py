@@ -27,7 +27,7 @@ from streamnorm.training.architectures import build
 from streamnorm.training.data import Data
 from streamnorm.training.keeping import Tell, recorded, run_to_end
 from streamnorm.training.run import Run
-from streamnorm.training.underway import UnderWay, description, load_model
+from streamnorm.training.underway import LATE, UnderWay, description, load_model
 
 Progress = Callable[[int, int], None]
 EVALUATION_BATCH = 1000
@@ -79,6 +79,7 @@ class Trainer(UnderWay):
     """The run of a classifier under way. A study with a network of its own says so in ``network``."""
 
     KEPT = ("sums",)
+    WHY_EPOCHS = LATE
     run: Run
     data: Data
 

@@ -16,6 +16,9 @@ from torch.optim import Optimizer
 
 from streamnorm.training import checkpoint
 
+LATE = " (the learning rate falls late, at a time that the epochs decide)"
+"""Why epochs cannot be added to a run whose learning rate has a schedule."""
+
 
 class Named(Protocol):
     """Data of any kind."""
@@ -33,6 +36,7 @@ class UnderWay:
     Attributes:
         PARTS: names of what has a state of its own, beside the model, that a checkpoint holds.
         KEPT: names of what else it holds as it is.
+        WHY_EPOCHS: why a run does not go on for more epochs than it was begun with, where there is a reason.
         updates: weight updates to do; ``done`` of them are.
         metrics: a line for each test so far.
         failed: why it cannot go on, in a sentence, or None.
@@ -41,6 +45,7 @@ class UnderWay:
 
     PARTS: ClassVar[tuple[str, ...]] = ("optimizer",)
     KEPT: ClassVar[tuple[str, ...]] = ()
+    WHY_EPOCHS: ClassVar[str] = ""
 
     def __init__(self, run: Any, data: Named, model: nn.Module, optimizer: Optimizer, updates: int) -> None:
         self.run, self.data, self.model, self.optimizer = run, data, model, optimizer
@@ -79,9 +84,10 @@ class UnderWay:
         """
         there = {**self.run.defaults(), **state["run"], **state["data"]}  # an older run lacks newer settings
         if differing := differences(there, {**self.run.to_json(), **self.identity()}):
-            longer = " (the learning rate falls late, at a time that the epochs decide)"
-            reason = longer if there["epochs"] != self.run.epochs else ""
+            reason = self.WHY_EPOCHS if there["epochs"] != self.run.epochs else ""
             raise checkpoint.CheckpointError(f"the checkpoint is of another run: {differing}{reason}")
+        if missing := [name for name in (*self.PARTS, *self.KEPT) if name not in state]:
+            raise checkpoint.CheckpointError(f"the checkpoint is of another kind of run: it lacks {', '.join(missing)}")
         load_model(self.model, state["model"])
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
