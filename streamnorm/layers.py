@@ -34,6 +34,7 @@ class StreamingNorm(Norm):
 
     Shapes: ``x (n, c, *place) -> y (n, c, *place)``, up to three axes of place.
 
+    >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(4, 8, bias=False), StreamingNorm(8), nn.ReLU(), nn.Linear(8, 2))
     >>> model(torch.randn(1, 4)).shape
     torch.Size([1, 2])

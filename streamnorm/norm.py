@@ -107,6 +107,7 @@ class Norm(nn.Module):
             activation in a reference; no state has changed then.
         RuntimeError: when it is tested before it was trained.
 
+    >>> from streamnorm import BA1, Lp, Streaming
     >>> layer = Norm(3, BA1, Lp(2, "estimate"), Streaming())
     >>> y = layer(torch.randn(8, 3))
     >>> layer.fold()
