@@ -30,6 +30,7 @@ from streamnorm.experiments.inception import (
     main,
     member,
     named,
+    probabilities,
     runs,
     shares,
 )
@@ -168,7 +169,7 @@ def test_probabilities_are_those_of_testing(digits: Data) -> None:
     trainer = InceptionTrainer(SMALL, digits)
     while not trainer.finished:
         trainer.step()
-    found = trainer.probabilities()
+    found = probabilities(trainer)
     assert found.dtype == torch.float64
     assert torch.allclose(found.sum(1), torch.ones(64, dtype=torch.float64))
     assert averaged([found], digits.test_y) == trainer.metrics[-1]["test_error"]

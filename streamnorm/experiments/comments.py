@@ -15,8 +15,9 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ from streamnorm.experiments.study import (
     Verdict,
     alike,
     below,
+    carry_out,
     final,
-    folder_of,
     judge,
     spread,
     together,
@@ -45,11 +46,9 @@ from streamnorm.experiments.study import (
 from streamnorm.norm import norms
 from streamnorm.training import checkpoint
 from streamnorm.training.data import Data, load
-from streamnorm.training.keeping import run_to_end
 from streamnorm.training.loop import Trainer, evaluate
 from streamnorm.training.run import Run
 from streamnorm.training.summary import summarize, table
-from streamnorm.training.underway import description
 
 RATES = (0.01, 0.03)
 """Learning rates of architecture A; at 0.1 it diverges without normalization."""
@@ -200,21 +199,9 @@ def _off(model: nn.Module, layer: nn.Module, a: float, x: Tensor, y: Tensor) -> 
     return ((scaled - loss).abs() / loss).item(), apart.item()
 
 
-def carry_out(
-    named: Mapping[str, Run], seeds: Sequence[int], data: Data, out: Path, tier: Tier
-) -> dict[str, list[Record]]:
-    """Train every run with every seed, seed by seed so that a stopped study has whole pairs."""
-    records: dict[str, list[Record]] = {name: [] for name in named}
-    for seed in seeds:
-        for name, run in named.items():
-            seeded = replace(run, seed=seed)
-            arranged = isinstance(seeded, ArrangedRun)
-            trainer = ArrangedTrainer(seeded, data) if arranged else CurvedTrainer(seeded, data, tier)
-            run_to_end(trainer, folder_of(out, name, seed), description(seeded, data), None)
-            records[name].append({**trainer.record(), "label": name})
-            error = f"test error {trainer.metrics[-1]['test_error']:.4f}" if trainer.metrics else ""
-            print(f"{name}, seed {seed}: {trainer.failed or error}", flush=True)
-    return records
+def trainer_of(run: Run, data: Data, tier: Tier) -> Trainer:
+    """The trainer of an arrangement of B, or of A."""
+    return ArrangedTrainer(run, data) if isinstance(run, ArrangedRun) else CurvedTrainer(run, data, tier)
 
 
 # --- Claims
@@ -330,7 +317,7 @@ def main(arguments: Arguments) -> Path:
     named = runs(tier)
     first = named[AFTER]
     data = load(first.data, arguments.data_root, train_limit=first.train_limit, test_limit=first.test_limit)
-    records = carry_out(named, arguments.seeds, data, out, tier)
+    records = carry_out(named, arguments.seeds, data, out, make=partial(trainer_of, tier=tier))
     return write_results(records, out, f"Two comments on batch normalization: {data.name}, tier {arguments.tier}")
 
 

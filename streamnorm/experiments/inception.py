@@ -35,22 +35,20 @@ from streamnorm.experiments.study import (
     Verdict,
     below,
     first_at,
-    folder_of,
     judge,
     spread,
     together,
+    trained,
     with_failures,
 )
 from streamnorm.training import checkpoint
 from streamnorm.training.architectures import norm_factory
 from streamnorm.training.data import Data, load
 from streamnorm.training.inception import Inception
-from streamnorm.training.keeping import run_to_end
 from streamnorm.training.language import tested
 from streamnorm.training.loop import EVALUATION_BATCH, Trainer
 from streamnorm.training.run import Run
 from streamnorm.training.summary import summarize, table
-from streamnorm.training.underway import description
 
 ARMS = ("none", "batch", "streaming")
 RATE = 0.01
@@ -161,11 +159,12 @@ class InceptionTrainer(Trainer):
                         nn.init.zeros_(module.bias)
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def probabilities(self) -> Tensor:
-        """Of the classes for each test sample, ``(n, classes)`` in float64, in testing."""
-        with tested(self.model):
-            outputs = [self.model(x) for x in self.data.test_x.split(EVALUATION_BATCH)]
-        return torch.cat(outputs).double().softmax(1)
+
+def probabilities(trainer: Trainer) -> Tensor:
+    """Of the classes for each test sample, ``(n, classes)`` in float64, in testing."""
+    with tested(trainer.model):
+        outputs = [trainer.model(x) for x in trainer.data.test_x.split(EVALUATION_BATCH)]
+    return torch.cat(outputs).double().softmax(1)
 
 
 def carry_out(tier: Tier, seeds: Sequence[int], data: Data, out: Path) -> dict[str, list[Record]]:
@@ -178,24 +177,16 @@ def carry_out(tier: Tier, seeds: Sequence[int], data: Data, out: Path) -> dict[s
     records: dict[str, list[Record]] = {name: [] for name in (*runs(tier), MEMBER, ENSEMBLE)}
     for seed in seeds:
         for name, run in runs(tier).items():
-            records[name].append({**trained(run, name, seed, data, out).record(), "label": name})
-        six = [trained(member(tier), MEMBER, MEMBERS * seed + i, data, out) for i in range(MEMBERS)]
+            records[name].append({**trained(run, name, seed, data, out, make=InceptionTrainer).record(), "label": name})
+        six = [
+            trained(member(tier), MEMBER, MEMBERS * seed + i, data, out, make=InceptionTrainer) for i in range(MEMBERS)
+        ]
         own = [{**trainer.record(), "label": MEMBER} for trainer in six]
-        able = [trainer.probabilities() for trainer in six if not trainer.failed]
+        able = [probabilities(trainer) for trainer in six if not trainer.failed]
         error = averaged(able, data.test_y) if able else CHANCE
         records[MEMBER] += own
         records[ENSEMBLE].append({"seed": seed, "members": end_errors({MEMBER: own}, MEMBER), "test_error": error})
     return records
-
-
-def trained(run: InceptionRun, name: str, seed: int, data: Data, out: Path) -> InceptionTrainer:
-    """A run at its end: trained anew, gone on with, or as its folder holds it."""
-    run = replace(run, seed=seed)
-    trainer = InceptionTrainer(run, data)
-    run_to_end(trainer, folder_of(out, name, seed), description(run, data), None)
-    error = f"test error {trainer.metrics[-1]['test_error']:.3f}" if trainer.metrics else ""
-    print(f"{name}, seed {seed}: {trainer.failed or error}", flush=True)
-    return trainer
 
 
 def averaged(probabilities: Sequence[Tensor], y: Tensor) -> float:

@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,9 @@ from streamnorm.experiments.study import (
     Records,
     Verdict,
     below,
+    carry_out,
     final,
     first_at,
-    folder_of,
     judge,
     spread,
     together,
@@ -44,11 +44,9 @@ from streamnorm.norm import Norm
 from streamnorm.training import checkpoint
 from streamnorm.training.architectures import norm_factory
 from streamnorm.training.data import Data, load
-from streamnorm.training.keeping import run_to_end
 from streamnorm.training.loop import Trainer, evaluate
 from streamnorm.training.run import Run
 from streamnorm.training.summary import summarize, table
-from streamnorm.training.underway import description
 
 CHANCE = 0.9
 SCALES = (0.01, 0.1, 1.0, 10.0, 100.0)
@@ -188,22 +186,6 @@ class SigmoidTrainer(Trainer):
         return {**super().record(), "trace": self.trace}
 
 
-def carry_out(
-    named: Mapping[str, SigmoidRun], seeds: Sequence[int], data: Data, out: Path, every: int
-) -> dict[str, list[Record]]:
-    """Train every run with every seed, seed by seed so that a stopped study has whole pairs."""
-    records: dict[str, list[Record]] = {name: [] for name in named}
-    for seed in seeds:
-        for name, run in named.items():
-            seeded = replace(run, seed=seed)
-            trainer = SigmoidTrainer(seeded, data, every)
-            run_to_end(trainer, folder_of(out, name, seed), description(seeded, data), None)
-            records[name].append({**trainer.record(), "label": name})
-            error = f"test error {trainer.metrics[-1]['test_error']:.4f}" if trainer.metrics else ""
-            print(f"{name}, seed {seed}: {trainer.failed or error}")
-    return records
-
-
 # --- Claims
 
 
@@ -328,7 +310,7 @@ def main(arguments: Arguments) -> Path:
     """Train what is missing, check the claims, write the record."""
     tier, out = begin(arguments, "mnist", TIERS)
     data = load(tier.data, arguments.data_root)
-    records = carry_out(runs(tier), arguments.seeds, data, out, tier.every)
+    records = carry_out(runs(tier), arguments.seeds, data, out, make=partial(SigmoidTrainer, every=tier.every))
     return write_results(records, out, f"Sigmoid units: {data.name}, tier {arguments.tier}")
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from streamnorm.training.data import Data
-from streamnorm.training.loop import train
+from streamnorm.training.keeping import run_to_end
+from streamnorm.training.loop import Trainer
 from streamnorm.training.run import Run
+from streamnorm.training.underway import description
 
 Record = dict[str, Any]
 Records = Mapping[str, Sequence[Record]]
@@ -42,18 +44,42 @@ class Claim:
     needs: tuple[str, ...] = ()
 
 
+Make = Callable[[Any, Data], Trainer]
+"""What makes the trainer of a run."""
+
+
 def carry_out(
-    runs: Mapping[str, Run], seeds: Sequence[int], data: Data, out: Path, say: Callable[[str], None] = print
+    runs: Mapping[str, Run],
+    seeds: Sequence[int],
+    data: Data,
+    out: Path,
+    say: Callable[[str], None] = print,
+    make: Make = Trainer,
 ) -> dict[str, list[Record]]:
     """Train every run with every seed, seed by seed so that a stopped study has whole pairs."""
     records: dict[str, list[Record]] = {name: [] for name in runs}
     for seed in seeds:
         for name, run in runs.items():
-            record = train(replace(run, seed=seed), data, folder_of(out, name, seed))
-            records[name].append({**record, "label": name})
-            last = record["metrics"][-1] if record["metrics"] else {}
-            say(f"{name}, seed {seed}: " + (record["failed"] or f"test error {last['test_error']:.3f}"))
+            records[name].append({**trained(run, name, seed, data, out, say, make).record(), "label": name})
     return records
+
+
+def trained(
+    run: Run,
+    name: str,
+    seed: int,
+    data: Data,
+    out: Path,
+    say: Callable[[str], None] = print,
+    make: Make = Trainer,
+) -> Trainer:
+    """A run with a seed at its end: trained anew, gone on with, or as its folder holds it."""
+    run = replace(run, seed=seed)
+    trainer = make(run, data)
+    run_to_end(trainer, folder_of(out, name, seed), description(run, data), None)
+    error = f"test error {trainer.metrics[-1]['test_error']:.4f}" if trainer.metrics else ""
+    say(f"{name}, seed {seed}: {trainer.failed or error}")
+    return trainer
 
 
 def folder_of(out: Path, name: str, seed: int) -> Path:
