@@ -117,7 +117,7 @@ def test_a_look_sees_the_inputs_of_the_last_sigmoid(digits: Data) -> None:
     trainer = SigmoidTrainer(SigmoidRun(arm="batch", width=12, samples_per_batch=60, batches_per_update=1), digits, 1)
     for _ in range(3):
         trainer.step()
-    trainer._look()
+    trainer.look()
     seen: list[Tensor] = []
     model = trainer.model
     assert isinstance(model, nn.Sequential)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,6 +42,7 @@ from streamnorm.experiments.study import (
     spread,
     together,
 )
+from streamnorm.experiments.traced import TracedTrainer
 from streamnorm.norm import norms
 from streamnorm.training import checkpoint
 from streamnorm.training.data import Data, load
@@ -110,30 +110,15 @@ def rated(arm: str, rate: float) -> str:
     return f"{arm}, rate {rate:g}"
 
 
-class CurvedTrainer(Trainer):
-    """A run of architecture A under way, which is looked at before its first update, every so many and its last
-    (``trace``): by then its statistics of testing are those of its weights."""
-
-    KEPT = (*Trainer.KEPT, "trace")
+class CurvedTrainer(TracedTrainer):
+    """A run of architecture A under way, whose errors and curvature are looked at, first before any update: by then its
+    statistics of testing are those of its weights."""
 
     def __init__(self, run: Run, data: Data, tier: Tier) -> None:
-        super().__init__(run, data)
+        super().__init__(run, data, tier.every, first=1)
         self.tier = tier
-        self.trace: list[dict[str, Any]] = []
-        self.optimizer.register_step_pre_hook(lambda *_: self._look_between())
 
-    def step(self) -> None:
-        super().step()
-        if self.done == self.updates and not self.failed:  # the last update of all is left undone
-            self._look()
-
-    def _look_between(self) -> None:
-        start = time.perf_counter()
-        if (self.done - 1) % self.tier.every == 0:
-            self._look()
-        self.sums["seconds"] -= time.perf_counter() - start  # it is no part of training
-
-    def _look(self) -> None:
+    def look(self) -> None:
         train_loss, train_error = evaluate(self.model, self.data.train_x, self.data.train_y)
         test_loss, test_error = evaluate(self.model, self.data.test_x, self.data.test_y)
         if not (math.isfinite(train_loss) and math.isfinite(test_loss)):
@@ -159,7 +144,7 @@ class CurvedTrainer(Trainer):
 
     def record(self) -> dict[str, Any]:
         measured = {} if self.failed else {"scaling": scaling(self.model, *self.looked_at())}
-        return {**super().record(), "trace": self.trace, **measured}
+        return {**super().record(), **measured}
 
 
 def scaling(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, list[dict[str, float]]]:

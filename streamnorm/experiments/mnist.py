@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +37,13 @@ from streamnorm.experiments.study import (
     spread,
     together,
 )
+from streamnorm.experiments.traced import TracedTrainer
 from streamnorm.monitoring.sites import PERCENTILES, SATURATED
 from streamnorm.norm import Norm
 from streamnorm.training import checkpoint
 from streamnorm.training.architectures import norm_factory
 from streamnorm.training.data import Data, load
-from streamnorm.training.loop import Trainer, evaluate
+from streamnorm.training.loop import evaluate
 from streamnorm.training.run import Run
 from streamnorm.training.summary import summarize, table
 
@@ -114,17 +113,8 @@ def scaled(arm: str, scale: float) -> str:
     return arm if scale == 1 else f"{arm}, scale {scale:g}"
 
 
-class SigmoidTrainer(Trainer):
-    """A run under way, which is looked at every so many updates and at its end (``trace``), with the weights that its
-    statistics were taken with."""
-
-    KEPT = (*Trainer.KEPT, "trace")
-
-    def __init__(self, run: SigmoidRun, data: Data, every: int) -> None:
-        super().__init__(run, data)
-        self.every = every
-        self.trace: list[dict[str, Any]] = []
-        self.optimizer.register_step_pre_hook(lambda *_: self._look_between())
+class SigmoidTrainer(TracedTrainer):
+    """A run under way, whose test error, sigmoids and weights are looked at."""
 
     def network(self, run: Run, data: Data) -> nn.Module:
         assert isinstance(run, SigmoidRun)
@@ -140,18 +130,7 @@ class SigmoidTrainer(Trainer):
                     nn.init.normal_(module.weight, std=scale / math.sqrt(module.in_features))
         return model
 
-    def step(self) -> None:
-        super().step()
-        if self.done == self.updates and not self.failed:  # the last update of all is left undone
-            self._look()
-
-    def _look_between(self) -> None:
-        start = time.perf_counter()
-        if self.done % self.every == 0:
-            self._look()
-        self.sums["seconds"] -= time.perf_counter() - start  # it is no part of training
-
-    def _look(self) -> None:
+    def look(self) -> None:
         inputs = self.last_inputs(self.data.test_x[:LOOKED_AT])
         loss, error = evaluate(self.model, self.data.test_x, self.data.test_y)
         if not (math.isfinite(loss) and inputs.isfinite().all()):
@@ -181,9 +160,6 @@ class SigmoidTrainer(Trainer):
             return x
         finally:
             self.model.train()
-
-    def record(self) -> dict[str, Any]:
-        return {**super().record(), "trace": self.trace}
 
 
 # --- Claims
