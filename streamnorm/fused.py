@@ -9,14 +9,15 @@ stands below it.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from streamnorm.kernels import cpu, eager
+from streamnorm.kernels import calls, cpu, eager
 from streamnorm.kernels.definition import Definition, Statistics
 from streamnorm.op import expect_the_same, observe_back, pack, raise_forgotten, refuse_second_derivative, unpack_row
 from streamnorm.stream import Exponential, LongShort, Memory
@@ -36,11 +37,25 @@ class Native:
         rule: Any = memory.rule
         self.folds = type(rule) is LongShort
         self.keep = rule.keep if self.folds else (1.0, 0.0)
-        self._mix, self._rate = (rule.mix, 0.0) if self.folds else ((0.0,) * 3, rule.rate)
-        self._short, self._updates = ("short", "updates") if self.folds else ("long", "seen")
+        self.buffers: Any = memory._buffers
+        mix, self._rate = (rule.mix, 0.0) if self.folds else ((0.0,) * 3, rule.rate)
+        self._mix = (ctypes.c_double * 3)(*mix)
+        self._short, updates = ("short", "updates") if self.folds else ("long", "seen")
+        self._names = "long", self._short, "estimate", "count", updates, "seen", "skipped"
         self._addresses: tuple[int, ...] = ()
         self._where: int | None = None
         self._kind: tuple[torch.dtype, int] | None = None
+
+    @property
+    def members(self) -> calls.Members:
+        """The same for the calls, which look for the buffers themselves."""
+        names = (ctypes.c_void_p * calls.MEMBERS)(*map(id, self._names))
+        return calls.Members(id(self.buffers), names, self._mix, self._rate)
+
+    def guards(self) -> tuple[calls.Guard, ...]:
+        """What the calls must find as it is."""
+        of_memory = vars(self.memory)
+        return calls.is_still(of_memory, "rule"), calls.is_still(of_memory, "_buffers")
 
     @staticmethod
     def serves(memory: Memory | None) -> bool:
@@ -49,7 +64,8 @@ class Native:
 
     def is_of(self, memory: Memory | None) -> bool:
         """Whether this is that memory, with the rule that it had."""
-        return self.memory is memory and self.rule is self.memory.rule
+        mine = self.memory
+        return mine is memory and self.rule is mine.rule and self.buffers is mine._buffers
 
     def address(self, dtype: torch.dtype, slots: int) -> int | None:
         """Where the pointers to the members lie, or None if those are not tables ``(2, slots)`` of ``dtype`` and whole
@@ -57,19 +73,11 @@ class Native:
 
         Buffers move (``.to()``, ``share_memory()``, assignments), so each is looked at every time.
         """
-        buffers: Any = self.memory._buffers
-        addresses = (
-            buffers["long"].data_ptr(),
-            buffers[self._short].data_ptr(),
-            buffers["estimate"].data_ptr(),
-            buffers["count"].data_ptr(),
-            buffers[self._updates].data_ptr(),
-            buffers["seen"].data_ptr(),
-            buffers["skipped"].data_ptr(),
-        )
+        buffers = self.buffers
+        addresses = tuple([buffers[name].data_ptr() for name in self._names])
         if addresses != self._addresses:
             self._addresses = ()  # until all below is true: an interrupt leaves nothing half told
-            self._pointers = cpu.MemoryPointers(*addresses, (ctypes.c_double * 3)(*self._mix), self._rate)
+            self._pointers = cpu.MemoryPointers(*addresses, self._mix, self._rate)
             estimate = buffers["estimate"]
             usable = all(
                 member.is_cpu
@@ -89,42 +97,100 @@ class Native:
 
 
 class Told:
-    """What the kernels are told about one shape of input, and how they are called for it."""
+    """What the kernels are told about one kind of input, and the calls for it.
+
+    Attributes:
+        forward: ``forward(x, weight, bias)``, y in training or None if it has to be done otherwise, which leaves
+            everything as it was.
+        fold: the weight update of both memories; whether it could be done.
+        remembers: whether a call changes H1.
+        shortcut: the latest one to these calls.
+        tables: what the latest call has left.
+    """
 
     __slots__ = (
-        "address",
-        "backward",
-        "dtype",
-        "fold",
-        "forward",
-        "has_gains",
-        "plan",
-        "reference_size",
-        "room",
-        "scratch",
-        "size",
-        "slots",
-        "steps",
-        "x_dtype",
-        "x_shape",
-        "x_stride",
+        *("_alive", "address", "dtype", "fold", "forward", "fused", "has_gains", "plan", "reference_size"),
+        *("remembers", "room", "shortcut", "size", "slots", "steps", "struct", "tables"),
+        *("x_dtype", "x_shape", "x_stride"),
     )
 
-    def __init__(self, plan: cpu.Plan, x: Tensor, steps: int, has_gains: bool, reference_size: int) -> None:
+    def __init__(self, fused: Fused, plan: cpu.Plan, x: Tensor, steps: int, has_gains: bool, size: int) -> None:
+        _hand_over()
+        self.fused = fused
         self.plan = plan
-        self.reference_size = reference_size
-        self.address = ctypes.addressof(plan)
+        self.reference_size = size
         self.steps = steps
         self.slots = plan.slots
         self.size = plan.k0 * plan.slots
         self.x_dtype, self.x_shape, self.x_stride = x.dtype, x.shape, x.stride()
         self.dtype = cpu.wide(x.dtype)
-        self.forward, self.backward = (cpu.kernel(name, x.dtype) for name in ("forward", "backward"))
-        self.fold = cpu.fold(self.dtype)
-        # What a call leaves for the way back, and room to work in after it.
-        self.scratch = TABLES * self.size * self.dtype.itemsize
-        self.room = TABLES * self.size + 4 * self.slots
+        self.room = TABLES * self.size + 4 * self.slots  # for what a call leaves for the way back, and to work in
         self.has_gains = has_gains
+        self.remembers = fused.H1 is not None
+        self.shortcut: Shortcut | None = None
+        self.tables: Tensor | None = None
+        kernels = cpu.kernel("forward", x.dtype), cpu.kernel("backward", x.dtype), cpu.fold(self.dtype)
+        keywords = None if x.dtype is self.dtype else {"dtype": self.dtype}
+        watch = calls.watch()
+        self._alive = (kernels, self.room, keywords, watch)
+        code, bits = calls.CODES[x.dtype]
+        H1, H2 = fused.H1, fused.H2
+        self.struct = calls.Told(
+            ctypes.addressof(plan),
+            *(ctypes.cast(kernel, ctypes.c_void_p).value for kernel in kernels),
+            keep=(ctypes.c_double * 4)(*(H1.keep if H1 else (1.0, 0.0)), *(H2.keep if H2 else (1.0, 0.0))),
+            has_h1=H1 is not None,
+            has_h2=H2 is not None,
+            folds=fused.folds,
+            code=code,
+            bits=bits,
+            wide_bits=calls.CODES[self.dtype][1],
+            ndim=x.ndim,
+            shape=(ctypes.c_int64 * calls.AXES)(*x.shape),
+            stride=(ctypes.c_int64 * calls.AXES)(*x.stride()),
+            slots=self.slots,
+            scratch=TABLES * self.size * self.dtype.itemsize,
+            room=id(self.room),
+            room_dtype=None if keywords is None else id(keywords),
+            wide=id(self.dtype),
+            watch=watch.guards,
+        )
+        self.struct.self = id(self)
+        for name, native in (("h1", H1), ("h2", H2)):
+            if native is not None:
+                setattr(self.struct, name, native.members)
+        self.address = ctypes.addressof(self.struct)
+        self.forward = calls.callable_of("forward", self.struct)
+        self.fold = calls.callable_of("fold", self.struct)
+
+
+class Shortcut:
+    """The call of a layer that was just made, for the next input of its kind if nothing of the layer has changed.
+
+    Args:
+        told: what was told about the input.
+        guards: on what has been looked at to choose that call.
+        affine: what follows the layer.
+        joined: whether its gain and bias were part of the call.
+
+    Attributes:
+        call: ``call(x, affine)``, y or None.
+        latest: that call, for one that is computed again.
+    """
+
+    __slots__ = ("_alive", "_struct", "call", "joined", "latest", "told")
+
+    def __init__(self, told: Told, guards: Iterable[calls.Guard], affine: nn.Module | None, joined: bool) -> None:
+        self.told = told
+        self.joined = joined
+        self.latest = told, joined
+        parameters = affine._parameters if joined and affine is not None else None
+        looked_at = calls.Kept([*guards, *(_gain_guards(affine) if joined and affine is not None else ())])
+        self._alive = looked_at, affine, parameters
+        self._struct = calls.Shortcut(
+            told.address, id(affine), None if parameters is None else id(parameters), looked_at.guards
+        )
+        self.call = calls.callable_of("shortcut", self._struct)
 
 
 class Fused:
@@ -141,8 +207,6 @@ class Fused:
         self.uses_estimate = uses_estimate
         self.H1 = None if H1 is None else Native(H1)
         self.H2 = None if H2 is None else Native(H2)
-        kappa = *(self.H1.keep if self.H1 else (1.0, 0.0)), *(self.H2.keep if self.H2 else (1.0, 0.0))
-        self._keep = (ctypes.c_double * 4)(*kappa)
         self._told: dict[Any, Told | None] = {}
         self._latest: Told | None = None
 
@@ -154,11 +218,13 @@ class Fused:
 
     def is_of(self, definition: Definition, uses_estimate: bool, H1: Memory | None, H2: Memory | None) -> bool:
         """Whether this was made for just these."""
-        return (
-            self.definition is definition
-            and self.uses_estimate is uses_estimate
-            and (H1 is None if self.H1 is None else self.H1.is_of(H1))
-            and (H2 is None if self.H2 is None else self.H2.is_of(H2))
+        same = self.definition is definition and self.uses_estimate is uses_estimate
+        return same and self.remembers_in(H1, H2)
+
+    def remembers_in(self, H1: Memory | None, H2: Memory | None) -> bool:
+        """Whether these are its memories, with the rules that they had."""
+        return (H1 is None if self.H1 is None else self.H1.is_of(H1)) and (
+            H2 is None if self.H2 is None else self.H2.is_of(H2)
         )
 
     def told(self, x: Tensor, steps: int, is_reversed: bool, check: Callable[[Tensor, int], Tensor]) -> Told | None:
@@ -178,7 +244,7 @@ class Fused:
         own = self.definition.ref.groups(x.shape[1]) == x.shape[1]
         has_gains = plan is not None and self.H1 is not None and own and plan.slots == x.shape[1]
         size = self.definition.ref.size(view.shape) if view.numel() else 0
-        told = None if plan is None else Told(plan, x, steps, has_gains, size)
+        told = None if plan is None else Told(self, plan, x, steps, has_gains, size)
         if len(self._told) == SHAPES:
             self._told.clear()
         self._told[key] = told
@@ -190,65 +256,38 @@ class Fused:
         dtype, slots = told.dtype, told.slots
         return self.H1 and self.H1.address(dtype, slots), self.H2 and self.H2.address(dtype, slots)
 
+    def guards(self) -> Iterator[calls.Guard]:
+        """What the calls must find as it is."""
+        for native in (self.H1, self.H2):
+            if native is not None:
+                yield from native.guards()
+
     def changing(self) -> Iterator[Tensor]:
         """What a forward call changes."""
         return self.H1.changing() if self.H1 is not None else iter(())
 
-    def normalize(
-        self, x: Tensor, told: Told, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """``y`` and the tables of this call, or None if it has to be done otherwise.
+    @property
+    def folds(self) -> int:
+        """What a weight update means to the memories, as ``native/calls.cpp`` counts it: 0, something that the kernels
+        do not know; 1, nothing; 2, both fold."""
+        H1, H2 = self.H1, self.H2
+        if H1 is None or (H2 is not None and H1.folds != H2.folds):
+            return 0
+        return 2 if H1.folds else 1
 
-        ``weight`` and ``bias`` only where ``told.has_gains``.
-        """
-        dtype = told.dtype
-        h1 = None
-        if self.H1 is not None and (h1 := self.H1.address(dtype, told.slots)) is None:
-            return None
-        if weight is not None and not weight.is_cpu:
-            return None  # and torch says what it thinks of that
-        gain, shift = as_read(weight, dtype), as_read(bias, dtype)
-        y = torch.empty_like(x)
-        tables = x.new_empty(told.room) if x.dtype is dtype else x.new_empty(told.room, dtype=dtype)
-        where = tables.data_ptr()
-        failed = told.forward(
-            told.address,
-            h1,
-            x.data_ptr(),
-            None if gain is None else gain.data_ptr(),
-            None if shift is None else shift.data_ptr(),
-            y.data_ptr(),
-            where,
-            where + told.scratch,
-            torch.get_num_threads(),
-        )
-        if failed:
-            return None
-        if torch.is_grad_enabled():
-            y = _apply(x, weight, bias, (self, told, y, tables))
-        return y, tables
-
-    def fold(self) -> bool:
+    def fold(self, H1: Memory | None, H2: Memory | None) -> bool:
         """The weight update of both memories in one call; False: it has to be done otherwise."""
-        H1, H2, told = self.H1, self.H2, self._latest
-        if told is None or H1 is None:
-            return False
-        if not H1.folds:
-            return H2 is None  # a weight update means nothing to a running average
-        h1, h2 = self.addresses(told)
-        if h1 is None or (H2 is not None and (h2 is None or not H2.folds)):
-            return False
-        told.fold(h1, h2, told.slots, self._keep)
-        return True
+        told = self._latest
+        return told is not None and self.remembers_in(H1, H2) and told.fold()
 
-    def again(self, x: Tensor, told: Told, tables: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """``y`` of the call that left ``tables``, computed once more, so that nothing is observed twice.
+    def again(self, x: Tensor, told: Told, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """``y`` of the latest call that was told this, computed once more, so that nothing is observed twice.
 
         Raises:
             RuntimeError: if ``x`` is not the input of that call.
         """
-        shape, d = _stat_shape(x, told, self.definition), self.definition
-        if shape is None:
+        shape, d, tables = _stat_shape(x, told, self.definition), self.definition, told.tables
+        if shape is None or tables is None:
             raise_forgotten()
         mu, sigma, est_mu, est_sigma = (table.reshape(shape) for table in tables[: 4 * told.size].chunk(4))
         view = d.ref.view(x.detach(), told.steps)
@@ -259,7 +298,7 @@ class Fused:
             per_feature = (-1, *[1] * (y.ndim - 3))
             y = y * weight.detach().reshape(per_feature) + bias.detach().reshape(per_feature)
         y = torch.empty_like(x).copy_(y.reshape(x.shape))
-        return _apply(x, weight, bias, (self, told, y, tables)) if torch.is_grad_enabled() else y
+        return _apply()(x, weight, bias, (told, y, tables)) if torch.is_grad_enabled() else y
 
 
 def _stat_shape(x: Tensor, told: Told, d: Definition) -> list[int] | None:
@@ -290,55 +329,47 @@ def as_read(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return parameter.detach().to(dtype).contiguous()
 
 
-class _Fused(torch.autograd.Function):
-    """The way back of a call that has been computed."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Any) -> Tensor:
-        fused, told, y, tables = call
-        ctx.save_for_backward(x, weight, tables)
-        ctx.call = fused, told
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
-        x, weight, tables = ctx.saved_tensors
-        fused, told = ctx.call
-        dtype, slots = told.dtype, told.slots
-        # G is about the gradient of the input: where nobody wants that, nothing is remembered.
-        needs = ctx.needs_input_grad
-        H2 = fused.H2 if needs[0] else None
-        h2 = None if H2 is None else H2.address(dtype, slots)
-        # What was saved may have been somewhere else meanwhile, and come back in another order (saved_tensors_hooks).
-        if cpu.unseen() or (H2 is not None and h2 is None) or x.stride() != told.x_stride:
-            return *_composed(grads[0], x, weight, tables, fused, told, H2), None
-        dy = cpu.like(grads[0], x)
-        gain = as_read(weight, dtype)
-        dx = torch.empty_like(x) if needs[0] else None
-        dweight = tables.new_empty(slots) if needs[1] else None
-        dbias = tables.new_empty(slots) if needs[2] else None
-        where = tables.data_ptr()
-        failed = told.backward(
-            told.address,
-            h2,
-            x.data_ptr(),
-            None if gain is None else gain.data_ptr(),
-            dy.data_ptr(),
-            where,
-            where + told.scratch,
-            None if dx is None else dx.data_ptr(),
-            None if dweight is None else dweight.data_ptr(),
-            None if dbias is None else dbias.data_ptr(),
-            torch.get_num_threads(),
-        )
-        if failed:
-            return *_composed(dy, x, weight, tables, fused, told, H2), None
-        return dx, dweight, dbias, None
+def _gain_guards(affine: nn.Module) -> Iterator[calls.Guard]:
+    """Nobody watches this module's calls, and it has its own ``forward``: what ``is_hooked`` asks."""
+    mine = vars(affine)
+    yield calls.is_still(mine, "_parameters")
+    yield calls.is_still(mine, "forward")
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        yield calls.stays_empty(mine, name)
+    for name, hooks in vars(nn.modules.module).items():
+        if name.startswith("_global_") and isinstance(hooks, dict):
+            yield calls.stays_empty(hooks)
 
 
-_apply = super(torch.autograd.Function, _Fused).apply  # type: ignore[attr-defined]
-"""``_Fused.apply`` without what it does for transforms of functions, which never come here (``cpu.takes``)."""
+@cache
+def _apply() -> Callable[..., Tensor]:
+    """``apply(x, weight, bias, (told, y, tables))``: y with the way back of a call that has been computed.
+
+    Without what torch's own ``apply`` does for transforms of functions, which never come here (``cpu.takes``).
+    """
+    kind = type(
+        "Fused",
+        (torch.autograd.Function,),
+        {name: staticmethod(calls.callable_of(function)) for name, function in _FUNCTION.items()},
+    )
+    return super(torch.autograd.Function, kind).apply  # type: ignore[attr-defined]
+
+
+_FUNCTION = {"forward": "save", "backward": "backward"}
+
+
+@cache
+def _hand_over() -> None:
+    calls.hand_over(_apply(), as_read, cpu.like, _otherwise)
+
+
+def _otherwise(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The way back where the compiled one cannot be gone."""
+    refuse_second_derivative()
+    x, weight, tables = ctx.saved_tensors
+    told = ctx.told
+    H2 = told.fused.H2 if ctx.needs_input_grad[0] else None
+    return *_composed(dy, x, weight, tables, told.fused, told, H2), None
 
 
 def _composed(

@@ -191,7 +191,7 @@ class _Layer:
         layer.masked = None if made.masked is None else made.masked.data_ptr()
         layer.gains = [as_read(gain, told.dtype) for gain in gains]  # which live as long as they are pointed to
         for i, (path, (fused, told)) in enumerate(zip(layer.path, self.calls, strict=False)):
-            path.plan = told.address
+            path.plan = ctypes.addressof(told.plan)
             path.h1, path.h2 = fused.addresses(told)
             if path.h1 is None or (fused.H2 is not None and path.h2 is None) or not weights[i].is_contiguous():
                 return None

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from streamnorm import kernels
 from streamnorm import op as _op
 from streamnorm.checks import is_whole
-from streamnorm.fused import Fused, is_hooked
+from streamnorm.fused import Fused, Shortcut, is_hooked
 from streamnorm.kernels import Definition, cpu
+from streamnorm.kernels.calls import Guard, answers, is_still
 from streamnorm.normop import Scale, Standardize
 from streamnorm.normref import NormRef
 from streamnorm.normstats import Lp
@@ -28,6 +29,8 @@ from streamnorm.policy import Policy
 from streamnorm.stream import Memory
 
 Device = torch.device | str | int | None
+NOT_RECOMPUTING = -1
+"""The task of autograd where there is none."""
 FORGOTTEN = 1000
 """Training calls without a weight update after which a streaming layer asks whether it was forgotten."""
 
@@ -73,6 +76,7 @@ class Calls:
         latest: how the latest call was cut, its s and its estimates, for a call that is computed again; or what its
             compiled kernel was told and has left.
         fused: the layer's compiled calls, False if there are none for it, None if nobody has asked.
+        shortcut: the latest of them.
     """
 
     reference_size: int | None = None
@@ -80,6 +84,7 @@ class Calls:
     in_cycle: int | None = None
     latest: Any = None
     fused: Any = None
+    shortcut: Shortcut | None = None
 
 
 class Norm(nn.Module):
@@ -229,34 +234,57 @@ class Norm(nn.Module):
     def _fused(self, x: Tensor, affine: nn.Module | None) -> Tensor | None:
         """A training call by one compiled kernel, or None where that cannot be."""
         calls = self._calls
-        fused = self.compiled()
-        H1 = self._modules.get("H1")
-        if fused is False or not cpu.takes(x) or not kernels.may_use("cpu"):
-            return None
-        if H1 is not None and _recomputing():
-            return self._fused_again(x, affine)
-        steps = 1 if H1 is None else self.steps
-        told = fused.told(x, steps, self.reverse, self._check)
-        if told is None:
-            return None
-        calls.reference_size = told.reference_size
-        gains = gains_of(affine) if told.has_gains else None
-        joined = gains is not None
-        done = fused.normalize(x, told, *(gains or (None, None)))
-        if done is None:
-            return None
-        y, tables = done
-        if H1 is not None:
-            self._count(calls, (steps, fused, told, tables, joined))
-        return y if affine is None or joined else affine(y)
+        shortcut = calls.shortcut
+        y = None
+        if shortcut is not None and not torch.compiler.is_dynamo_compiling():
+            y = shortcut.call(x, affine)
+        if y is None:
+            fused = self.compiled()
+            if fused is False or not cpu.takes(x) or not kernels.may_use("cpu"):
+                return None
+            H1 = self._modules.get("H1")
+            if H1 is not None and _recomputing():
+                return self._fused_again(x, affine)
+            told = fused.told(x, 1 if H1 is None else self.steps, self.reverse, self._check)
+            if told is None:
+                return None
+            calls.reference_size = told.reference_size
+            if told.shortcut is not None and told.shortcut is not shortcut:  # another kind of input meanwhile
+                shortcut = told.shortcut
+                y = shortcut.call(x, affine)
+            if y is None:
+                gains = gains_of(affine) if told.has_gains else None
+                y = told.forward(x, *(gains or (None, None)))
+                if y is None:
+                    return None
+                told.shortcut = shortcut = Shortcut(told, self._looked_at(fused), affine, gains is not None)
+            calls.shortcut = shortcut
+        assert shortcut is not None
+        calls.reference_size = shortcut.told.reference_size
+        if shortcut.told.remembers:
+            self._count(calls, shortcut.latest)
+        return y if affine is None or shortcut.joined else affine(y)
+
+    def _looked_at(self, fused: Fused) -> Iterator[Guard]:
+        """What the choice of a compiled call depends on."""
+        mine, modules = vars(self), self._modules
+        for name in ("definition", "policy", "steps", "reverse", "_modules"):
+            yield is_still(mine, name)
+        for name in ("H1", "H2"):
+            yield is_still(modules, name)
+        yield answers(kernels.limit, 0)
+        if fused.H1 is not None:
+            yield is_still(mine, "training")
+            yield answers(torch._C._current_graph_task_id, NOT_RECOMPUTING)
+        yield from fused.guards()
 
     def _fused_again(self, x: Tensor, affine: nn.Module | None) -> Tensor | None:
         """The latest call once more, if it was one by a compiled kernel: activation checkpointing repeats it."""
         latest = self._calls.latest
         if latest is None or len(latest) == 3:
             return None
-        _, fused, told, tables, joined = latest
-        y = fused.again(x, told, tables, *((gains_of(affine) if joined else None) or (None, None)))
+        told, joined = latest
+        y = told.fused.again(x, told, *((gains_of(affine) if joined else None) or (None, None)))
         return y if affine is None or joined else affine(y)
 
     def _check(self, x: Tensor, steps: int) -> Tensor:
@@ -298,7 +326,8 @@ class Norm(nn.Module):
     def fold(self, happened: Tensor | bool = True) -> None:
         """A weight update took place: long <- kappa1 long + kappa2 short, short emptied (section 3.3.1, 3.3.2)."""
         calls = self._calls
-        if not (happened is True and calls.fused and calls.fused.fold()):
+        fused, modules = calls.fused, self._modules
+        if not (happened is True and fused and fused.fold(modules.get("H1"), modules.get("H2"))):
             for memory in (self.H1, self.H2):
                 if memory is not None:
                     memory.fold(happened)
@@ -380,7 +409,7 @@ def gains_of(affine: nn.Module | None) -> tuple[Tensor, Tensor] | None:
 
 def _recomputing() -> bool:
     """Whether autograd is running a backward pass: a forward call inside it repeats one that has been."""
-    return torch._C._current_graph_task_id() != -1
+    return torch._C._current_graph_task_id() != NOT_RECOMPUTING
 
 
 def norms(model: nn.Module) -> Iterator[Norm]:

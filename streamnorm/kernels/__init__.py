@@ -21,13 +21,15 @@ from torch import Tensor
 from streamnorm.kernels import cpu, eager, generic
 from streamnorm.kernels.definition import Definition, Statistics
 
-__all__ = ["BACKENDS", "Definition", "Statistics", "choose", "cpu", "eager", "generic", "may_use", "using"]
+__all__ = ["BACKENDS", "Definition", "Statistics", "choose", "cpu", "eager", "generic", "limit", "may_use", "using"]
 
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "eager": eager, "generic": generic}
 """Every backend by name, fastest first: compiled, in torch operations, by autograd."""
 
 _ORDER = {name: place for place, name in enumerate(BACKENDS)}
 _fastest = ContextVar("_fastest", default=0)
+limit = _fastest.get
+"""The number of the fastest backend that ``using`` allows; 0 where it does not say."""
 
 
 @contextmanager
