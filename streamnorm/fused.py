@@ -129,7 +129,7 @@ class Told:
         self.remembers = fused.H1 is not None
         self.shortcut: Shortcut | None = None
         self.tables: Tensor | None = None
-        kernels = cpu.kernel("forward", x.dtype), cpu.kernel("backward", x.dtype), cpu.fold(self.dtype)
+        kernels: Any = cpu.kernel("forward", x.dtype), cpu.kernel("backward", x.dtype), cpu.fold(self.dtype)
         keywords = None if x.dtype is self.dtype else {"dtype": self.dtype}
         watch = calls.watch()
         self._alive = (kernels, self.room, keywords, watch)
@@ -174,22 +174,22 @@ class Shortcut:
         joined: whether its gain and bias were part of the call.
 
     Attributes:
-        call: ``call(x, affine)``, y or None.
-        latest: that call, for one that is computed again.
+        call: ``call(x)``, y or None.
+        then: what follows and was no part of it, or None.
+        latest: that call, for one that is computed again; None if nothing is remembered.
+        reference_size: activations in its smallest reference.
     """
 
-    __slots__ = ("_alive", "_struct", "call", "joined", "latest", "told")
+    __slots__ = ("_alive", "_struct", "call", "latest", "reference_size", "then")
 
     def __init__(self, told: Told, guards: Iterable[calls.Guard], affine: nn.Module | None, joined: bool) -> None:
-        self.told = told
-        self.joined = joined
-        self.latest = told, joined
+        self.reference_size = told.reference_size
+        self.then = None if joined else affine
+        self.latest = (told, joined) if told.remembers else None
         parameters = affine._parameters if joined and affine is not None else None
         looked_at = calls.Kept([*guards, *(_gain_guards(affine) if joined and affine is not None else ())])
-        self._alive = looked_at, affine, parameters
-        self._struct = calls.Shortcut(
-            told.address, id(affine), None if parameters is None else id(parameters), looked_at.guards
-        )
+        self._alive = told, looked_at, affine, parameters
+        self._struct = calls.Shortcut(told.address, None if parameters is None else id(parameters), looked_at.guards)
         self.call = calls.callable_of("shortcut", self._struct)
 
 
@@ -336,9 +336,9 @@ def _gain_guards(affine: nn.Module) -> Iterator[calls.Guard]:
     yield calls.is_still(mine, "forward")
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         yield calls.stays_empty(mine, name)
-    for name, hooks in vars(nn.modules.module).items():
-        if name.startswith("_global_") and isinstance(hooks, dict):
-            yield calls.stays_empty(hooks)
+    of_all: Any = nn.modules.module.__dict__
+    for name in _has_any_global_hook.__code__.co_names:
+        yield calls.stays_empty(of_all, name)
 
 
 @cache
@@ -347,15 +347,10 @@ def _apply() -> Callable[..., Tensor]:
 
     Without what torch's own ``apply`` does for transforms of functions, which never come here (``cpu.takes``).
     """
-    kind = type(
-        "Fused",
-        (torch.autograd.Function,),
-        {name: staticmethod(calls.callable_of(function)) for name, function in _FUNCTION.items()},
-    )
-    return super(torch.autograd.Function, kind).apply  # type: ignore[attr-defined]
-
-
-_FUNCTION = {"forward": "save", "backward": "backward"}
+    kind: Any = type("Fused", (torch.autograd.Function,), {"forward": staticmethod(calls.callable_of("save"))})
+    node = kind._backward_cls  # its ``apply`` in Python would only look for ``kind.backward``
+    node.apply = calls.method_of(node, "apply")
+    return super(torch.autograd.Function, kind).apply  # type: ignore[misc]
 
 
 @cache

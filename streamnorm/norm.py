@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from streamnorm import kernels
 from streamnorm import op as _op
@@ -178,6 +179,15 @@ class Norm(nn.Module):
         return self._calls.reference_size
 
     def forward(self, x: Tensor) -> Tensor:
+        calls = self._calls
+        shortcut = calls.shortcut
+        if shortcut is not None and not calls.in_cycle and not is_dynamo_compiling():
+            y = shortcut.call(x)
+            if y is not None:
+                calls.reference_size = shortcut.reference_size
+                if shortcut.latest is not None:
+                    self._count(calls, shortcut.latest)
+                return y if shortcut.then is None else shortcut.then(y)
         return self._normalize(x, self._modules.get("affine"))
 
     def normalize(self, x: Tensor) -> Tensor:
@@ -186,13 +196,9 @@ class Norm(nn.Module):
 
     def _normalize(self, x: Tensor, affine: nn.Module | None) -> Tensor:
         if self.training or self.H1 is None:
-            in_cycle = self.steps > 1 and not self.reverse and self._expect_first_call()
+            self._expect_first_call()
             y = self._fused(x, affine)
-            if y is None:
-                y = self._train(x, affine)
-            if in_cycle:
-                self._calls.in_cycle = 1
-            return y
+            return self._train(x, affine) if y is None else y
         y = self._test(x)
         return y if affine is None else affine(y)
 
@@ -206,19 +212,19 @@ class Norm(nn.Module):
             )
         return _op.normalize_fixed(view, self.definition, self.H1.estimate).reshape(x.shape)
 
-    def _expect_first_call(self) -> bool:
-        """Whether this is a call in a vectorized cycle. A second one would bring its mini-batches in another order than
-        the loop does."""
-        if self._calls.in_cycle is None or self.H1 is None or _recomputing():
-            return False
-        if self._calls.in_cycle:
+    def _expect_first_call(self) -> None:
+        """Raise at a second call in a vectorized cycle, which would bring its mini-batches in another order than the
+        loop does."""
+        if self._calls.in_cycle and self._is_cyclic() and self.H1 is not None and not _recomputing():
             raise ValueError(
                 f"{self!r} is called twice in a vectorized cycle: all {self.steps} mini-batches of its first call "
                 "would arrive before those of the second, and in the loop they take turns; use the loop over "
                 "mini-batches (DAU(..., vectorize=False)), a layer for each place, or, if a call is a cycle, "
                 "vectorized() for each"
             )
-        return True
+
+    def _is_cyclic(self) -> bool:
+        return self.steps > 1 and not self.reverse
 
     def compiled(self) -> Fused | Literal[False]:
         """The layer's compiled calls, or False if there are none for it. Its definition, rules and memories may have
@@ -233,44 +239,37 @@ class Norm(nn.Module):
 
     def _fused(self, x: Tensor, affine: nn.Module | None) -> Tensor | None:
         """A training call by one compiled kernel, or None where that cannot be."""
-        calls = self._calls
-        shortcut = calls.shortcut
-        y = None
-        if shortcut is not None and not torch.compiler.is_dynamo_compiling():
-            y = shortcut.call(x, affine)
+        calls, modules = self._calls, self._modules
+        fused = self.compiled()
+        if fused is False or not cpu.takes(x) or not kernels.may_use("cpu"):
+            return None
+        remembers = modules.get("H1") is not None
+        if remembers and _recomputing():
+            return self._fused_again(x, affine)
+        told = fused.told(x, self.steps if remembers else 1, self.reverse, self._check)
+        if told is None:
+            return None
+        calls.reference_size = told.reference_size
+        gains = gains_of(affine) if told.has_gains else None
+        y = told.forward(x, *(gains or (None, None)))
         if y is None:
-            fused = self.compiled()
-            if fused is False or not cpu.takes(x) or not kernels.may_use("cpu"):
-                return None
-            H1 = self._modules.get("H1")
-            if H1 is not None and _recomputing():
-                return self._fused_again(x, affine)
-            told = fused.told(x, 1 if H1 is None else self.steps, self.reverse, self._check)
-            if told is None:
-                return None
-            calls.reference_size = told.reference_size
-            if told.shortcut is not None and told.shortcut is not shortcut:  # another kind of input meanwhile
-                shortcut = told.shortcut
-                y = shortcut.call(x, affine)
-            if y is None:
-                gains = gains_of(affine) if told.has_gains else None
-                y = told.forward(x, *(gains or (None, None)))
-                if y is None:
-                    return None
-                told.shortcut = shortcut = Shortcut(told, self._looked_at(fused), affine, gains is not None)
+            return None
+        joined = gains is not None
+        if affine is modules.get("affine"):
+            shortcut = told.shortcut
+            if shortcut is None or calls.shortcut is shortcut:  # the latter has just failed
+                shortcut = told.shortcut = Shortcut(told, self._looked_at(fused), affine, joined)
             calls.shortcut = shortcut
-        assert shortcut is not None
-        calls.reference_size = shortcut.told.reference_size
-        if shortcut.told.remembers:
-            self._count(calls, shortcut.latest)
-        return y if affine is None or shortcut.joined else affine(y)
+        if remembers:
+            self._count(calls, (told, joined))
+        return y if affine is None or joined else affine(y)
 
     def _looked_at(self, fused: Fused) -> Iterator[Guard]:
         """What the choice of a compiled call depends on."""
         mine, modules = vars(self), self._modules
         for name in ("definition", "policy", "steps", "reverse", "_modules"):
             yield is_still(mine, name)
-        for name in ("H1", "H2"):
+        for name in ("H1", "H2", "affine"):
             yield is_still(modules, name)
         yield answers(kernels.limit, 0)
         if fused.H1 is not None:
@@ -299,6 +298,8 @@ class Norm(nn.Module):
     def _count(self, calls: Calls, latest: Any) -> None:
         calls.latest = latest
         calls.unfolded += 1
+        if calls.in_cycle is not None and self._is_cyclic():
+            calls.in_cycle = 1
         if calls.unfolded == FORGOTTEN and self.policy.uses_estimate:
             warnings.warn(
                 f"{self!r} has seen {FORGOTTEN} training calls and no weight update; call streamnorm.attach(model, "

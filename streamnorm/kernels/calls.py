@@ -79,7 +79,7 @@ class Told(ctypes.Structure):
 class Shortcut(ctypes.Structure):
     """The same for a layer that is as it was."""
 
-    _fields_ = [*((name, ctypes.c_void_p) for name in ("told", "affine", "parameters")), ("guards", Guards)]
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("told", "parameters")), ("guards", Guards)]
 
 
 CODES = {torch.float32: (2, 32), torch.float64: (2, 64), torch.bfloat16: (4, 16), torch.float16: (2, 16)}
@@ -157,6 +157,13 @@ def callable_of(name: str, told: ctypes.Structure | None = None) -> Callable[...
     new = ctypes.pythonapi.PyCFunction_NewEx
     new.argtypes, new.restype = [ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p], ctypes.py_object
     return new(ctypes.addressof(_method(name)), None if told is None else ctypes.addressof(told), None)
+
+
+def method_of(kind: type, name: str) -> Any:
+    """The library's function ``name`` as a method of a class."""
+    new = ctypes.pythonapi.PyDescr_NewMethod
+    new.argtypes, new.restype = [ctypes.py_object, ctypes.c_void_p], ctypes.py_object
+    return new(kind, ctypes.addressof(_method(name)))
 
 
 _handed_over: list[Any] = []

@@ -88,7 +88,7 @@ struct Told {
 
 struct Shortcut {
     const Told *told;
-    PyObject *affine, *parameters;  // what follows the layer, and its gain and bias if they join in
+    PyObject *parameters;  // the gain and bias that join in
     Guards guards;
 };
 
@@ -157,8 +157,10 @@ PyObject *forward(const Told &told, PyObject *x, PyObject *weight, PyObject *bia
 // Its own share of the way back, or null with an error; None: to be done otherwise.
 PyObject *backward(const Told &told, PyObject *ctx, PyObject *grad) {
     if (grad_enabled() || !told.watch.hold()) return none();
-    Own saved(py.get(ctx, its.saved_tensors)), needs(py.get(ctx, its.needs_input_grad));
-    if (!saved || !needs) return nullptr;
+    Own saved(py.get(ctx, its.saved_tensors));
+    if (!saved) return nullptr;
+    Own needs(py.get(ctx, its.needs_input_grad));
+    if (!needs) return nullptr;
     PyObject *x = py.at(saved, 0);
     bool needed[3];
     for (int i = 0; i < 3; ++i) needed[i] = py.at(needs, i) == its.yes;
@@ -216,11 +218,11 @@ SN_COMMON(PyObject *, streamnorm_forward)(PyObject *self, PyObject *const *args,
     return forward(told_of(self), args[0], args[1], args[2]);
 }
 
-// shortcut.call(x, affine)
+// shortcut.call(x)
 SN_COMMON(PyObject *, streamnorm_shortcut)(PyObject *self, PyObject *const *args, intptr_t) {
     const Shortcut &s = *(const Shortcut *)py.pointer(self);
     PyObject *x = args[0], *weight = its.none, *bias = its.none;
-    if (args[1] != s.affine || !s.guards.hold() || !s.told->watch.hold()) return none();
+    if (!s.guards.hold() || !s.told->watch.hold()) return none();
     if (s.parameters) {
         weight = py.item(s.parameters, its.weight);
         bias = py.item(s.parameters, its.bias);
@@ -232,7 +234,7 @@ SN_COMMON(PyObject *, streamnorm_shortcut)(PyObject *self, PyObject *const *args
     return forward(*s.told, x, weight, bias);
 }
 
-// The static methods of the autograd function: forward(ctx, x, weight, bias, (told, y, tables)) and backward(ctx, dy).
+// Of the autograd function: forward(ctx, x, weight, bias, (told, y, tables)), and its node's ctx.apply(dy).
 SN_COMMON(PyObject *, streamnorm_save)(PyObject *, PyObject *const *args, intptr_t) {
     PyObject *ctx = args[0], *call = args[4];
     Own kept(py.pack(3, args[1], args[2], py.at(call, 2)));
@@ -240,11 +242,11 @@ SN_COMMON(PyObject *, streamnorm_save)(PyObject *, PyObject *const *args, intptr
     return another(py.at(call, 1));
 }
 
-SN_COMMON(PyObject *, streamnorm_backward)(PyObject *, PyObject *const *args, intptr_t) {
-    Own told(py.get(args[0], its.told)), address(told ? py.get(told, its.address) : nullptr);
+SN_COMMON(PyObject *, streamnorm_apply)(PyObject *ctx, PyObject *const *args, intptr_t) {
+    Own told(py.get(ctx, its.told)), address(told ? py.get(told, its.address) : nullptr);
     if (!address) return nullptr;
-    Own made(backward(told_of(address), args[0], args[1]));
-    return made != its.none ? made.give() : py.call(its.otherwise, args[0], args[1], (PyObject *)nullptr);
+    Own made(backward(told_of(address), ctx, args[0]));
+    return made != its.none ? made.give() : py.call(its.otherwise, ctx, args[0], (PyObject *)nullptr);
 }
 
 // told.fold() -> whether it could

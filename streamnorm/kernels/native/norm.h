@@ -32,7 +32,7 @@ struct sn_memory {
 
 namespace {
 
-constexpr int TILE = 512;              // slots that are worked on together
+constexpr int TILE = 1024;             // slots that are worked on together
 constexpr int64_t SLAB = 256 << 10;    // bytes that stay in a core's cache between two passes
 constexpr int64_t PAST_CACHES = 6 << 20;  // outputs of so many bytes are stored past the caches, by columns
 constexpr int64_t PAST_CACHES_ROWS = 16 << 20;  // and by rows, which leave more of the caches to the output

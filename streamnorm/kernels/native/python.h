@@ -73,8 +73,13 @@ struct Own {
 };
 inline PyObject *another(PyObject *o) { py.take(o); return o; }
 
-inline bool answers(PyObject *method_of, PyObject *name, PyObject *expected) {
-    Own bound(py.get(method_of, name)), answer(bound ? py.call(bound, (PyObject *)nullptr) : nullptr);
+// What a method without arguments returns.
+inline PyObject *result(PyObject *of, PyObject *method) {
+    Own bound(py.get(of, method));
+    return bound ? py.call(bound, (PyObject *)nullptr) : nullptr;
+}
+inline bool answers(PyObject *of, PyObject *method, PyObject *expected) {
+    Own answer(result(of, method));
     if (!answer) py.clear_error();
     return answer.o == expected;
 }
@@ -85,10 +90,12 @@ struct Asked {
     int64_t numbers[2 * AXES];
 
     bool ask(PyObject *tensor) {
-        Own is_cpu(py.get(tensor, its.is_cpu)), dtype(py.get(tensor, its.dtype)), shape(py.get(tensor, its.shape));
-        Own method(py.get(tensor, its.stride)), stride(method ? py.call(method, (PyObject *)nullptr) : nullptr);
-        Own where(py.get(tensor, its.data_ptr)), data(where ? py.call(where, (PyObject *)nullptr) : nullptr);
-        if (!is_cpu || !dtype || !shape || !stride || !data || is_cpu != its.yes) return false;
+        Own is_cpu(py.get(tensor, its.is_cpu));
+        if (is_cpu != its.yes) return false;
+        Own dtype(py.get(tensor, its.dtype)), shape(dtype ? py.get(tensor, its.shape) : nullptr);
+        Own stride(shape ? result(tensor, its.stride) : nullptr);
+        Own data(stride ? result(tensor, its.data_ptr) : nullptr);
+        if (!data) return false;
         const struct { PyObject *dtype; uint8_t code, bits; } known[] = {
             {its.float32, FLOAT, 32}, {its.float64, FLOAT, 64}, {its.bfloat16, BFLOAT, 16}, {its.float16, FLOAT, 16},
             {its.int64, INTEGER, 64}};

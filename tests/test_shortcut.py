@@ -1,0 +1,256 @@
+"""The second call of a layer with the same kind of input is one compiled function: it must notice whatever changed."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from close import assert_close
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import streamnorm as sn
+from streamnorm import fused
+from streamnorm.kernels import calls, cpu, library, using
+from streamnorm.norm import Affine
+
+pytestmark = pytest.mark.skipif(library.library() is None, reason="there are no compiled kernels")
+
+
+@pytest.fixture(params=["exchange table", "methods"], autouse=True)
+def looks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tensors tell what they are made of by torch's table, or, where torch has none, by their methods."""
+
+    def hand_over(exchange: bool) -> None:
+        calls.hand_over(fused._apply(), fused.as_read, cpu.like, fused._otherwise, exchange)
+
+    fused._hand_over()
+    hand_over(request.param == "exchange table")
+    yield
+    hand_over(True)
+
+
+def streaming(c: int = 6) -> sn.StreamingNorm:
+    layer = sn.StreamingNorm(c, beta=(0.5, 0.3, 0.2))
+    for parameter in layer.parameters():
+        nn.init.uniform_(parameter, 0.5, 2)
+    return layer
+
+
+def train(layer: sn.Norm, x: Tensor, within: Callable[[], AbstractContextManager[Any]] = nullcontext) -> list[Tensor]:
+    """A call, forward and backward, and what it leaves."""
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    with within():
+        y = layer(x)
+    y.backward(torch.linspace(-1, 2, y.numel()).reshape(y.shape).to(y.dtype))
+    assert x.grad is not None
+    made = [y, x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
+    layer.zero_grad()
+    return [value.detach().clone() for value in (*made, *layer.buffers())]
+
+
+def renewed(layer: sn.Norm) -> None:
+    layer.affine = Affine(6)
+    nn.init.constant_(layer.affine.weight, 3)
+
+
+def doubled(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return 2 * output if isinstance(module, Affine) else output
+
+
+def replaced_rule(layer: sn.Norm) -> None:
+    assert layer.H1 is not None
+    layer.H1.rule = replace(layer.H1.rule, mix=(0.1, 0.9, 0.0))  # type: ignore[type-var]
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "nothing": lambda layer: None,
+    "a fold": lambda layer: layer.fold(),
+    "the definition": lambda layer: setattr(
+        layer, "definition", replace(layer.definition, moment=sn.Lp(2, "zero", 0.1))
+    ),
+    "the rule": replaced_rule,
+    "H1": lambda layer: setattr(layer, "H1", streaming().H1),
+    "H2": lambda layer: setattr(layer, "H2", streaming().H2),
+    "a member": lambda layer: setattr(layer.H1, "short", torch.ones(2, 6)),
+    "where a member lies": lambda layer: layer.H1.long.set_(torch.full((2, 6), 0.5)),
+    "the wide dtype": lambda layer: layer.H1.double(),
+    "the layer after it": renewed,
+    "no layer after it": lambda layer: setattr(layer, "affine", None),
+    "the gain": lambda layer: setattr(layer.affine, "weight", nn.Parameter(torch.full((6,), 3.0))),
+    "the gain's dtype": lambda layer: layer.affine.bfloat16(),
+    "one gain for all": lambda layer: setattr(layer.affine, "weight", nn.Parameter(torch.full((1,), 3.0))),
+    "a gain that is a view": lambda layer: setattr(layer.affine, "weight", nn.Parameter(torch.arange(12.0)[::2])),
+    "a frozen gain": lambda layer: layer.affine.weight.requires_grad_(False),
+    "a hook": lambda layer: layer.affine.register_forward_hook(doubled),
+    "its own forward": lambda layer: setattr(layer.affine, "forward", lambda x: 3 * x),
+    "the number of steps": lambda layer: setattr(layer, "steps", 4),
+    "saved and loaded": lambda layer: layer.load_state_dict(
+        {name: value + 1 if value.ndim else value for name, value in layer.state_dict().items()}
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_between_two_calls_is_noticed(change: str) -> None:
+    made = []
+    for backend in (None, "eager"):
+        torch.manual_seed(1)
+        layer, xs = streaming(), torch.randn(4, 8, 6)
+        with using(backend):
+            train(layer, xs[0])
+            layer.fold()
+            train(layer, xs[1])
+            assert (layer._calls.shortcut is not None) == (backend is None)
+            CHANGES[change](layer)
+            made.append([*train(layer, xs[2]), *train(layer, xs[3])])
+    dtype = torch.bfloat16 if "gain's" in change else torch.float32
+    for i, (got, want) in enumerate(zip(*made, strict=True)):
+        assert_close(f"{change}, value {i}", got, want, terms=100, dtype=dtype)
+
+
+def test_a_hook_on_all_modules_is_noticed() -> None:
+    layer, x = streaming(), torch.randn(8, 6)
+    before = layer(x), layer(x)
+    handle = nn.modules.module.register_module_forward_hook(doubled)
+    try:
+        after = layer(x)
+    finally:
+        handle.remove()
+    assert layer.H1.seen == 3
+    torch.testing.assert_close(after, 2 * before[1])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("a slice", "transposed", "expanded", "negated", "narrower", "wider", "not a number", "longer", "empty"),
+        "a subclass",
+    ],
+)
+def test_another_kind_of_input_is_noticed(kind: str) -> None:
+    def of(x: Tensor) -> Tensor:
+        return {
+            "a slice": lambda: torch.cat([x, x], 1)[:, ::2],
+            "transposed": lambda: x.T.contiguous().T,
+            "expanded": lambda: x[:1].expand(8, 6),
+            "negated": lambda: torch._neg_view(x),
+            "narrower": lambda: x.bfloat16(),
+            "wider": lambda: x.double(),
+            "not a number": lambda: x.masked_fill(x > 1, float("nan")),
+            "longer": lambda: torch.cat([x, x]),
+            "empty": lambda: x[:0],
+            "a subclass": lambda: x.as_subclass(Plain),
+        }[kind]()
+
+    made = []
+    for backend in (None, "eager"):
+        torch.manual_seed(1)
+        layer, xs = streaming(), torch.randn(4, 8, 6)
+        with using(backend):
+            train(layer, xs[0]), train(layer, xs[1])
+            with torch.no_grad():
+                y = layer(of(xs[2]))
+            made.append([y.as_subclass(Tensor), *train(layer, xs[3])])
+    for i, (got, want) in enumerate(zip(*made, strict=True)):
+        dtype = torch.bfloat16 if kind == "narrower" and not i else torch.float32
+        assert torch.equal(got.isfinite(), want.isfinite())
+        assert_close(f"{kind}, value {i}", got.nan_to_num(), want.nan_to_num(), terms=100, dtype=dtype)
+
+
+class Plain(Tensor):
+    """A subclass that does nothing of its own."""
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
+def test_without_gradients(mode: str) -> None:
+    layer, x = streaming(), torch.randn(8, 6)
+    layer(x), layer(x)
+    with getattr(torch, mode)():
+        y = layer(x)
+        z = layer(torch.ones_like(x) + x)
+    assert not y.requires_grad
+    assert not z.requires_grad
+    assert layer.H1.seen == 4
+
+
+def test_eval_and_train_take_turns() -> None:
+    layer, x = streaming(), torch.randn(8, 6)
+    for _ in range(3):
+        layer.train()
+        layer(x)
+        layer.eval()
+        seen = int(layer.H1.seen)
+        layer(x)
+        assert layer.H1.seen == seen
+
+
+def test_checkpointing_computes_the_latest_call_again() -> None:
+    layer, x = streaming(), torch.randn(8, 6, requires_grad=True)
+    plain = streaming()
+    plain.load_state_dict(layer.state_dict())
+    for _ in range(3):
+        want = train(plain, x.detach())
+        y = checkpoint(layer, x, use_reentrant=False)
+        y.backward(torch.linspace(-1, 2, y.numel()).reshape(y.shape))
+        assert_close("dx", x.grad, want[1], terms=100)
+        x.grad = None
+        layer.zero_grad()
+    assert layer.H1.seen == layer.H2.seen == 3
+
+
+def test_a_second_derivative_is_refused() -> None:
+    layer, x = streaming(), torch.randn(8, 6, requires_grad=True)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="differentiated again"):
+            torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+
+
+def test_who_wants_no_gradient_of_the_input_leaves_h2_alone() -> None:
+    layer, x = streaming(), torch.randn(8, 6)
+    for _ in range(3):
+        layer(x).sum().backward()
+    assert layer.H2.seen == 0
+    torch.testing.assert_close(layer.bias.grad, torch.full((6,), 24.0))
+
+
+@pytest.mark.parametrize("layer", [streaming(), sn.SampleNorm(6), sn.BatchNorm(6, affine=False)], ids=repr)
+def test_nothing_is_kept_beyond_its_time(layer: sn.Norm) -> None:
+    x, dy = torch.randn(8, 6, requires_grad=True), torch.randn(8, 6)
+
+    def go(times: int) -> None:
+        for _ in range(times):
+            layer(x).backward(dy)
+            layer.fold()
+            x.grad = None
+            layer.zero_grad()
+
+    def counts() -> list[int]:
+        mine = [x, dy, *layer.parameters(), *layer.buffers(), layer.H1, layer.affine]
+        return [sys.getrefcount(o) for o in (*mine, torch.empty_like, torch.float32, torch.int64, "weight", Tensor)]
+
+    go(3)
+    gc.collect()
+    before = counts()
+    go(50)
+    gc.collect()
+    assert max(abs(a - b) for a, b in zip(counts(), before, strict=True)) <= 1
+
+
+def test_a_layer_goes_with_its_last_name() -> None:
+    layer = streaming()
+    for _ in range(3):
+        layer(torch.randn(8, 6, requires_grad=True)).sum().backward()
+    y = layer(torch.randn(8, 6))
+    gone = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert gone() is None
+    y.sum().backward()  # what the way back needs is still there
