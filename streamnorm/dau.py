@@ -82,7 +82,7 @@ class Attachment:
         return AUTO_WARMUP if has_tiny_references(self.layers) else 0
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if not self.warming_up:
+        if self._warm or not self.warming_up:
             return None
         _drop_gradients(optimizer)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -98,9 +98,9 @@ class Attachment:
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # A fused optimizer under a gradient scaler runs step() and skips inside its kernel; this is its own record.
-        overflow = getattr(optimizer, "found_inf", None)
+        overflow = vars(optimizer).get("found_inf")
         happened = True if overflow is None else overflow == 0
-        warming = self.warming_up
+        warming = not self._warm and self.warming_up
         for layer in self.layers:
             layer.fold(happened)
             if warming and layer.policy.uses_estimate and layer.H2 is not None:

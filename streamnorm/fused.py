@@ -169,28 +169,43 @@ class Shortcut:
 
     Args:
         told: what was told about the input.
-        guards: on what has been looked at to choose that call.
+        memories: guards on H1 and H2.
+        guards: on what else has been looked at to choose that call.
         affine: what follows the layer.
         joined: whether its gain and bias were part of the call.
 
     Attributes:
         call: ``call(x)``, y or None.
+        fold: the weight update of both memories; whether it could be done.
         then: what follows and was no part of it, or None.
         latest: that call, for one that is computed again; None if nothing is remembered.
         reference_size: activations in its smallest reference.
     """
 
-    __slots__ = ("_alive", "_struct", "call", "latest", "reference_size", "then")
+    __slots__ = ("_alive", "_struct", "call", "fold", "latest", "reference_size", "then")
 
-    def __init__(self, told: Told, guards: Iterable[calls.Guard], affine: nn.Module | None, joined: bool) -> None:
+    def __init__(
+        self,
+        told: Told,
+        memories: Iterable[calls.Guard],
+        guards: Iterable[calls.Guard],
+        affine: nn.Module | None,
+        joined: bool,
+    ) -> None:
         self.reference_size = told.reference_size
         self.then = None if joined else affine
         self.latest = (told, joined) if told.remembers else None
         parameters = affine._parameters if joined and affine is not None else None
-        looked_at = calls.Kept([*guards, *(_gain_guards(affine) if joined and affine is not None else ())])
-        self._alive = told, looked_at, affine, parameters
-        self._struct = calls.Shortcut(told.address, None if parameters is None else id(parameters), looked_at.guards)
+        kept = calls.Kept(memories)
+        kept_all = calls.Kept(
+            [*kept.objects, *guards, *(_gain_guards(affine) if joined and affine is not None else ())]
+        )
+        self._alive = told, kept, kept_all, affine, parameters
+        self._struct = calls.Shortcut(
+            told.address, None if parameters is None else id(parameters), kept_all.guards, kept.guards
+        )
         self.call = calls.callable_of("shortcut", self._struct)
+        self.fold = calls.callable_of("shortcut_fold", self._struct)
 
 
 class Fused:

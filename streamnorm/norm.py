@@ -258,24 +258,23 @@ class Norm(nn.Module):
         if affine is modules.get("affine"):
             shortcut = told.shortcut
             if shortcut is None or calls.shortcut is shortcut:  # the latter has just failed
-                shortcut = told.shortcut = Shortcut(told, self._looked_at(fused), affine, joined)
+                memories = [*(is_still(modules, name) for name in ("H1", "H2")), *fused.guards()]
+                shortcut = told.shortcut = Shortcut(told, memories, self._looked_at(remembers), affine, joined)
             calls.shortcut = shortcut
         if remembers:
             self._count(calls, (told, joined))
         return y if affine is None or joined else affine(y)
 
-    def _looked_at(self, fused: Fused) -> Iterator[Guard]:
-        """What the choice of a compiled call depends on."""
-        mine, modules = vars(self), self._modules
+    def _looked_at(self, remembers: bool) -> Iterator[Guard]:
+        """What the choice of a compiled call depends on, beside the memories."""
+        mine = vars(self)
         for name in ("definition", "policy", "steps", "reverse", "_modules"):
             yield is_still(mine, name)
-        for name in ("H1", "H2", "affine"):
-            yield is_still(modules, name)
+        yield is_still(self._modules, "affine")
         yield answers(kernels.limit, 0)
-        if fused.H1 is not None:
+        if remembers:
             yield is_still(mine, "training")
             yield answers(torch._C._current_graph_task_id, NOT_RECOMPUTING)
-        yield from fused.guards()
 
     def _fused_again(self, x: Tensor, affine: nn.Module | None) -> Tensor | None:
         """The latest call once more, if it was one by a compiled kernel: activation checkpointing repeats it."""
@@ -327,11 +326,13 @@ class Norm(nn.Module):
     def fold(self, happened: Tensor | bool = True) -> None:
         """A weight update took place: long <- kappa1 long + kappa2 short, short emptied (section 3.3.1, 3.3.2)."""
         calls = self._calls
-        fused, modules = calls.fused, self._modules
-        if not (happened is True and fused and fused.fold(modules.get("H1"), modules.get("H2"))):
-            for memory in (self.H1, self.H2):
-                if memory is not None:
-                    memory.fold(happened)
+        shortcut = calls.shortcut
+        if happened is not True or shortcut is None or not shortcut.fold():
+            fused, modules = calls.fused, self._modules
+            if happened is not True or not fused or not fused.fold(modules.get("H1"), modules.get("H2")):
+                for memory in (self.H1, self.H2):
+                    if memory is not None:
+                        memory.fold(happened)
         calls.unfolded = 0
 
     def _view(self, x: Tensor, steps: int) -> Tensor:

@@ -79,7 +79,7 @@ class Told(ctypes.Structure):
 class Shortcut(ctypes.Structure):
     """The same for a layer that is as it was."""
 
-    _fields_ = [*((name, ctypes.c_void_p) for name in ("told", "parameters")), ("guards", Guards)]
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("told", "parameters")), ("guards", Guards), ("memories", Guards)]
 
 
 CODES = {torch.float32: (2, 32), torch.float64: (2, 64), torch.bfloat16: (4, 16), torch.float16: (2, 16)}
@@ -149,7 +149,7 @@ def _method(name: str) -> _Method:
     loaded = library.library()
     assert loaded is not None
     function = ctypes.cast(loaded[f"streamnorm_{name}"], ctypes.c_void_p).value
-    return _Method(name.encode(), function, _NO_ARGUMENTS if name == "fold" else _FAST, None)
+    return _Method(name.encode(), function, _NO_ARGUMENTS if name.endswith("fold") else _FAST, None)
 
 
 def callable_of(name: str, told: ctypes.Structure | None = None) -> Callable[..., Any]:

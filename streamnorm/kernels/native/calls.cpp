@@ -89,7 +89,7 @@ struct Told {
 struct Shortcut {
     const Told *told;
     PyObject *parameters;  // the gain and bias that join in
-    Guards guards;
+    Guards guards, memories;
 };
 
 // A gain or bias as the kernels read it.
@@ -249,15 +249,19 @@ SN_COMMON(PyObject *, streamnorm_apply)(PyObject *ctx, PyObject *const *args, in
     return made != its.none ? made.give() : py.call(its.otherwise, ctx, args[0], (PyObject *)nullptr);
 }
 
-// told.fold() -> whether it could
-SN_COMMON(PyObject *, streamnorm_fold)(PyObject *self, PyObject *) {
-    const Told &told = told_of(self);
+// told.fold() and shortcut.fold() -> whether it could
+static PyObject *fold(const Told &told) {
     sn_memory h1, h2;
     if (told.folds == NOTHING) return another(its.yes);
     const bool can = told.folds == BOTH && told.h1.find(told.wide_bits, told.slots, h1) &&
                      (!told.has_h2 || told.h2.find(told.wide_bits, told.slots, h2));
     if (can) told.fold(&h1, told.has_h2 ? &h2 : nullptr, told.slots, told.keep);
     return another(can ? its.yes : its.no);
+}
+SN_COMMON(PyObject *, streamnorm_fold)(PyObject *self, PyObject *) { return fold(told_of(self)); }
+SN_COMMON(PyObject *, streamnorm_shortcut_fold)(PyObject *self, PyObject *) {
+    const Shortcut &s = *(const Shortcut *)py.pointer(self);
+    return s.memories.hold() ? fold(*s.told) : another(its.no);
 }
 
 #endif
