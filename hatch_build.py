@@ -1,7 +1,7 @@
 """Builds the compiled kernels: a hatchling hook for wheels and editable installs, and a command for who works on them.
 
 Every ``streamnorm/kernels/native/*.cpp`` is compiled once per instruction set, and all objects become one shared
-library, ``streamnorm/kernels/_native.so``. It knows neither Python nor torch (ctypes opens it), so one wheel serves all
+library, ``streamnorm/kernels/_native.so``. It is built without either (ctypes opens it), so one wheel serves all
 versions of both. An install never fails for want of a compiler: the package is pure Python then, and says so when used.
 
     python hatch_build.py               in place, if anything changed

@@ -1,8 +1,8 @@
 """A normalized RNN or GRU over all time steps in one compiled call, forward and backward.
 
 It computes what the loop of ``scan`` computes, for cells whose hidden path is normalized per feature by rules that
-the kernels know. A step's matrix products are done by torch's own BLAS, its norms by the kernels of ``fused``; the
-gradients of the weights are one product over all steps. Where it cannot, or where something is not finite, it leaves
+the kernels know. A step's norms are done by the kernels of ``fused``; the gradients of the weights are one product over
+all steps. Where it cannot, or where something is not finite, it leaves
 the memories as they were, and the loop does it. Imports the cells and what stands below them.
 
 Legend: ``T`` time steps, ``n`` sequences, ``H`` hidden units, ``k`` gates.
@@ -25,6 +25,10 @@ from streamnorm.kernels import cpu, library
 from streamnorm.norm import Norm, gains_of
 from streamnorm.op import refuse_second_derivative
 
+LINE = 16
+"""Values that fill a cache line, or two."""
+MANY = 1 << 19
+"""Multiplications in a step's product from which on it is worth several threads."""
 NAMES: dict[type[Cell], str] = {NormRNNCell: "rnn", NormGRUCell: "gru"}
 
 
@@ -34,7 +38,7 @@ class Path(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_void_p)
         for name in (
-            *("plan", "h1", "h2", "matrix", "weight", "bias", "input", "product", "tables", "gate"),
+            *("plan", "h1", "h2", "matrix", "packed", "weight", "bias", "input", "product", "tables", "gate"),
             *("dproduct", "dgate", "dweight", "dbias"),
         )
     ]
@@ -44,10 +48,9 @@ class Layer(ctypes.Structure):
     """A layer over time: ``sn_layer`` of ``native/scan.cpp``."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("T", "n", "H", "room", "scratch")),
+        *((name, ctypes.c_int64) for name in ("T", "n", "H", "apart", "room", "scratch")),
         ("relu", ctypes.c_int32),
         ("threads", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in ("gemm", "gemm_threads")),
         ("path", Path * 3),
         *((name, ctypes.c_void_p) for name in ("states", "masked", "dout", "dh", "dmasked", "spare")),
     ]
@@ -77,7 +80,7 @@ def run(cell: Cell, inputs: list[Tensor], steps: int, h0: Tensor) -> Tensor | No
     for norm in norms:
         norm._count(norm._calls, (1, like[:0], like[:0]))  # no call that could be computed again
     if not torch.is_grad_enabled():
-        return made.states[1:].flatten(0, 1)
+        return made.states[1:, :, : h0.shape[1]].flatten(0, 1)
     return _Scan.apply(layer, made, h0, *inputs, *weights, *gains)
 
 
@@ -97,13 +100,16 @@ def _served(cell: Cell, inputs: list[Tensor], h0: Tensor) -> list[Norm] | None:
             return None
     if len(set(map(id, norms))) < len(norms):
         return None  # one norm for several gates meets their gradients in the loop's order
-    return norms if library.library() is not None and library.gemm(h0.dtype) is not None else None
+    return norms if library.library() is not None else None
 
 
 @dataclass
 class _Made:
-    """What a pass leaves for the way back: h before the first step and after each ``(T + 1, n, H)``, the products
-    ``W h`` ``(k, T, n, H)``, the tables of their norms, and of a GRU the gates and the reset states."""
+    """What a pass leaves for the way back: h before the first step and after each ``(T + 1, n, H')``, the products
+    ``W h`` ``(k, T, n, H')``, the tables of their norms, and of a GRU the gates and the reset states.
+
+    H' >= H is how far rows are apart.
+    """
 
     states: Tensor
     products: Tensor
@@ -134,18 +140,19 @@ class _Layer:
         """What a pass makes, or None if something was not finite, with the memories as they were."""
         (T, n, H), k, new = self.shape, len(self.calls), h0.new_empty
         is_gru = self.name == "gru"
+        apart = H if self._threads() == 1 else -(-H // LINE) * LINE
         made = _Made(
-            states=new(T + 1, n, H),
-            products=new(k, T, n, H),
+            states=new(T + 1, n, apart),
+            products=new(k, T, n, apart),
             tables=new(k, T, self.calls[0][1].room),
-            gates=new(k, T, n, H) if is_gru else None,
-            masked=new(T, n, H) if is_gru else None,
+            gates=new(k, T, n, apart) if is_gru else None,
+            masked=new(T, n, apart) if is_gru else None,
         )
-        made.states[0] = h0.detach()
+        made.states[0, :, :H] = h0.detach()
         layer = self._told(made, weights, gains)
         if layer is None:
             return None
-        inputs, spare = [a.detach().contiguous() for a in inputs], new(n, H)
+        inputs, spare = [a.detach().contiguous() for a in inputs], new(2, n, apart)
         for path, a in zip(layer.path, inputs, strict=False):
             path.input = a.data_ptr()
         layer.spare = spare.data_ptr()
@@ -167,35 +174,44 @@ class _Layer:
         dout = dout.contiguous()
         dproducts, dgates = torch.empty_like(made.products), torch.empty_like(made.products)
         dgains = dout.new_zeros(2, k, H)
-        dh, dmasked, work = dout.new_zeros(n, H), dout.new_empty(n, H), dout.new_empty(2, H)
+        dh = dout.new_zeros(n, made.states.shape[-1])
+        dmasked, work = torch.empty_like(dh), dout.new_empty(2, H)
         for i, path in enumerate(layer.path[:k]):
             path.dproduct, path.dgate = dproducts[i].data_ptr(), dgates[i].data_ptr()
             path.dweight, path.dbias = dgains[0, i].data_ptr(), dgains[1, i].data_ptr()
         layer.dout, layer.dh, layer.dmasked = dout.data_ptr(), dh.data_ptr(), dmasked.data_ptr()
         _kernel(f"{self.name}_backward", dout.dtype)(ctypes.addressof(layer), work.data_ptr())
-        previous = made.states[:-1].flatten(0, 1)
-        entered = [previous] * k if made.masked is None else [previous, previous, made.masked.flatten(0, 1)]
-        dweights = [dproducts[i].flatten(0, 1).T @ entered[i] for i in range(k)]
-        dinputs = [dgates[i].flatten(0, 1) for i in range(k)]
+        previous = made.states[:-1, :, :H].flatten(0, 1)
+        entered = [previous] * k if made.masked is None else [previous, previous, made.masked[..., :H].flatten(0, 1)]
+        dweights = [dproducts[i, ..., :H].flatten(0, 1).T @ entered[i] for i in range(k)]
+        dinputs = [dgates[i, ..., :H].flatten(0, 1) for i in range(k)]
         by_norm = [None if gain is None else dgains[j % 2, j // 2].to(gain.dtype) for j, gain in enumerate(gains)]
-        return dh, *dinputs, *dweights, *by_norm
+        return dh[:, :H], *dinputs, *dweights, *by_norm
+
+    def _threads(self) -> int:
+        """How many threads are worth their waiting for each other."""
+        _, n, H = self.shape
+        return 1 if n * H * H < MANY else torch.get_num_threads()
 
     def _told(self, made: _Made, weights: list[Tensor], gains: list[Tensor | None]) -> Layer | None:
         """Where everything is; None if a memory or a matrix is not where the kernels can read it."""
         T, n, H = self.shape
-        dtype, told = made.states.dtype, self.calls[0][1]
-        layer = Layer(T=T, n=n, H=H, room=told.room, scratch=told.room - 4 * told.slots, relu=self.relu)
-        layer.gemm, layer.gemm_threads = library.gemm(dtype), library.gemm_threads()
-        layer.threads = torch.get_num_threads()
+        told, apart = self.calls[0][1], made.states.shape[-1]
+        layer = Layer(T, n, H, apart, told.room, told.room - 4 * told.slots, self.relu, self._threads())
         layer.states = made.states.data_ptr()
         layer.masked = None if made.masked is None else made.masked.data_ptr()
-        layer.gains = [as_read(gain, told.dtype) for gain in gains]  # which live as long as they are pointed to
+        layer.packed = made.states.new_empty(len(self.calls), H * (H + LINE))
+        layer.plans = []  # these live as long as they are pointed to
+        layer.gains = [as_read(gain, told.dtype) for gain in gains]
         for i, (path, (fused, told)) in enumerate(zip(layer.path, self.calls, strict=False)):
-            path.plan = ctypes.addressof(told.plan)
+            plan = cpu.Plan.from_buffer_copy(told.plan)
+            plan.xr0 = apart
+            layer.plans.append(plan)
+            path.plan = ctypes.addressof(plan)
             path.h1, path.h2 = fused.addresses(told)
             if path.h1 is None or (fused.H2 is not None and path.h2 is None) or not weights[i].is_contiguous():
                 return None
-            path.matrix = weights[i].data_ptr()
+            path.matrix, path.packed = weights[i].data_ptr(), layer.packed[i].data_ptr()
             path.weight, path.bias = (
                 None if gain is None else gain.data_ptr() for gain in layer.gains[2 * i : 2 * i + 2]
             )
@@ -212,7 +228,10 @@ class _Scan(torch.autograd.Function):
         k = len(layer.calls)
         ctx.layer = layer
         ctx.save_for_backward(*tensors[k:], made.states, made.products, made.tables, made.gates, made.masked)
-        return made.states[1:].flatten(0, 1).clone()  # what goes out may be changed in place
+        T, n, H = layer.shape
+        out = h0.new_empty(T * n, H)  # a copy: what goes out may be changed in place
+        out.view(T, n, H).copy_(made.states[1:, :, :H])
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:

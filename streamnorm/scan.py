@@ -43,8 +43,8 @@ def scan(
     if min(sizes) == max(sizes):
         rows = fusedscan.run(cell, inputs, len(sizes), start[0])
         if rows is not None:
-            outputs = rows.split(sizes[0])
-            return (torch.cat(outputs[::-1]) if from_the_end else rows), (outputs[-1],)
+            n = sizes[0]
+            return (torch.cat(rows.split(n)[::-1]) if from_the_end else rows), (rows[-n:],)
     outputs, state = _loop(cell, inputs, sizes, start)
     return torch.cat(outputs[::-1] if from_the_end else outputs), state
 

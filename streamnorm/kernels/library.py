@@ -1,7 +1,8 @@
 """The compiled kernels' shared library: found, checked and opened at its first use, through ctypes.
 
-It knows neither Python nor torch. What it needs of torch, the OpenMP threads that torch itself computes with, is handed
-over as pointers: a second runtime in one process would compete for the cores, or hang. Without the library, everything
+It is built without Python and torch. What it needs of them is handed over as pointers: of torch the OpenMP threads that
+torch itself computes with, since a second runtime in one process would compete for the cores, or hang; for the rest see
+``calls``. Without the library, everything
 computes as before, in torch, and says once that it could be faster.
 
 Environment: ``STREAMNORM_BACKEND=eager`` leaves the library alone, ``STREAMNORM_LIBRARY`` opens another file,
@@ -101,32 +102,6 @@ def function(name: str, argtypes: Sequence[Any], restype: Any = None) -> Callabl
     found = loaded[f"{name}_{isa()}"]
     found.argtypes, found.restype = argtypes, restype
     return found
-
-
-@cache
-def gemm(dtype: torch.dtype) -> int | None:
-    """Where the matrix product of torch's own BLAS is, in Fortran's convention with 32-bit integers; None: nowhere."""
-    kind = {torch.float32: "s", torch.float64: "d"}[dtype]
-    return _in_torch(f"{kind}gemm".upper(), f"{kind}gemm_")  # MKL's, and what everybody else calls it
-
-
-@cache
-def gemm_threads() -> int | None:
-    """Where MKL takes the number of threads of the calling thread's products; None: another BLAS."""
-    return _in_torch("MKL_Set_Num_Threads_Local")
-
-
-def _in_torch(*names: str) -> int | None:
-    """The address of the first of these functions that torch's own library exports."""
-    folder = Path(torch.__file__).parent / "lib"
-    for file in sorted(folder.glob("libtorch_cpu*")):
-        for name in names:
-            try:
-                found = ctypes.CDLL(str(file), os.RTLD_NOLOAD)[name]
-            except (OSError, AttributeError):
-                continue
-            return ctypes.cast(found, ctypes.c_void_p).value
-    return None
 
 
 def status() -> dict[str, str]:

@@ -9,6 +9,8 @@ template <class T> struct Columns {
     static constexpr int W = lanes<A>::W;
     static constexpr int64_t STRETCH = 64;  // rows that are summed in A before the sum goes on in double
     static constexpr int64_t FETCH = 8192 / sizeof(T);  // how far ahead is fetched: hardware sees no pattern in rows abreast
+    // Where little is left to come, what lies ahead is not ours: no step further.
+    SN_INLINE int64_t ahead(const sn_plan &p, int64_t rows) { return p.k0 * rows * p.xr0 > 2 * FETCH ? FETCH : 0; }
     static constexpr int ABREAST = 4;       // rows that are read side by side, so that sums are loaded once for all
 
     // f<span>(i, k) over n columns
@@ -30,7 +32,7 @@ template <class T> struct Columns {
 
     // Sums in A over a stretch, in double over all of them.
     struct Sums {
-        alignas(64) A s[TILE], q[TILE];
+        alignas(64) A s[ROOM], q[ROOM];
         double S[TILE], Q[TILE];
         bool many = false;
         void clear(int64_t n) {
@@ -57,13 +59,14 @@ template <class T> struct Columns {
                              A *s2) {
         Sums sums;
         sums.clear(n);
+        const int64_t fetch = ahead(p, rows);
         auto some = [&]<int R>(int64_t r) {
             const T *in = x + r * p.xr0;
             T *out = y + r * p.xr0;
             across(n, [&]<int span>(int64_t i, int k) {
                 vec<A> K1 = load(w.k1 + i), K2 = load(w.k2 + i), s = load(sums.s + i), q = load(sums.q + i), d1, d2;
                 for (int u = 0; u < R; u++) {
-                    __builtin_prefetch(in + u * p.xr0 + i + FETCH);
+                    __builtin_prefetch(in + u * p.xr0 + i + fetch);
                     vec<A> v = take<T, span>(in + u * p.xr0 + i, k);
                     moments<A, P>(v, K1, K2, d1, d2);
                     s += d1;
@@ -79,13 +82,14 @@ template <class T> struct Columns {
 
     template <bool past>
     static void map_pass(const sn_plan &p, const T *x, T *y, int64_t n, int64_t rows, const Work<A> &w) {
+        const int64_t fetch = ahead(p, rows);
         auto some = [&]<int R>(int64_t r) {
             const T *in = x + r * p.xr0;
             T *out = y + r * p.xr0;
             across(n, [&]<int span>(int64_t i, int k) {
                 vec<A> M = load(w.m + i), Av = load(w.a + i), B = load(w.b + i);
                 for (int u = 0; u < R; u++) {
-                    __builtin_prefetch(in + u * p.xr0 + i + FETCH);
+                    __builtin_prefetch(in + u * p.xr0 + i + fetch);
                     put<T, span, past>(out + u * p.xr0 + i, k, (take<T, span>(in + u * p.xr0 + i, k) - M) * Av + B);
                 }
             });
@@ -96,6 +100,7 @@ template <class T> struct Columns {
     template <int m, bool sums, bool past>
     static void grads_pass(const sn_plan &p, const T *x, const T *dy, T *dx, int64_t n, int64_t rows, const Work<A> &w, A *s1,
                              A *s2) {
+        const int64_t fetch = ahead(p, rows);
         Sums total;
         if (sums) total.clear(n);
         auto some = [&]<int R>(int64_t r) {
@@ -105,8 +110,8 @@ template <class T> struct Columns {
                 if (sums) s = load(total.s + i), q = load(total.q + i);
                 for (int u = 0; u < R; u++) {
                     int64_t here = at + u * p.xr0 + i;
-                    __builtin_prefetch(x + here + FETCH);
-                    __builtin_prefetch(dy + here + FETCH);
+                    __builtin_prefetch(x + here + fetch);
+                    __builtin_prefetch(dy + here + fetch);
                     vec<A> v = take<T, span>(x + here, k), g = take<T, span>(dy + here, k);
                     if (sums) s += g, q += g * (v - M);
                     if constexpr (m != 0)

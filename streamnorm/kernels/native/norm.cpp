@@ -80,8 +80,9 @@ template <class T, class F> void over_slots(const sn_plan &p, int threads, bool 
     int64_t across = p.columns ? p.L : p.k1, groups = p.columns ? p.k1 : 1, width;
     if (elements(p) < SERIAL) threads = 1;
     if (p.columns) {
-        constexpr int64_t LINE = 64 / sizeof(T);
-        width = least(TILE, ceil_div(ceil_div(across, threads), LINE) * LINE);
+        // Short pieces of a row: the hardware fetches for one thread what another is about to write.
+        constexpr int64_t PIECE = 512 / sizeof(T);
+        width = least(TILE, ceil_div(ceil_div(across, threads), PIECE) * PIECE);
     } else {
         width = Rows<T>::width(p, threads, once);
     }

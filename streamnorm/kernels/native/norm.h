@@ -33,6 +33,7 @@ struct sn_memory {
 namespace {
 
 constexpr int TILE = 1024;             // slots that are worked on together
+constexpr int ROOM = TILE + 16;         // of arrays over them: a page apart they would push each other out of the cache
 constexpr int64_t SLAB = 256 << 10;    // bytes that stay in a core's cache between two passes
 constexpr int64_t PAST_CACHES = 6 << 20;  // outputs of so many bytes are stored past the caches, by columns
 constexpr int64_t PAST_CACHES_ROWS = 16 << 20;  // and by rows, which leave more of the caches to the output
@@ -77,10 +78,10 @@ template <class A, class F> SN_INLINE void along(int64_t begin, int64_t end, boo
 
 // What the passes give to and take from the slots, arrays over the slots at hand.
 template <class A> struct Work {
-    alignas(64) A s1[TILE], s2[TILE];              // sums
-    alignas(64) A k1[TILE], k2[TILE];              // what they are taken about
-    alignas(64) A m[TILE], a[TILE], b[TILE];       // y = (x - m) a + b;  dx = a dy + gs slope(x - c) + gm
-    alignas(64) A c[TILE], gs[TILE], gm[TILE];
+    alignas(64) A s1[ROOM], s2[ROOM];              // sums
+    alignas(64) A k1[ROOM], k2[ROOM];              // what they are taken about
+    alignas(64) A m[ROOM], a[ROOM], b[ROOM];       // y = (x - m) a + b;  dx = a dy + gs slope(x - c) + gm
+    alignas(64) A c[ROOM], gs[ROOM], gm[ROOM];
 };
 
 // Sums over the data: of x - k1; and of nothing, |x - k2|, (x - k2)^2, or |x - k2| with sign(x - k2) in the place of x - k1.

@@ -1,28 +1,23 @@
 // Recurrent layers over all time steps in one call, forward and backward, with normalization in the recurrence.
 //
-// What is done in a step: matrix products by torch's own BLAS, handed over as a pointer; the normalization of each product
-// as in slots.h, with its memories; and the gates. What does not depend on the step before is done outside: the input's
+// What is done in a step: matrix products as in product.h; the normalization of each product as in slots.h, with its
+// memories; and the gates. What does not depend on the step before is done outside: the input's
 // products and their normalization before, the gradients of the weights after. All matrices are dense, features last.
 //
 // A thread has a range of the hidden units, whose products, statistics and gates are its own. It waits for the others
-// where a product needs what all of them have made: once or twice a step.
+// where a product needs what all of them have made: once or twice a step. Rows that are whole cache lines apart keep two
+// threads from writing into one line.
 #include "direct.h"
-
-namespace {
-
-typedef void (*sn_gemm)(const char *, const char *, const int *, const int *, const int *, const void *, const void *,
-                        const int *, const void *, const int *, const void *, void *, const int *);
-typedef int (*sn_gemm_threads)(int);  // takes a number for the calling thread, returns the one of before
-
-}  // namespace
+#include "product.h"
 
 // One normalized product W h of the recurrence; mirrored by `Path` in streamnorm/fusedscan.py.
 struct sn_path {
     const sn_plan *plan;
     const sn_memory *h1, *h2;
     const void *matrix;                // (H, H), row i makes feature i
+    void *packed;                      // (H, H up to the next 16): room for it as it is read
     const void *weight, *bias;         // gain and bias of the norm
-    const void *input;                 // (T, n, H): what the input contributes, normalized
+    const void *input;                 // (T, n, H), dense: what the input contributes, normalized
     void *product, *tables;            // (T, n, H): W h before its norm; (T, room) as `forward` leaves it
     void *gate;                        // (T, n, H): after the non-linearity
     void *dproduct, *dgate;            // (T, n, H): their gradients, the latter before the non-linearity
@@ -31,15 +26,15 @@ struct sn_path {
 
 // A layer: mirrored by `Layer` in streamnorm/fusedscan.py.
 struct sn_layer {
-    int64_t T, n, H, room, scratch;    // room: values in a step's tables, the last of them from `scratch` on to work in
+    int64_t T, n, H, apart;            // apart: values from row to row in whatever is not said to be dense
+    int64_t room, scratch;             // values in a step's tables, the last of them from `scratch` on to work in
     int32_t relu, threads;
-    sn_gemm gemm;
-    sn_gemm_threads gemm_threads;      // or null, where nothing can be told
     sn_path path[3];                   // RNN: one; GRU: reset, update, candidate
     void *states;                      // (T + 1, n, H): h before the first step, which is given, and after each
     void *masked;                      // GRU: (T, n, H): reset times h before
-    const void *dout;                  // (T, n, H)
-    void *dh, *dmasked, *spare;        // (n, H): the gradient that goes back in time; GRU; room for a norm's output
+    const void *dout;                  // (T, n, H), dense
+    void *dh, *dmasked;                // (n, H): the gradient that goes back in time; GRU
+    void *spare;                       // (2, n, H): room for norms' outputs
 };
 
 namespace {
@@ -118,12 +113,17 @@ template <class A> struct Scan {
     News &news;
     int64_t size, from, wide;  // size: of a step
     Memory memory[3];          // H1 forward, H2 backward
+    Product<A> product[3];     // W h forward, W^T dh backward
     A *dw, *db;                // (H): of one step
 
     Scan(const sn_layer &layer, const sn_member &who, News &shared, bool back, A *work)
-        : l(layer), member(who), news(shared), size(layer.n * layer.H),
+        : l(layer), member(who), news(shared), size(layer.n * layer.apart),
           memory{Memory(of(0, back)), Memory(of(1, back)), Memory(of(2, back))}, dw(work), db(work + layer.H) {
         from = edge(member.number), wide = edge(member.number + 1) - from;
+        for (int i = 0; i < 3 && l.path[i].matrix; i++) {
+            const sn_path &p = l.path[i];
+            product[i].pack((const A *)p.matrix, !back, l.H, from, wide, (A *)p.packed + from * l.H);
+        }
     }
     const sn_memory *of(int i, bool back) const { return back ? l.path[i].h2 : l.path[i].h1; }
     int64_t edge(int k) const {  // whole vectors, as even as they can be
@@ -140,22 +140,21 @@ template <class A> struct Scan {
 
     A *at(void *p, int64_t t) const { return (A *)p + t * size; }
     const A *at(const void *p, int64_t t) const { return (const A *)p + t * size; }
+    const A *dense(const void *p, int64_t t) const { return (const A *)p + t * l.n * l.H; }
     const A *before(int64_t t) const { return at((const void *)l.states, t); }
     A *after(int64_t t) const { return at(l.states, t + 1); }
     A *tables(const sn_path &p, int64_t t) const { return (A *)p.tables + t * l.room; }
 
-    // y (n, H) = x W^T, or x W, of this thread's units
-    void multiply(const void *W, bool transposed, const A *x, A *y, A keep) const {
-        if (!wide) return;
-        const A one = 1, *part = (const A *)W + from * (transposed ? l.H : 1);
-        const int H = (int)l.H, n = (int)l.n, units = (int)wide;
-        l.gemm(transposed ? "T" : "N", "N", &units, &n, &H, &one, part, &H, x, &H, &keep, y + from, &H);
-    }
-    // f(i, k) over this thread's part of a step, a vector at a time
+    // y (n, H) = x W^T forward, x W backward, of this thread's units
+    void multiply(int i, const A *x, A *y) const { product[i].template multiply<false>(x, y + from, l.n, l.apart); }
+    void add_product(int i, const A *x, A *y) const { product[i].template multiply<true>(x, y + from, l.n, l.apart); }
+    // f(i, j, k) over this thread's part of a step, a vector at a time; j is the place in what is dense
     template <class F> SN_MEMBER void each(const F &f) const {
-        const bool whole = wide == l.H;
+        const bool whole = wide == l.apart;
         for (int64_t r = 0; r < (whole ? 1 : l.n); r++)
-            slots<A>(whole ? size : wide, [&, at = r * l.H + from](int64_t i, int k) { f(at + i, k); });
+            slots<A>(whole ? size : wide, [&, at = r * l.apart + from, dense = r * l.H + from](int64_t i, int k) {
+                f(at + i, dense + i, k);
+            });
     }
     SN_INLINE vec<A> get(const A *p, int64_t i, int k) { return table(p + i, k); }
     SN_INLINE void put_at(A *p, int64_t i, int k, vec<A> v) { keep(p + i, k, v); }
@@ -172,7 +171,7 @@ template <class A> struct Scan {
     // y = norm(W x)
     void normalize(int i, int64_t t, const A *x, A *y) {
         const sn_path &p = l.path[i];
-        multiply(p.matrix, true, x, at(p.product, t), 0);
+        multiply(i, x, at(p.product, t));
         const sn_memory *h1 = memory[i].use();
         Job<A> J = forward_job<A>(p.plan, h1, at(p.product, t), p.weight, p.bias, y, tables(p, t), tables(p, t) + l.scratch);
         bool fine = tiles([&](int64_t a, int64_t n) {
@@ -231,8 +230,8 @@ template <class A> struct Scan {
         for (int64_t t = 0; t < l.T; t++) {
             A *y = (A *)l.spare, *out = after(t);
             normalize(0, t, before(t), y);
-            const A *x = at(l.path[0].input, t);
-            each([&](int64_t i, int k) { put_at(out, i, k, activate<A>(get(x, i, k) + get(y, i, k), l.relu)); });
+            const A *x = dense(l.path[0].input, t);
+            each([&](int64_t i, int64_t j, int k) { put_at(out, i, k, activate<A>(get(x, j, k) + get(y, i, k), l.relu)); });
             member.wait();
         }
         write_back();
@@ -241,16 +240,16 @@ template <class A> struct Scan {
         const sn_path &p = l.path[0];
         A *dh = (A *)l.dh;
         for (int64_t t = l.T - 1; t >= 0; t--) {
-            const A *out = after(t), *dout = at(l.dout, t);
+            const A *out = after(t), *dout = dense(l.dout, t);
             A *da = at(p.dgate, t);
-            each([&](int64_t i, int k) {
-                put_at(da, i, k, (get(dh, i, k) + get(dout, i, k)) * slope_at<A>(get(out, i, k), l.relu));
+            each([&](int64_t i, int64_t j, int k) {
+                put_at(da, i, k, (get(dh, i, k) + get(dout, j, k)) * slope_at<A>(get(out, i, k), l.relu));
             });
             denormalize(0, t);
             member.wait();
             if (settle(0, t)) member.wait();
             forget(t);
-            multiply(p.matrix, false, at(p.dproduct, t), dh, 0);
+            multiply(0, at(p.dproduct, t), dh);
             member.wait();
         }
         write_back();
@@ -260,21 +259,22 @@ template <class A> struct Scan {
     void gru_forward() {
         const sn_path &R = l.path[0], &Z = l.path[1], &C = l.path[2];
         for (int64_t t = 0; t < l.T; t++) {
-            const A *h = before(t), *xr = at(R.input, t), *xz = at(Z.input, t), *xc = at(C.input, t);
+            const A *h = before(t), *xr = dense(R.input, t), *xz = dense(Z.input, t);
+            const A *xc = dense(C.input, t);
             A *r = at(R.gate, t), *z = at(Z.gate, t), *c = at(C.gate, t), *rh = at(l.masked, t), *out = after(t);
-            A *y = (A *)l.spare;
-            normalize(0, t, h, r);
-            normalize(1, t, h, z);
-            each([&](int64_t i, int k) {
-                vec<A> g = sigmoid<A>(get(xr, i, k) + get(r, i, k));
+            A *y = (A *)l.spare, *yz = y + size;
+            normalize(0, t, h, y);
+            normalize(1, t, h, yz);
+            each([&](int64_t i, int64_t j, int k) {
+                vec<A> g = sigmoid<A>(get(xr, j, k) + get(y, i, k));
                 put_at(r, i, k, g);
                 put_at(rh, i, k, g * get(h, i, k));
-                put_at(z, i, k, sigmoid<A>(get(xz, i, k) + get(z, i, k)));
+                put_at(z, i, k, sigmoid<A>(get(xz, j, k) + get(yz, i, k)));
             });
             member.wait();
             normalize(2, t, rh, y);
-            each([&](int64_t i, int k) {
-                vec<A> fresh = activate<A>(get(xc, i, k) + get(y, i, k), l.relu), old = get(h, i, k);
+            each([&](int64_t i, int64_t j, int k) {
+                vec<A> fresh = activate<A>(get(xc, j, k) + get(y, i, k), l.relu), old = get(h, i, k);
                 put_at(c, i, k, fresh);
                 put_at(out, i, k, old + get(z, i, k) * (fresh - old));
             });
@@ -286,11 +286,11 @@ template <class A> struct Scan {
         const sn_path &R = l.path[0], &Z = l.path[1], &C = l.path[2];
         A *dh = (A *)l.dh, *drh = (A *)l.dmasked;
         for (int64_t t = l.T - 1; t >= 0; t--) {
-            const A *h = before(t), *dout = at(l.dout, t);
+            const A *h = before(t), *dout = dense(l.dout, t);
             const A *r = at((const void *)R.gate, t), *z = at((const void *)Z.gate, t), *c = at((const void *)C.gate, t);
             A *dr = at(R.dgate, t), *dz = at(Z.dgate, t), *dc = at(C.dgate, t);
-            each([&](int64_t i, int k) {
-                vec<A> g = get(dh, i, k) + get(dout, i, k), u = get(z, i, k), fresh = get(c, i, k);
+            each([&](int64_t i, int64_t j, int k) {
+                vec<A> g = get(dh, i, k) + get(dout, j, k), u = get(z, i, k), fresh = get(c, i, k);
                 put_at(dc, i, k, g * u * slope_at<A>(fresh, l.relu));
                 put_at(dz, i, k, g * (fresh - get(h, i, k)) * u * (all((A)1) - u));
                 put_at(dh, i, k, g * (all((A)1) - u));
@@ -300,8 +300,8 @@ template <class A> struct Scan {
             member.wait();
             if (settle(2, t) | settle(1, t)) member.wait();
             forget(t);
-            multiply(C.matrix, false, at(C.dproduct, t), drh, 0);
-            each([&](int64_t i, int k) {
+            multiply(2, at(C.dproduct, t), drh);
+            each([&](int64_t i, int64_t j, int k) {
                 vec<A> g = get(drh, i, k), reset = get(r, i, k);
                 put_at(dr, i, k, g * get(h, i, k) * reset * (all((A)1) - reset));
                 put_at(dh, i, k, get(dh, i, k) + g * reset);
@@ -309,25 +309,20 @@ template <class A> struct Scan {
             denormalize(0, t);
             member.wait();
             if (settle(0, t)) member.wait();
-            multiply(R.matrix, false, at(R.dproduct, t), dh, 1);
-            multiply(Z.matrix, false, at(Z.dproduct, t), dh, 1);
+            add_product(0, at(R.dproduct, t), dh);
+            add_product(1, at(Z.dproduct, t), dh);
         }
         write_back();
     }
 };
 
-constexpr int64_t ALONE = 1 << 20;  // multiplications in a product up to which threads cost more than they save
-
 // Whether everything was finite, of the paths forward.
 template <class A, class F> bool scan(const sn_layer &l, bool back, A *work, const F &run) {
     News news;
-    const bool alone = l.n * l.H * l.H < ALONE;
-    const int before = alone && l.gemm_threads ? l.gemm_threads(1) : 0;
-    together(alone ? 1 : l.threads, [&](const sn_member &member) {
+    together(l.threads, [&](const sn_member &member) {
         Scan<A> one(l, member, news, back, work);
         run(one);
     });
-    if (alone && l.gemm_threads) l.gemm_threads(before);
     return !(news.wrong[0][0] | news.wrong[0][1] | news.wrong[0][2]);
 }
 

@@ -114,7 +114,7 @@ template <class A> void fold(const sn_memory &h, int64_t S, double keep1, double
 template <class T, class E> bool forward_step(const Job<T> &J, int64_t j, int64_t a, int64_t n, E &e) {
     typedef A_<T> A;
     const sn_plan &p = J.p;
-    alignas(64) A mu[TILE], sigma[TILE], est_mu[TILE], est_sigma[TILE];
+    alignas(64) A mu[ROOM], sigma[ROOM], est_mu[ROOM], est_sigma[ROOM];
     Work<A> &w = e.w;
     const int64_t at = j * J.S + a;
     const bool about_zero = p.center == 2;
@@ -215,14 +215,14 @@ template <class T, class E> bool forward_step(const Job<T> &J, int64_t j, int64_
 template <class T, class E> bool backward_step(const Job<T> &J, int64_t arrival, int64_t j, int64_t a, int64_t n, E &e) {
     typedef A_<T> A;
     const sn_plan &p = J.p;
-    alignas(64) A g_mu[TILE], g_sigma[TILE], hat_mu[TILE], hat_sigma[TILE];
+    alignas(64) A g_mu[ROOM], g_sigma[ROOM], hat_mu[ROOM], hat_sigma[ROOM];
     Work<A> &w = e.w;
     const int64_t at = j * J.S + a;
     const vec<A> per = all((A)1 / J.count), none{};
     const bool known = J.once;
     const A *used_mu = p.uses_estimate ? J.est_mu : J.mu, *used_sigma = p.uses_estimate ? J.est_sigma : J.sigma;
 
-    alignas(64) A inverse[TILE];  // 1 / sigma_hat
+    alignas(64) A inverse[ROOM];  // 1 / sigma_hat
     slots<A>(n, [&](int64_t i, int k) {
         vec<A> inv = all((A)1) / table(used_sigma + at + i, k);
         store(inverse + i, inv);
