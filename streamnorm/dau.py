@@ -175,12 +175,18 @@ def attach(model: nn.Module, optimizer: Optimizer, warmup: Warmup = "auto") -> A
 
 
 @contextmanager
-def vectorized(model: nn.Module, batches: int) -> Iterator[None]:
+def vectorized(model: nn.Module, batches: int, averaged: bool = False) -> Iterator[None]:
     """Inside, every training call of ``model`` sees its first axis as ``batches`` mini-batches in their order.
 
     The weights are constant inside a cycle, so all its mini-batches can go through in one call: ``Norm`` layers take
     statistics per mini-batch, and F and G see the mini-batches arrive one after another, forward and backward, exactly
     as in a loop. The backward pass may come after the block. Costs the memory of all mini-batches together.
+
+    Args:
+        model: holds the layers.
+        batches: mini-batches in a call.
+        averaged: the loss that goes back is the mean over the mini-batches, not their sum as in a loop, where each
+            goes back by itself: H2 remembers gradients in the units of the loop.
 
     Raises:
         ValueError: for ``torch.nn`` batch normalization, which would mix the mini-batches; and for a layer at its
@@ -205,7 +211,7 @@ def vectorized(model: nn.Module, batches: int) -> Iterator[None]:
                 f"{type(module).__name__} {name!r} would normalize {batches} mini-batches as one; use "
                 "streamnorm.BatchNorm in its place, or the loop over mini-batches (vectorize=False)"
             )
-    before = [layer.steps for layer in layers]
+    before = [(layer.steps, layer.averaged) for layer in layers]
 
     def begin(*_: Any) -> None:
         for layer in layers:
@@ -214,13 +220,13 @@ def vectorized(model: nn.Module, batches: int) -> Iterator[None]:
     begins = model.register_forward_pre_hook(begin)  # each call of the model is a cycle
     try:
         for layer in layers:
-            layer.steps = batches
+            layer.steps, layer.averaged = batches, averaged
         begin()
         yield
     finally:
         begins.remove()
-        for layer, steps in zip(layers, before, strict=True):
-            layer.steps = steps
+        for layer, (steps, was_averaged) in zip(layers, before, strict=True):
+            layer.steps, layer.averaged = steps, was_averaged
             layer._calls.in_cycle = None if steps == 1 else layer._calls.in_cycle
 
 
@@ -272,6 +278,7 @@ class DAU:
         self.vectorize = vectorize
         self.link = attach(model, optimizer, warmup)
         self.accumulated = 0
+        self._is_mean = False  # of the gradients: a vectorized cycle goes back with the mean loss
 
     def accumulate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """One mini-batch ``x (m, ...)`` as it arrives; at the n-th since the last update, the weights are updated.
@@ -326,12 +333,11 @@ class DAU:
         if not self.vectorize or self.n == 1:
             results = [self._one(a, b) for a, b in zip(x.split(self.m), y.split(self.m), strict=True)]
             return torch.stack([loss for loss, _ in results]).mean(), torch.cat([output for _, output in results])
-        with vectorized(self.model, self.n):
+        with vectorized(self.model, self.n, averaged=True):
             output = self.model(x)
         loss = self.loss_fn(output, y)
-        # Backward in the units of the loop, the sum over mini-batches of their mean losses: H2 remembers them.
-        (loss * self.n).backward()
-        self.accumulated = self.n
+        loss.backward()
+        self.accumulated, self._is_mean = self.n, True
         return loss.detach(), output.detach()
 
     @torch.no_grad()
@@ -369,10 +375,11 @@ class DAU:
             raise ValueError(
                 f"{self.accumulated} of {self.n} mini-batches are accumulated; the weights are updated after {self.n}"
             )
-        take_mean(self.optimizer, self.n)
+        if not self._is_mean:
+            take_mean(self.optimizer, self.n)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.accumulated = 0
+        self.accumulated, self._is_mean = 0, False
 
 
 def take_mean(optimizer: Optimizer, n: int) -> None:

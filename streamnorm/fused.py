@@ -242,17 +242,25 @@ class Fused:
             H2 is None if self.H2 is None else self.H2.is_of(H2)
         )
 
-    def told(self, x: Tensor, steps: int, is_reversed: bool, check: Callable[[Tensor, int], Tensor]) -> Told | None:
+    def told(
+        self,
+        x: Tensor,
+        steps: int,
+        is_reversed: bool,
+        check: Callable[[Tensor, int], Tensor],
+        unit: int = 1,
+    ) -> Told | None:
         """What the kernels are told about such an input; None: there are no kernels for it.
 
+        ``unit``: what gradients are multiplied by on their way to G.
         ``check(x, steps)`` is asked for every new kind of input: it returns its canonical view, and raises for those
         that the layer refuses.
         """
-        key = (x.shape, x.stride(), x.dtype, steps, is_reversed)
+        key = (x.shape, x.stride(), x.dtype, steps, is_reversed, unit)
         if key in self._told:
             return self._told[key]
         view = check(x, steps)
-        plan = cpu.plan(self.definition, steps, tuple(x.shape), x.stride(), self.uses_estimate, is_reversed)
+        plan = cpu.plan(self.definition, steps, tuple(x.shape), x.stride(), self.uses_estimate, is_reversed, unit)
         memories = [native.memory for native in (self.H1, self.H2) if native is not None]
         if plan is not None and any(memory.estimate.numel() != 2 * plan.slots for memory in memories):
             return None  # a memory that gets its shape from this very call
@@ -400,7 +408,8 @@ def _composed(
         grad = grad * weight.to(told.dtype).reshape(-1, *[1] * (data.ndim - 3))
     g_mu, g_sigma = eager.stat_grads(grad, data, d, mu_hat, sigma_hat)
     if H2 is not None:
-        g_hat = observe_back(H2.memory, pack(g_mu, g_sigma, d.ref), None, bool(told.plan.reversed))
+        unit = told.plan.unit
+        g_hat = observe_back(H2.memory, pack(g_mu, g_sigma, d.ref) * unit, None, bool(told.plan.reversed)) / unit
         g_mu, g_sigma = unpack_row(g_hat[:, 0], g_mu), unpack_row(g_hat[:, 1], g_sigma)
     center = est_mu if d.moment.center == "estimate" else None
     s = Statistics(mu, sigma, center, mu_hat, sigma_hat)

@@ -78,7 +78,7 @@ def run(cell: Cell, inputs: list[Tensor], steps: int, h0: Tensor) -> Tensor | No
     if made is None:
         return None
     for norm in norms:
-        norm._count(norm._calls, (1, like[:0], like[:0]))  # no call that could be computed again
+        norm._count(norm._calls, ((1, 1), like[:0], like[:0]))  # no call that could be computed again
     if not torch.is_grad_enabled():
         return made.states[1:, :, : h0.shape[1]].flatten(0, 1)
     return _Scan.apply(layer, made, h0, *inputs, *weights, *gains)

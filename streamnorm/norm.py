@@ -144,6 +144,7 @@ class Norm(nn.Module):
         self.policy = policy
         self.steps = 1
         self.reverse = False
+        self.averaged = False
         _check_pairing(ref, moment, policy)
         shape = (2, ref.groups(num_features)) if ref.place == "all" and ref.is_built_in else None
         self.H1 = None if policy.F is None else Memory(policy.F, shape)
@@ -223,6 +224,9 @@ class Norm(nn.Module):
                 "vectorized() for each"
             )
 
+    def _unit(self) -> int:
+        return self.steps if self.averaged else 1
+
     def _is_cyclic(self) -> bool:
         return self.steps > 1 and not self.reverse
 
@@ -246,7 +250,7 @@ class Norm(nn.Module):
         remembers = modules.get("H1") is not None
         if remembers and _recomputing():
             return self._fused_again(x, affine)
-        told = fused.told(x, self.steps if remembers else 1, self.reverse, self._check)
+        told = fused.told(x, self.steps if remembers else 1, self.reverse, self._check, self._unit())
         if told is None:
             return None
         calls.reference_size = told.reference_size
@@ -268,7 +272,7 @@ class Norm(nn.Module):
     def _looked_at(self, remembers: bool) -> Iterator[Guard]:
         """What the choice of a compiled call depends on, beside the memories."""
         mine = vars(self)
-        for name in ("definition", "policy", "steps", "reverse", "_modules"):
+        for name in ("definition", "policy", "steps", "reverse", "averaged", "_modules"):
             yield is_still(mine, name)
         yield is_still(self._modules, "affine")
         yield answers(kernels.limit, 0)
@@ -311,15 +315,16 @@ class Norm(nn.Module):
         latest = self._calls.latest
         again = latest if self.H1 is not None and latest and len(latest) == 3 and _recomputing() else None
         # A sample is normalized by itself, however the first axis is cut; a recomputed call is cut as it was.
-        view = self._check(x, 1 if self.H1 is None else again[0] if again else self.steps)
+        steps, unit = again[0] if again else (self.steps, self._unit())
+        view = self._check(x, 1 if self.H1 is None else steps)
         if not view.numel():
             return x.clone()
         recall = (again[1], again[2]) if again else None
-        streams = _op.Streams(self.H1, self.H2, self.policy.uses_estimate, recall, self.reverse)
+        streams = _op.Streams(self.H1, self.H2, self.policy.uses_estimate, recall, self.reverse, unit)
         joined = gains is not None and not x.is_inference() and _op.joins(view, self.definition)
         y, estimates, s = _op.normalize(view, self.definition, streams, *(gains if joined and gains else ()))
         if estimates is not None and s is not None and not again:
-            self._count(self._calls, (self.steps, s, estimates))
+            self._count(self._calls, ((steps, unit), s, estimates))
         y = y.reshape(x.shape)
         return y if affine is None or joined else affine(y)
 

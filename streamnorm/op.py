@@ -36,6 +36,8 @@ class Streams:
         recall: s and the estimates, each ``(g, 2, ...)``, of the call that is being computed again, so that nothing is
             observed twice; None for a call that happens for the first time.
         is_reversed: going back, the g steps arrive at G last to first, as through time.
+        unit: what a gradient is multiplied by on its way to G, and G's estimate divided by: the number of steps where
+            the loss is their mean and not their sum.
     """
 
     H1: Memory | None
@@ -43,6 +45,7 @@ class Streams:
     uses_estimate: bool
     recall: tuple[Tensor, Tensor] | None = None
     is_reversed: bool = False
+    unit: int = 1
 
 
 def pack(mu: Tensor, sigma: Tensor, ref: NormRef) -> Tensor:
@@ -130,8 +133,8 @@ class _Normalize(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, dgain, dshift, None, None
         if streams.H2 is not None:
-            g = pack(g_mu, g_sigma, d.ref)
-            g_hat = observe_back(streams.H2, g, ctx.ok, streams.is_reversed)
+            g = pack(g_mu, g_sigma, d.ref) * streams.unit
+            g_hat = observe_back(streams.H2, g, ctx.ok, streams.is_reversed) / streams.unit
             g_mu, g_sigma = unpack_row(g_hat[:, 0], g_mu), unpack_row(g_hat[:, 1], g_sigma)
         # Where F took the mean over the m' samples of s, each sample's own s has an m'-th of a share in it.
         share = mu.shape[1] // g_mu.shape[1]

@@ -9,8 +9,10 @@ import torch
 from cases import MIXED
 from nets import NETS, MakeNorm, assert_equal, batch, dau, everything, memories, net, streaming
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import streamnorm as sn
+from streamnorm.kernels import using
 from streamnorm.norm import Norm
 
 
@@ -160,3 +162,35 @@ def test_samples_that_do_not_divide_are_refused_and_change_nothing() -> None:
     with pytest.raises(ValueError, match="7 samples do not divide into 3"), sn.vectorized(model, 3):
         model(batch("FC", 7, 0)[0])
     assert_equal(everything(model), before)
+
+
+@pytest.mark.parametrize("spoiled", [False, True])
+@pytest.mark.parametrize("backend", [None, "eager", "generic"])
+def test_the_loss_may_be_the_mean_over_the_mini_batches(backend: str | None, spoiled: bool) -> None:
+    """H2 remembers the gradients of the loop, whose losses add up; also where a gradient is not finite, and through a
+    call that is computed again."""
+    n = 5
+    made = []
+    for averaged in (False, True):
+        torch.manual_seed(2)
+        layer = sn.Norm(3, sn.BA1, sn.Lp(2, "zero"), MIXED, affine=True).double()
+        assert layer.H2 is not None
+        values: list[torch.Tensor] = []
+        with using(backend):
+            for call in range(3):
+                x = torch.randn(4 * n, 3, dtype=torch.double, requires_grad=True)
+                dy = torch.randn(4 * n, 3, dtype=torch.double)
+                if spoiled and call == 1:
+                    dy[7, 2] = float("inf")
+                with sn.vectorized(layer, n, averaged=averaged):
+                    y = checkpoint(layer, x, use_reentrant=False) if call == 2 else layer(x)
+                share = n if averaged else 1
+                y.backward(dy / share)
+                grads = (x.grad, layer.weight.grad, layer.bias.grad)
+                values += [share * grad for grad in grads if grad is not None]
+                layer.zero_grad()
+                layer.fold()
+        made.append([*values, *layer.H2.buffers()])
+    assert len(made[0]) == 9 + 7
+    for i, (got, want) in enumerate(zip(made[1], made[0], strict=True)):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12, equal_nan=True, msg=f"value {i}")

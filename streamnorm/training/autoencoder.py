@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from streamnorm.dau import attach, take_mean, vectorized
+from streamnorm.dau import attach, vectorized
 from streamnorm.normstats import DegenerateReferenceError
 from streamnorm.training.architectures import NormFactory, norm_factory
 from streamnorm.training.autoencoder_run import AutoencoderRun
@@ -234,7 +234,7 @@ class AutoencoderTrainer(UnderWay):
         start, n = time.perf_counter(), self.run.batches_per_update
         bags = self._cycle()
         try:
-            with vectorized(self.model, n) if n > 1 else nullcontext():
+            with vectorized(self.model, n, averaged=True) if n > 1 else nullcontext():
                 logits = self.model(bags, self.random)
         except DegenerateReferenceError as error:
             self.failed = str(error).split(";")[0]
@@ -244,8 +244,7 @@ class AutoencoderTrainer(UnderWay):
         if not math.isfinite(nats):
             self.failed = f"diverged: the cost became {nats} at update {self.done + 1}"
             return
-        # Backward in the units of the loop, the sum over mini-batches of their mean costs: H2 remembers them.
-        (loss * n).backward()
+        loss.backward()
         self.done += 1
         self.sums["cost"] += nats
         self.sums["seconds"] += time.perf_counter() - start
@@ -263,7 +262,6 @@ class AutoencoderTrainer(UnderWay):
         return self.documents.words.select(index)
 
     def _update_weights(self) -> None:
-        take_mean(self.optimizer, self.run.batches_per_update)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

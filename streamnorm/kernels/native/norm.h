@@ -21,6 +21,7 @@ struct sn_plan {
     int32_t uses_estimate, scale;      // normalize with F's estimate; N is x / sigma
     int32_t reversed;                  // going back, the steps arrive last to first
     double eps;
+    double unit;                       // what a gradient is multiplied by on its way to G, and its estimate divided by
 };
 
 // H1 or H2 with its rule; mirrored by `MemoryPointers` in kernels/cpu.py. Tables (2, slots) of float, or double for double.

@@ -218,7 +218,7 @@ template <class T, class E> bool backward_step(const Job<T> &J, int64_t arrival,
     alignas(64) A g_mu[ROOM], g_sigma[ROOM], hat_mu[ROOM], hat_sigma[ROOM];
     Work<A> &w = e.w;
     const int64_t at = j * J.S + a;
-    const vec<A> per = all((A)1 / J.count), none{};
+    const vec<A> per = all((A)(1 / (p.unit * J.count))), unit = all((A)p.unit), none{};
     const bool known = J.once;
     const A *used_mu = p.uses_estimate ? J.est_mu : J.mu, *used_sigma = p.uses_estimate ? J.est_sigma : J.sigma;
 
@@ -250,7 +250,7 @@ template <class T, class E> bool backward_step(const Job<T> &J, int64_t arrival,
     mask<A> wrong{};
     slots<A>(n, [&](int64_t i, int k) {
         vec<A> s1 = load(w.s1 + i), s2 = load(w.s2 + i) * load(inverse + i);
-        vec<A> scale = load(w.a + i), gm = p.scale ? none : -s1 * scale, gs = -s2 * scale;
+        vec<A> scale = load(w.a + i) * unit, gm = p.scale ? none : -s1 * scale, gs = -s2 * scale;
         store(g_mu + i, gm);
         store(g_sigma + i, gs);
         wrong |= (not_finite<A>(gm) | not_finite<A>(gs)) & before<A>(k);
