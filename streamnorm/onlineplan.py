@@ -144,6 +144,7 @@ _CNet = _structure(
     "_CNet",
     **dict.fromkeys(("depth", "loss"), c_int64),
     **dict.fromkeys(("layers", "rates", "scratch"), c_void_p),
+    threads=c_int64,
 )
 
 
@@ -264,6 +265,7 @@ class Plan:
             if not any(isinstance(value, Tensor) for values in settings for value in values):
                 self._settings = settings  # and a tensor may change as it stands
         self._new = []
+        self._net.threads = torch.get_num_threads()
         return not moving or all(
             self._reads_average(parameter, c) for parameter, c in self._told if groups[c.group]["momentum"]
         )

@@ -65,6 +65,25 @@ def test_many_steps_are_the_same_steps() -> None:
         assert torch.equal(a, b)
 
 
+@compiled
+def test_the_number_of_threads_changes_nothing() -> None:
+    """A layer of so many weights that threads share its rows, which do not divide evenly."""
+    x, y = samples(widths=(700, 401, 2))
+    before, made = torch.get_num_threads(), []
+    start = mlp(NORMS["mixed"], (700, 401, 2)).state_dict()
+    for threads in (1, 2, 3):
+        trainer = online(mlp(NORMS["mixed"], (700, 401, 2)), RATES["nesterov"])
+        trainer.model.load_state_dict(start)
+        torch.set_num_threads(threads)
+        try:
+            made.append([*trainer.step(x[0].float(), y[0]), *trainer.steps(x[1:].float(), y[1:])])
+        finally:
+            torch.set_num_threads(before)
+        made[-1] += trainer.model.state_dict().values()
+    for other in made[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(made[0], other, strict=True))
+
+
 def test_shapes() -> None:
     x, y = samples(4)
     trainer = online(mlp(NORMS["mixed"]).double(), RATES["plain"])
