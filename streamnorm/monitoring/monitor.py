@@ -17,12 +17,21 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from streamnorm.monitoring.sites import PERCENTILES, ROWS, Choice, Site, chosen_modules, finite, percentiles
+from streamnorm.monitoring.sites import (
+    PERCENTILES,
+    ROWS,
+    Choice,
+    Site,
+    chosen_modules,
+    finite,
+    percentiles,
+    percentiles_of_rows,
+)
 from streamnorm.norm import Norm
 from streamnorm.stream import Memory
 
@@ -171,7 +180,7 @@ class Monitor:
 
     def _after_update(self, optimizer: Optimizer, *_: Any) -> None:
         # A fused optimizer under a gradient scaler runs step() and skips inside its kernel; this is its own record.
-        overflow = getattr(optimizer, "found_inf", None)
+        overflow = vars(optimizer).get("found_inf")
         if overflow is None or not bool(overflow):
             self._close_step()
 
@@ -189,7 +198,8 @@ class Monitor:
                 self._hang_up()
             self.steps += 1
             self._has_stepped = True
-            self._listen()
+            if self.steps % self.every == 0:
+                self._listen()
 
     def _listen(self) -> None:
         if self._is_listening:
@@ -229,16 +239,18 @@ class Monitor:
     def _remembered(self) -> Record:
         """What the normalization layers remember, by name."""
         found: Record = {}
+        tables: list[Table] = []
         for name, module in self.model.named_modules():
             if isinstance(module, Norm):
                 memories = {which: getattr(module, which) for which in ("H1", "H2")}
-                held = {which: _members(memory) for which, memory in memories.items() if memory is not None}
+                held = {which: _members(memory, tables) for which, memory in memories.items() if memory is not None}
                 found |= {name: held} if held else {}
             elif isinstance(module, _NormBase) and module.running_mean is not None and module.running_var is not None:
                 batches = module.num_batches_tracked
                 sigma = (module.running_var + module.eps).sqrt()
                 running = {"mu": percentiles(module.running_mean), "sigma": percentiles(sigma)}
                 found[name] = {"batches": None if batches is None else int(batches), "running": running}
+        _fill(tables)
         return found
 
     def draw(self, path: str | Path) -> Path:
@@ -277,15 +289,37 @@ class Monitor:
         self.close()
 
 
-def _members(memory: Memory) -> Record:
-    """Percentiles of the tables of H, and its counters; a table that has nothing in it yet is left out."""
+Table = tuple[Record, str, Tensor]
+"""A table ``(2, ...)`` of a memory, its name, and the record that it goes into."""
+
+
+def _members(memory: Memory, tables: list[Table]) -> Record:
+    """The counters of H, and places for its tables, which are added to ``tables``."""
     found: Record = {}
     for name, value in {**memory.state(), **dict(memory.named_buffers(recurse=False))}.items():
-        if not value.ndim:
+        if value.ndim:
+            tables.append((found, name, value))
+            found[name] = None
+        else:
             found[name] = int(value) if not value.is_floating_point() else finite(value)
-        elif bool(value.any()):
-            found[name] = {"mu": percentiles(value[0]), "sigma": percentiles(value[1])}
     return found
+
+
+def _fill(tables: list[Table]) -> None:
+    """Percentiles of every table into its place, all that are alike at once; a table that has nothing in it yet is
+    left out."""
+    alike: dict[int, list[Table]] = {}
+    for table in tables:
+        alike.setdefault(table[2][0].numel(), []).append(table)
+    for group in alike.values():
+        rows = torch.stack([value.flatten(1).cpu().double() for _, _, value in group])
+        of_rows = percentiles_of_rows(rows.flatten(0, 1))
+        for (record, name, _), filled, mu, sigma in zip(
+            group, rows.flatten(1).any(1).tolist(), of_rows[::2], of_rows[1::2], strict=True
+        ):
+            record[name] = {"mu": mu, "sigma": sigma}
+            if not filled:
+                del record[name]
 
 
 # --- the file ---

@@ -156,15 +156,26 @@ def _spread(count: int, total: int) -> Tensor:
 
 def percentiles(values: Tensor) -> list[float] | None:
     """Those of the talk, of what is finite: linear between the two nearest values; None if nothing is."""
-    values = values.detach().cpu().double().flatten()
-    ordered = values[values.isfinite()].sort().values
-    last = len(ordered) - 1
-    if last < 0:
-        return None
+    return percentiles_of_rows(values.reshape(1, -1))[0]
+
+
+def percentiles_of_rows(rows: Tensor) -> list[list[float] | None]:
+    """``percentiles`` of each row."""
+    rows = rows.detach().cpu().double()
+    ordered = rows.sort(dim=1).values  # NaN comes last
+    if not ordered.numel() or not bool(ordered[:, [0, -1]].isfinite().all()):
+        finite_ones = [row[row.isfinite()].reshape(1, -1) for row in rows]
+        return [percentiles_of_rows(row)[0] if row.numel() else None for row in finite_ones]
+    last = ordered.shape[1] - 1
     at = [divmod(p * last, 100) for p in PERCENTILES]
-    near = ordered[[i for low, _ in at for i in (low, min(low + 1, last))]].tolist()
-    pairs = zip(near[::2], near[1::2], at, strict=True)
-    return [digits(low * (1 - part / 100) + high * (part / 100)) for low, high, (_, part) in pairs]
+    near = ordered[:, [i for low, _ in at for i in (low, min(low + 1, last))]].tolist()
+    return [
+        [
+            digits(low * (1 - part / 100) + high * (part / 100))
+            for low, high, (_, part) in zip(row[::2], row[1::2], at, strict=True)
+        ]
+        for row in near
+    ]
 
 
 def digits(value: float) -> float:
