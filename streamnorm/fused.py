@@ -104,13 +104,12 @@ class Told:
             everything as it was.
         fold: the weight update of both memories; whether it could be done.
         remembers: whether a call changes H1.
-        shortcut: the latest one to these calls.
         tables: what the latest call has left.
     """
 
     __slots__ = (
         *("_alive", "address", "dtype", "fold", "forward", "fused", "has_gains", "plan", "reference_size"),
-        *("remembers", "room", "shortcut", "size", "slots", "steps", "struct", "tables"),
+        *("remembers", "room", "size", "slots", "steps", "struct", "tables"),
         *("x_dtype", "x_shape", "x_stride"),
     )
 
@@ -127,7 +126,6 @@ class Told:
         self.room = TABLES * self.size + 4 * self.slots  # for what a call leaves for the way back, and to work in
         self.has_gains = has_gains
         self.remembers = fused.H1 is not None
-        self.shortcut: Shortcut | None = None
         self.tables: Tensor | None = None
         kernels: Any = cpu.kernel("forward", x.dtype), cpu.kernel("backward", x.dtype), cpu.fold(self.dtype)
         keywords = None if x.dtype is self.dtype else {"dtype": self.dtype}
@@ -150,6 +148,7 @@ class Told:
             stride=(ctypes.c_int64 * calls.AXES)(*x.stride()),
             slots=self.slots,
             scratch=TABLES * self.size * self.dtype.itemsize,
+            values=self.room,
             room=id(self.room),
             room_dtype=None if keywords is None else id(keywords),
             wide=id(self.dtype),
@@ -347,14 +346,15 @@ def is_hooked(module: nn.Module) -> bool:
 
 def as_read(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A gain or bias as the kernels read it."""
-    if parameter is None or (parameter.dtype is dtype and parameter.is_contiguous()):
+    if parameter is None or (parameter.dtype is dtype and parameter.is_contiguous() and not parameter.is_neg()):
         return parameter
-    return parameter.detach().to(dtype).contiguous()
+    return parameter.detach().to(dtype).contiguous().resolve_neg()
 
 
 def _gain_guards(affine: nn.Module) -> Iterator[calls.Guard]:
     """Nobody watches this module's calls, and it has its own ``forward``: what ``is_hooked`` asks."""
     mine = vars(affine)
+    yield calls.keeps_its_class(affine)
     yield calls.is_still(mine, "_parameters")
     yield calls.is_still(mine, "forward")
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
@@ -370,8 +370,11 @@ def _apply() -> Callable[..., Tensor]:
 
     Without what torch's own ``apply`` does for transforms of functions, which never come here (``cpu.takes``).
     """
-    kind: Any = type("Fused", (torch.autograd.Function,), {"forward": staticmethod(calls.callable_of("save"))})
-    node = kind._backward_cls  # its ``apply`` in Python would only look for ``kind.backward``
+    forward = staticmethod(calls.callable_of("save"))
+    kind: Any = type("Fused", (torch.autograd.Function,), {"forward": forward, "backward": staticmethod(_otherwise)})
+    node = (
+        kind._backward_cls
+    )  # whose ``apply`` in Python calls ``kind.backward``, as torch does that compiles a backward
     node.apply = calls.method_of(node, "apply")
     return super(torch.autograd.Function, kind).apply  # type: ignore[misc]
 
@@ -386,6 +389,7 @@ def _otherwise(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     refuse_second_derivative()
     x, weight, tables = ctx.saved_tensors
     told = ctx.told
+    x, tables = x.to(told.x_dtype), tables.to(told.dtype)  # hooks may have kept them otherwise
     H2 = told.fused.H2 if ctx.needs_input_grad[0] else None
     return *_composed(dy, x, weight, tables, told.fused, told, H2), None
 

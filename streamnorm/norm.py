@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -20,9 +20,9 @@ from torch.compiler import is_dynamo_compiling
 from streamnorm import kernels
 from streamnorm import op as _op
 from streamnorm.checks import is_whole
-from streamnorm.fused import Fused, Shortcut, is_hooked
+from streamnorm.fused import SHAPES, Fused, Shortcut, Told, is_hooked
 from streamnorm.kernels import Definition, cpu
-from streamnorm.kernels.calls import Guard, answers, is_still
+from streamnorm.kernels.calls import Guard, answers, is_still, keeps_its_class
 from streamnorm.normop import Scale, Standardize
 from streamnorm.normref import NormRef
 from streamnorm.normstats import Lp
@@ -77,7 +77,7 @@ class Calls:
         latest: how the latest call was cut, its s and its estimates, for a call that is computed again; or what its
             compiled kernel was told and has left.
         fused: the layer's compiled calls, False if there are none for it, None if nobody has asked.
-        shortcut: the latest of them.
+        shortcuts: by what was told, and the latest of them. They hold the layer, and what was told goes into the graph.
     """
 
     reference_size: int | None = None
@@ -85,6 +85,7 @@ class Calls:
     in_cycle: int | None = None
     latest: Any = None
     fused: Any = None
+    shortcuts: dict[Told, Shortcut] = field(default_factory=dict)
     shortcut: Shortcut | None = None
 
 
@@ -260,10 +261,12 @@ class Norm(nn.Module):
             return None
         joined = gains is not None
         if affine is modules.get("affine"):
-            shortcut = told.shortcut
+            shortcut = calls.shortcuts.get(told)
             if shortcut is None or calls.shortcut is shortcut:  # the latter has just failed
+                if len(calls.shortcuts) == SHAPES:
+                    calls.shortcuts.clear()
                 memories = [*(is_still(modules, name) for name in ("H1", "H2")), *fused.guards()]
-                shortcut = told.shortcut = Shortcut(told, memories, self._looked_at(remembers), affine, joined)
+                shortcut = calls.shortcuts[told] = Shortcut(told, memories, self._looked_at(remembers), affine, joined)
             calls.shortcut = shortcut
         if remembers:
             self._count(calls, (told, joined))
@@ -272,6 +275,7 @@ class Norm(nn.Module):
     def _looked_at(self, remembers: bool) -> Iterator[Guard]:
         """What the choice of a compiled call depends on, beside the memories."""
         mine = vars(self)
+        yield keeps_its_class(self)
         for name in ("definition", "policy", "steps", "reverse", "averaged", "_modules"):
             yield is_still(mine, name)
         yield is_still(self._modules, "affine")
@@ -411,7 +415,7 @@ def gains_of(affine: nn.Module | None) -> tuple[Tensor, Tensor] | None:
     parameters: Any = affine._parameters
     weight, bias = parameters["weight"], parameters["bias"]
     c = affine.num_features
-    return (weight, bias) if weight.numel() == c == bias.numel() and weight.is_cpu == bias.is_cpu else None
+    return (weight, bias) if weight.shape == bias.shape == (c,) and weight.is_cpu == bias.is_cpu else None
 
 
 def _recomputing() -> bool:

@@ -275,7 +275,7 @@ class Memory(nn.Module):
         mu = mu.unsqueeze(1)
         self._shape_like(mu.expand(-1, 2, *mu.shape[2:]))
         row = {name: value[:1] if value.ndim else value for name, value in self.state().items()}
-        return self.rule.observe(row, mu, ok)[1].squeeze(1)
+        return self._observe(row, mu, ok)[1].squeeze(1)
 
     def observe(self, s: Tensor) -> Tensor:
         """Take in the arrivals ``s (g, 2, ...)`` in order and return the estimate at each, ``(g, 2, ...)``. What is not
@@ -286,7 +286,7 @@ class Memory(nn.Module):
     def take(self, s: Tensor, ok: Tensor | None) -> Tensor:
         """``observe`` for arrivals that have been judged: left out are those where ``ok (g,)`` is false, None: none."""
         self._shape_like(s)
-        new, estimates = self.rule.observe(self.state(), s, ok)
+        new, estimates = self._observe(self.state(), s, ok)
         self._write(new)
         latest = estimates[-1]
         if ok is None:
@@ -298,6 +298,13 @@ class Memory(nn.Module):
             self.skipped.add_(len(ok) - arrived)
             self.estimate.copy_(torch.where((arrived > 0) & latest.isfinite().all(), latest, self.estimate))
         return estimates
+
+    def _observe(self, state: State, s: Tensor, ok: Tensor | None) -> tuple[State, Tensor]:
+        # A rule's products are statistics: where autocast makes products narrow, not these.
+        if not torch.is_autocast_enabled(s.device.type):
+            return self.rule.observe(state, s, ok)
+        with torch.autocast(s.device.type, enabled=False):
+            return self.rule.observe(state, s, ok)
 
     @torch.no_grad()
     def fold(self, happened: Tensor | bool = True) -> None:

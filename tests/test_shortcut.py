@@ -70,6 +70,11 @@ def replaced_rule(layer: sn.Norm) -> None:
     layer.H1.rule = replace(layer.H1.rule, mix=(0.1, 0.9, 0.0))  # type: ignore[type-var]
 
 
+class Twice(Affine):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "nothing": lambda layer: None,
     "a fold": lambda layer: layer.fold(),
@@ -89,6 +94,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "one gain for all": lambda layer: setattr(layer.affine, "weight", nn.Parameter(torch.full((1,), 3.0))),
     "a gain that is a view": lambda layer: setattr(layer.affine, "weight", nn.Parameter(torch.arange(12.0)[::2])),
     "a frozen gain": lambda layer: layer.affine.weight.requires_grad_(False),
+    "a gain of another shape": lambda layer: setattr(layer.affine, "weight", nn.Parameter(torch.full((6, 1), 3.0))),
+    "the class of the layer after it": lambda layer: setattr(layer.affine, "__class__", Twice),
     "a hook": lambda layer: layer.affine.register_forward_hook(doubled),
     "its own forward": lambda layer: setattr(layer.affine, "forward", lambda x: 3 * x),
     "the number of steps": lambda layer: setattr(layer, "steps", 4),
@@ -254,3 +261,68 @@ def test_a_layer_goes_with_its_last_name() -> None:
     gc.collect()
     assert gone() is None
     y.sum().backward()  # what the way back needs is still there
+
+
+@pytest.mark.parametrize(
+    ("pack", "unpack", "dtype"),
+    [
+        (lambda t: t.bfloat16(), lambda t: t, torch.bfloat16),
+        (lambda t: t.bfloat16(), lambda t: t.float(), torch.bfloat16),
+        (lambda t: t.double(), lambda t: t, torch.float32),
+        (lambda t: torch.stack([t, t], -1), lambda t: t[..., 0], torch.float32),
+    ],
+    ids=["narrower", "narrower meanwhile", "wider", "strided"],
+)
+def test_saved_tensors_may_come_back_as_others(pack: Any, unpack: Any, dtype: torch.dtype) -> None:
+    """What is saved belongs to whoever set the hooks: nothing is read or written past it."""
+    made = []
+    for backend in (None, "eager"):
+        torch.manual_seed(1)
+        layer = streaming()
+        with using(backend):
+            hooks = nullcontext() if backend else torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+            for _ in range(3):
+                x = torch.randn(8, 6, requires_grad=True)
+                with hooks:
+                    y = layer(x)
+                y.backward(torch.linspace(-1, 2, 48).reshape(8, 6))
+            assert x.grad is not None
+            made.append(x.grad)
+    assert_close("dx", *made, terms=100, dtype=dtype)
+
+
+def test_a_negated_gain() -> None:
+    gain, x = torch._neg_view(torch.arange(1.0, 7)), torch.randn(8, 6)
+    made = []
+    for backend in (None, "eager"):
+        layer = streaming()
+        with using(backend):
+            layer(x)
+            made.append(torch.func.functional_call(layer, {"affine.weight": gain, "affine.bias": gain}, (x,)))
+    assert_close("y", *made, terms=100)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_backward_pass_that_is_compiled() -> None:
+    made = []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        layer, x = streaming(), torch.randn(8, 6, requires_grad=True)
+        y = layer(x)
+        with torch._dynamo.compiled_autograd._enable(lambda graph: graph) if compiled else nullcontext():
+            y.backward(torch.linspace(-1, 2, 48).reshape(8, 6))
+        assert x.grad is not None
+        made.append(torch.cat([x.grad, layer.H2.short]))
+    assert_close("dx and H2", made[1], made[0], terms=100)
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "generic"])
+def test_autocast_leaves_statistics_wide(backend: str | None) -> None:
+    x, made = torch.randn(8, 6), []
+    for narrow in (False, True):
+        layer = streaming()
+        layer.steps = 4
+        with using(backend), torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            layer(x)
+        made.append(layer.H1.short)
+    assert torch.equal(*made)

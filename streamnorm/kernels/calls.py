@@ -70,7 +70,7 @@ class Told(ctypes.Structure):
         ("keep", ctypes.c_double * 4),
         *((name, ctypes.c_int32) for name in ("has_h1", "has_h2", "folds", "code", "bits", "wide_bits", "ndim")),
         *((name, ctypes.c_int64 * AXES) for name in ("shape", "stride")),
-        *((name, ctypes.c_int64) for name in ("slots", "scratch")),
+        *((name, ctypes.c_int64) for name in ("slots", "scratch", "values")),
         *((name, ctypes.c_void_p) for name in ("self", "room", "room_dtype", "wide")),
         ("watch", Guards),
     ]
@@ -85,7 +85,7 @@ class Shortcut(ctypes.Structure):
 CODES = {torch.float32: (2, 32), torch.float64: (2, 64), torch.bfloat16: (4, 16), torch.float16: (2, 16)}
 """Dtypes as DLPack writes them: code and bits."""
 
-_IS, _ABSENT, _EMPTY_ITEM, _EMPTY, _ANSWERS = range(5)
+_IS, _ABSENT, _EMPTY_ITEM, _EMPTY, _ANSWERS, _OF_TYPE = range(6)
 Guard = tuple[Any, Any, Any, int]
 """One of them in Python: where, key, expected, kind."""
 
@@ -103,6 +103,11 @@ def stays_empty(where: dict[str, Any], key: str | None = None) -> Guard:
 def answers(function: Callable[[], Any], expected: Any) -> Guard:
     """A function keeps answering this, an object of which there is one."""
     return function, None, expected, _ANSWERS
+
+
+def keeps_its_class(of: Any) -> Guard:
+    """An object stays of the class that it is of."""
+    return of, None, type(of), _OF_TYPE
 
 
 class Kept:

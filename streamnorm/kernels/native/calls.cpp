@@ -14,7 +14,7 @@ struct Guard {
     PyObject *where, *key, *expected;
     int32_t kind;
 };
-enum { IS, ABSENT, EMPTY_ITEM, EMPTY, ANSWERS };
+enum { IS, ABSENT, EMPTY_ITEM, EMPTY, ANSWERS, OF_TYPE };
 
 struct Guards {
     const Guard *first;
@@ -27,6 +27,10 @@ struct Guards {
     }
     static bool holds(const Guard &g) {
         if (g.kind == EMPTY) return py.size(g.where) == 0;
+        if (g.kind == OF_TYPE) {
+            Own type(py.type(g.where));
+            return type == g.expected;
+        }
         if (g.kind == ANSWERS) {
             Own answer(py.call(g.where, (PyObject *)nullptr));
             if (!answer) py.clear_error();
@@ -38,23 +42,32 @@ struct Guards {
     }
 };
 
+constexpr int MEMBERS = 7;
+
 // A memory: its dictionary of buffers, the names of the members in it, and its rule in numbers.
 struct Members {
-    PyObject *buffers, *names[7];
+    PyObject *buffers, *names[MEMBERS];
     double mix[3], rate;
+};
 
-    // Where they are; false: not as the kernels read them.
-    bool find(int bits, int64_t slots, sn_memory &found) const {
-        void *at[7];
-        for (int i = 0; i < 7; ++i) {
+// Where the members of a memory are. They are held as long as this is: another thread may put others in their place.
+struct Found {
+    sn_memory memory;
+    Own held[MEMBERS];
+
+    // False: they are not as the kernels read them.
+    bool find(const Members &m, int bits, int64_t slots) {
+        void *at[MEMBERS];
+        for (int i = 0; i < MEMBERS; ++i) {
             Tensor member;
-            PyObject *buffer = py.item(buffers, names[i]);
+            PyObject *buffer = py.item(m.buffers, m.names[i]);
             if (!buffer || !member.look(buffer)) return false;
             if (!(i < 3 ? member.holds(FLOAT, bits, 2 * slots) : member.holds(INTEGER, 64, 1))) return false;
             at[i] = member.data();
+            held[i].o = another(buffer);
         }
-        found = {at[0], at[1], at[2], (int64_t *)at[3], (int64_t *)at[4], (int64_t *)at[5], (int64_t *)at[6],
-                 {mix[0], mix[1], mix[2]}, rate};
+        memory = {at[0], at[1], at[2], (int64_t *)at[3], (int64_t *)at[4], (int64_t *)at[5], (int64_t *)at[6],
+                  {m.mix[0], m.mix[1], m.mix[2]}, m.rate};
         return true;
     }
 };
@@ -74,7 +87,7 @@ struct Told {
     double keep[4];
     int32_t has_h1, has_h2, folds, code, bits, wide_bits, ndim;
     int64_t shape[AXES], stride[AXES];
-    int64_t slots, scratch;
+    int64_t slots, scratch, values;             // of a call's tables, and where their room to work in begins
     PyObject *self, *room, *room_dtype, *wide;  // Python's object; the size and keywords of the tables; their dtype
     Guards watch;                               // whether somebody records or rewrites torch's operations
 
@@ -102,8 +115,8 @@ struct Read {
     int find(const Told &told) {
         if (object == its.none) return 1;
         Tensor t;
-        if (!t.look(object)) return 0;
-        if (!t.holds(FLOAT, told.wide_bits, told.slots)) {
+        if (!t.look(object) || t.view.ndim != 1) return 0;
+        if (!t.holds(FLOAT, told.wide_bits, told.slots) || !answers(object, its.is_neg, its.no)) {
             Own made(py.call(its.as_read, object.o, told.wide, (PyObject *)nullptr));
             if (!made) return -1;
             PyObject *before = object.give();
@@ -131,8 +144,8 @@ bool grad_enabled() {
 // y, or None where it has to be done otherwise; null: an error of Python's.
 PyObject *forward(const Told &told, PyObject *x, PyObject *weight, PyObject *bias) {
     Tensor input, output, kept;
-    sn_memory h1;
-    if (!input.look(x) || !told.is_like(input) || (told.has_h1 && !told.h1.find(told.wide_bits, told.slots, h1)))
+    Found h1;
+    if (!input.look(x) || !told.is_like(input) || (told.has_h1 && !h1.find(told.h1, told.wide_bits, told.slots)))
         return none();
     Read gain(weight), shift(bias);
     if (const int found = gain.find(told); found <= 0) return found ? nullptr : none();
@@ -144,7 +157,7 @@ PyObject *forward(const Told &told, PyObject *x, PyObject *weight, PyObject *bia
     if (!output.look(y) || !told.is_like(output) || !kept.look(tables)) return none();
     const int count = threads();
     void *lock = py.release();
-    const int failed = told.forward(told.plan, told.has_h1 ? &h1 : nullptr, input.data(), gain.data, shift.data,
+    const int failed = told.forward(told.plan, told.has_h1 ? &h1.memory : nullptr, input.data(), gain.data, shift.data,
                                     output.data(), kept.data(), kept.data() + told.scratch, count);
     py.acquire(lock);
     if (failed) return none();
@@ -166,11 +179,12 @@ PyObject *backward(const Told &told, PyObject *ctx, PyObject *grad) {
     for (int i = 0; i < 3; ++i) needed[i] = py.at(needs, i) == its.yes;
     // What was saved may have been somewhere else meanwhile, and come back in another order (saved_tensors_hooks).
     Tensor input, kept;
-    if (!input.look(x) || !told.is_like(input) || !kept.look(py.at(saved, 2))) return none();
+    if (!input.look(x) || !told.is_like(input) || !answers(x, its.is_neg, its.no)) return none();
+    if (!kept.look(py.at(saved, 2)) || !kept.holds(FLOAT, told.wide_bits, told.values)) return none();
     // G is about the gradient of the input: where nobody wants that, nothing is remembered.
-    sn_memory h2;
+    Found h2;
     const bool remembers = told.has_h2 && needed[0];
-    if (remembers && !told.h2.find(told.wide_bits, told.slots, h2)) return none();
+    if (remembers && !h2.find(told.h2, told.wide_bits, told.slots)) return none();
     Read gain(py.at(saved, 1));
     if (int found = gain.find(told); found <= 0) return found ? nullptr : none();
     Tensor dy;
@@ -197,7 +211,7 @@ PyObject *backward(const Told &told, PyObject *ctx, PyObject *grad) {
     }
     const int count = threads();
     void *lock = py.release();
-    const int failed = told.backward(told.plan, remembers ? &h2 : nullptr, input.data(), gain.data, dy.data(),
+    const int failed = told.backward(told.plan, remembers ? &h2.memory : nullptr, input.data(), gain.data, dy.data(),
                                      kept.data(), kept.data() + told.scratch, data[0], data[1], data[2], count);
     py.acquire(lock);
     return failed ? none() : py.pack(4, made[0].o, made[1].o, made[2].o, its.none);
@@ -251,11 +265,11 @@ SN_COMMON(PyObject *, streamnorm_apply)(PyObject *ctx, PyObject *const *args, in
 
 // told.fold() and shortcut.fold() -> whether it could
 static PyObject *fold(const Told &told) {
-    sn_memory h1, h2;
+    Found h1, h2;
     if (told.folds == NOTHING) return another(its.yes);
-    const bool can = told.folds == BOTH && told.h1.find(told.wide_bits, told.slots, h1) &&
-                     (!told.has_h2 || told.h2.find(told.wide_bits, told.slots, h2));
-    if (can) told.fold(&h1, told.has_h2 ? &h2 : nullptr, told.slots, told.keep);
+    const bool can = told.folds == BOTH && h1.find(told.h1, told.wide_bits, told.slots) &&
+                     (!told.has_h2 || h2.find(told.h2, told.wide_bits, told.slots));
+    if (can) told.fold(&h1.memory, told.has_h2 ? &h2.memory : nullptr, told.slots, told.keep);
     return another(can ? its.yes : its.no);
 }
 SN_COMMON(PyObject *, streamnorm_fold)(PyObject *self, PyObject *) { return fold(told_of(self)); }
