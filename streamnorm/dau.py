@@ -82,7 +82,7 @@ class Attachment:
         return AUTO_WARMUP if has_tiny_references(self.layers) else 0
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if self._warm or not self.warming_up:
+        if not self.warming_up:
             return None
         _drop_gradients(optimizer)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -100,7 +100,7 @@ class Attachment:
         # A fused optimizer under a gradient scaler runs step() and skips inside its kernel; this is its own record.
         overflow = vars(optimizer).get("found_inf")
         happened = True if overflow is None else overflow == 0
-        warming = not self._warm and self.warming_up
+        warming = self.warming_up
         for layer in self.layers:
             layer.fold(happened)
             if warming and layer.policy.uses_estimate and layer.H2 is not None:
@@ -211,7 +211,7 @@ def vectorized(model: nn.Module, batches: int, averaged: bool = False) -> Iterat
                 f"{type(module).__name__} {name!r} would normalize {batches} mini-batches as one; use "
                 "streamnorm.BatchNorm in its place, or the loop over mini-batches (vectorize=False)"
             )
-    before = [(layer.steps, layer.averaged) for layer in layers]
+    before = [(layer.steps, layer.unit) for layer in layers]
 
     def begin(*_: Any) -> None:
         for layer in layers:
@@ -220,13 +220,13 @@ def vectorized(model: nn.Module, batches: int, averaged: bool = False) -> Iterat
     begins = model.register_forward_pre_hook(begin)  # each call of the model is a cycle
     try:
         for layer in layers:
-            layer.steps, layer.averaged = batches, averaged
+            layer.steps, layer.unit = batches, batches if averaged else 1
         begin()
         yield
     finally:
         begins.remove()
-        for layer, (steps, was_averaged) in zip(layers, before, strict=True):
-            layer.steps, layer.averaged = steps, was_averaged
+        for layer, (steps, unit) in zip(layers, before, strict=True):
+            layer.steps, layer.unit = steps, unit
             layer._calls.in_cycle = None if steps == 1 else layer._calls.in_cycle
 
 

@@ -2,8 +2,8 @@
 
 It computes what the loop of ``scan`` computes, for cells whose hidden path is normalized per feature by rules that
 the kernels know. A step's norms are done by the kernels of ``fused``; the gradients of the weights are one product over
-all steps. Where it cannot, or where something is not finite, it leaves
-the memories as they were, and the loop does it. Imports the cells and what stands below them.
+all steps. Where it cannot, or where something is not finite, it leaves the memories as they were, and the loop does it.
+Imports the cells and what stands below them.
 
 Legend: ``T`` time steps, ``n`` sequences, ``H`` hidden units, ``k`` gates.
 """

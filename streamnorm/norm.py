@@ -145,7 +145,7 @@ class Norm(nn.Module):
         self.policy = policy
         self.steps = 1
         self.reverse = False
-        self.averaged = False
+        self.unit = 1
         _check_pairing(ref, moment, policy)
         shape = (2, ref.groups(num_features)) if ref.place == "all" and ref.is_built_in else None
         self.H1 = None if policy.F is None else Memory(policy.F, shape)
@@ -225,9 +225,6 @@ class Norm(nn.Module):
                 "vectorized() for each"
             )
 
-    def _unit(self) -> int:
-        return self.steps if self.averaged else 1
-
     def _is_cyclic(self) -> bool:
         return self.steps > 1 and not self.reverse
 
@@ -251,7 +248,7 @@ class Norm(nn.Module):
         remembers = modules.get("H1") is not None
         if remembers and _recomputing():
             return self._fused_again(x, affine)
-        told = fused.told(x, self.steps if remembers else 1, self.reverse, self._check, self._unit())
+        told = fused.told(x, self.steps if remembers else 1, self.reverse, self._check, self.unit)
         if told is None:
             return None
         calls.reference_size = told.reference_size
@@ -276,7 +273,7 @@ class Norm(nn.Module):
         """What the choice of a compiled call depends on, beside the memories."""
         mine = vars(self)
         yield keeps_its_class(self)
-        for name in ("definition", "policy", "steps", "reverse", "averaged", "_modules"):
+        for name in ("definition", "policy", "steps", "reverse", "unit", "_modules"):
             yield is_still(mine, name)
         yield is_still(self._modules, "affine")
         yield answers(kernels.limit, 0)
@@ -319,7 +316,7 @@ class Norm(nn.Module):
         latest = self._calls.latest
         again = latest if self.H1 is not None and latest and len(latest) == 3 and _recomputing() else None
         # A sample is normalized by itself, however the first axis is cut; a recomputed call is cut as it was.
-        steps, unit = again[0] if again else (self.steps, self._unit())
+        steps, unit = again[0] if again else (self.steps, self.unit)
         view = self._check(x, 1 if self.H1 is None else steps)
         if not view.numel():
             return x.clone()

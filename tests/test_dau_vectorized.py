@@ -194,3 +194,15 @@ def test_the_loss_may_be_the_mean_over_the_mini_batches(backend: str | None, spo
     assert len(made[0]) == 9 + 7
     for i, (got, want) in enumerate(zip(made[1], made[0], strict=True)):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12, equal_nan=True, msg=f"value {i}")
+
+
+def test_a_cycle_of_one_mini_batch_has_the_units_of_the_loop() -> None:
+    """Time steps are no mini-batches: the loss is not their mean."""
+    made = []
+    for averaged in (False, True):
+        torch.manual_seed(2)
+        layer = sn.NormRNN(4, 3)
+        with sn.vectorized(layer, 1, averaged=averaged):
+            layer(torch.randn(5, 8, 4, requires_grad=True))[0].sum().backward()
+        made.append(dict(layer.named_buffers()))
+    torch.testing.assert_close(made[1], made[0], rtol=0, atol=0)

@@ -198,8 +198,7 @@ class Monitor:
                 self._hang_up()
             self.steps += 1
             self._has_stepped = True
-            if self.steps % self.every == 0:
-                self._listen()
+            self._listen()
 
     def _listen(self) -> None:
         if self._is_listening:
