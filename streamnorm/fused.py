@@ -91,10 +91,6 @@ class Native:
             self._addresses = addresses
         return self._where if self._kind == (dtype, 2 * slots) else None
 
-    def changing(self) -> Iterator[Tensor]:
-        """The members that a call changes."""
-        return map(self.memory.get_buffer, (self._short, "estimate", "count", "seen"))
-
 
 class Told:
     """What the kernels are told about one kind of input, and the calls for it.
@@ -283,10 +279,6 @@ class Fused:
         for native in (self.H1, self.H2):
             if native is not None:
                 yield from native.guards()
-
-    def changing(self) -> Iterator[Tensor]:
-        """What a forward call changes."""
-        return self.H1.changing() if self.H1 is not None else iter(())
 
     @property
     def folds(self) -> int:

@@ -12,7 +12,7 @@ from close import rounding
 from torch import Tensor, nn
 
 import streamnorm as sn
-from streamnorm import fusedscan
+from streamnorm import fusedscan, scan
 from streamnorm.kernels import library, using
 
 if library.library() is None:
@@ -31,14 +31,20 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each pass over time was a compiled one."""
     seen: list[bool] = []
-    real = fusedscan.run
+    run, loop = fusedscan.run, scan._loop
 
-    def watched(*args: Any) -> Any:
-        rows = real(*args)
-        seen.append(rows is not None)
+    def watched_run(*args: Any) -> Any:
+        rows = run(*args)
+        if rows is not None:
+            seen.append(True)
         return rows
 
-    monkeypatch.setattr(fusedscan, "run", watched)
+    def watched_loop(*args: Any) -> Any:
+        seen.append(False)
+        return loop(*args)
+
+    monkeypatch.setattr(fusedscan, "run", watched_run)
+    monkeypatch.setattr(scan, "_loop", watched_loop)
     return seen
 
 
@@ -136,6 +142,78 @@ def test_units_shared_out_to_threads(net: Any, H: int, n: int, threads: int) -> 
             scale = max(want[name][finite].abs().max().item(), 1.0) if finite.any() else 1.0
             bound = rounding(torch.float64, n * H, scale)
             assert (value - want[name])[finite].abs().max() <= bound if finite.any() else True, f"call {call} {name}"
+
+
+@pytest.mark.parametrize("net", [sn.NormRNN, sn.NormGRU])
+def test_blocks_are_not_threads(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread may have several blocks of the units or none, and another number of threads may go back."""
+    monkeypatch.setattr(fusedscan, "BLOCK", 20)
+    monkeypatch.setattr(fusedscan, "MANY", 1)
+    torch.manual_seed(6)
+    fast = net(5, 70).double()
+    slow = copy.deepcopy(fast)
+    before = torch.get_num_threads()
+    for there, back in ((1, 3), (3, 1), (2, 7)):
+        x = torch.randn(9, 3, 5).double()
+        try:
+            torch.set_num_threads(there)
+            y = fast(x)[0]
+            torch.set_num_threads(back)
+            y.backward(x.sum(2, keepdim=True).expand_as(y))
+        finally:
+            torch.set_num_threads(before)
+        with using("eager"):
+            slow(x)[0].backward(x.sum(2, keepdim=True).expand_as(y))
+    for (name, a), b in zip(fast.state_dict().items(), slow.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+    for (name, a), b in zip(fast.named_parameters(), slow.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+INPUTS: dict[str, dict[str, Any]] = {
+    "none": {"norm": None, "norm_h": sn.StreamingNorm},
+    "per sample": {"norm": sn.SampleNorm, "norm_h": sn.StreamingNorm},
+    "of its own rules": {"norm": sn.BatchNorm, "norm_h": sn.StreamingNorm},
+    "watched": {},
+    "shared by the gates": {},
+}
+
+
+@pytest.mark.parametrize("which", INPUTS)
+@pytest.mark.parametrize("learns", [True, False])
+def test_what_normalizes_the_input(which: str, learns: bool, taken: list[bool]) -> None:
+    """Inside the pass or before it, and H2 sees a gradient only where something is to be learned from it."""
+    torch.manual_seed(7)
+    fast, calls = sn.NormGRU(5, 7, **INPUTS[which]).double(), []
+    cell = fast.cells["l0"]
+    if which == "shared by the gates":
+        cell.norm_ih["z"] = cell.norm_ih["r"]
+    if which == "watched":
+        cell.norm_ih["z"].register_forward_hook(lambda *_: calls.append(1))
+    cell.weight_ih.requires_grad_(learns)
+    if cell.bias_ih is not None:
+        cell.bias_ih.requires_grad_(learns)
+    slow = copy.deepcopy(fast)
+    for _ in range(3):
+        x, dy = torch.randn(4, 6, 5).double(), torch.randn(4, 6, 7).double()
+        got = fast(x)[0]
+        got.backward(dy)
+        with using("eager"):
+            want = slow(x)[0]
+            want.backward(dy)
+        torch.testing.assert_close(got, want)
+        for model in (fast, slow):
+            for norm in model.modules():
+                if isinstance(norm, sn.Norm):
+                    norm.fold()
+    assert taken == [True, False] * 3
+    assert len(calls) == (6 if which == "watched" else 0)
+    for (name, a), b in zip(fast.named_buffers(), slow.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+    for (name, a), b in zip(fast.named_parameters(), slow.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, msg=name)
 
 
 def test_the_state_may_be_carried_in_place() -> None:
@@ -241,11 +319,12 @@ def test_a_second_derivative_is_refused() -> None:
 
 @pytest.mark.parametrize("H", [100, 130])
 @pytest.mark.parametrize("net", [sn.NormRNN, sn.NormGRU])
-def test_a_pass_does_not_depend_on_the_number_of_threads(net: Any, H: int) -> None:
-    """A unit's sums have one order, whoever takes them."""
+def test_a_pass_does_not_depend_on_the_number_of_threads(net: Any, H: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit's sums have one order, whoever takes them, in however many blocks."""
     torch.manual_seed(3)
     layer, x = net(7, H, norm=NORMS["mixed"]), torch.randn(6, 70, 7)
     before, made = torch.get_num_threads(), []
+    monkeypatch.setattr(fusedscan, "BLOCK", 33)
     for threads in (1, 2, 3):
         copied = copy.deepcopy(layer)
         torch.set_num_threads(threads)
@@ -254,7 +333,6 @@ def test_a_pass_does_not_depend_on_the_number_of_threads(net: Any, H: int) -> No
             y.backward(torch.ones_like(y))
         finally:
             torch.set_num_threads(before)
-        hidden = copied.cells["l0"].norm_hh.values()
-        made.append([y, *(value for norm in hidden for value in (*norm.buffers(), norm.weight.grad))])
+        made.append([y, *copied.buffers(), *(parameter.grad for parameter in copied.parameters())])
     for other in made[1:]:
         assert all(torch.equal(a, b) for a, b in zip(made[0], other, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -199,13 +200,16 @@ def test_h2_learns_only_from_calls_that_h1_learned_from() -> None:
 
 
 @pytest.mark.parametrize("center", ["batch", "estimate", "zero"])
-@pytest.mark.parametrize("bad", [(3,), (0, 3, 4)])
-def test_a_refused_mini_batch_does_not_touch_the_rest_of_its_cycle(center: str, bad: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("bad", [(3,), (0, 3, 4), (4, 5)])
+@pytest.mark.parametrize("rules", [{}, {"alpha": (0.6, 0.4), "beta": (0.5, 0.3, 0.2)}], ids=["default", "own"])
+def test_a_refused_mini_batch_does_not_touch_the_rest_of_its_cycle(
+    center: str, bad: tuple[int, ...], rules: dict[str, Any]
+) -> None:
     cycle = draw((6, 2, 4), 0).float()
     for step in bad:
         cycle[step] = overflowing((2, 4))
     cycle[1, 0, 0] = float("nan")
-    once, each = sn.StreamingNorm(4, center=center), sn.StreamingNorm(4, center=center)
+    once, each = sn.StreamingNorm(4, center=center, **rules), sn.StreamingNorm(4, center=center, **rules)
     x = cycle.flatten(0, 1).requires_grad_()
     with sn.vectorized(once, 6):
         once(x).square().sum().backward()

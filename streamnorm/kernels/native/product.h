@@ -1,47 +1,48 @@
-// The matrix product of a recurrence: few rows, a matrix that stays for all time steps. It is packed once, in the order
-// in which it is read; sums are made in registers, a block of rows by some vectors of units at a time. A unit's sum is
-// taken in one order, whatever the threads and blocks are.
+// The matrix products of a recurrence. Sums are made in registers, a block of rows by some vectors of units at a time;
+// of a matrix that is read many times a copy is kept in the order in which it is read. Every sum is taken in one order,
+// whatever the threads and blocks are.
+//
+// A matrix whose columns are the hidden units comes in parts side by side, `x(p)` of `x.count()`.
 #pragma once
 #include "vec.h"
 
 namespace {
 
+// Some columns of a matrix: rows of `many` values, `apart` from one to the next.
+template <class A> struct Part { const A *at; int64_t apart, many; };
+
+// f(first vector, number of vectors) over so many units, `most` vectors at a time and as even as they can be.
+template <class A, class F> SN_INLINE void panels(int64_t units, int most, const F &f) {
+    const int64_t all = (units + lanes<A>::W - 1) / lanes<A>::W, count = (all + most - 1) / most;
+    for (int64_t p = 0; p < count; p++) {
+        const int64_t first = all * p / count;
+        f(first, all * (p + 1) / count - first);
+    }
+}
+
+// y = x M^T: few rows, and a matrix that stays for all time steps.
 template <class A> struct Product {
     static constexpr int W = lanes<A>::W;
     static constexpr int ROWS = BYTES == 64 ? 8 : 4, WIDE = 3;  // what the registers hold, with the matrix beside it
 
-    const A *packed = nullptr;
-    int64_t inputs = 0, units = 0;
+    const A *packed;
+    int64_t inputs, units;
 
-    // Values that a packed matrix takes.
-    static int64_t room(int64_t inputs, int64_t units) { return inputs * ((units + W - 1) / W * W); }
-
-    int64_t vectors() const { return (units + W - 1) / W; }
-    // f(first vector, number of vectors): as even as they can be
-    template <class F> void panels(const F &f) const {
-        const int64_t all = vectors(), count = (all + WIDE - 1) / WIDE;
-        for (int64_t p = 0; p < count; p++) {
-            const int64_t first = all * p / count;
-            f(first, all * (p + 1) / count - first);
-        }
-    }
-
-    // Takes units `from` .. from + many of a matrix (inputs, inputs), whose rows make units (y = x M^T), or columns do.
-    void pack(const A *matrix, bool rows_make_units, int64_t size, int64_t from, int64_t many, A *room) {
-        packed = room, inputs = size, units = many;
-        panels([&](int64_t first, int64_t v) {
-            A *to = room + first * W * size;
-            for (int64_t k = 0; k < size; k++)
+    // Units `from` .. from + units of a matrix (inputs, inputs), whose rows make units (y = x M^T), or columns do, in
+    // the order in which they are read; `to` has room for whole vectors of units.
+    static void pack(const A *matrix, bool rows_make_units, int64_t inputs, int64_t from, int64_t units, A *to) {
+        panels<A>(units, WIDE, [&](int64_t first, int64_t v) {
+            for (int64_t k = 0; k < inputs; k++)
                 for (int64_t lane = 0; lane < v * W; lane++) {
                     const int64_t u = first * W + lane, unit = from + u;
-                    *to++ = u >= many ? (A)0 : rows_make_units ? matrix[unit * size + k] : matrix[k * size + unit];
+                    *to++ = u >= units ? (A)0 : rows_make_units ? matrix[unit * inputs + k] : matrix[k * inputs + unit];
                 }
         });
     }
 
-    // y (rows, units) of x (rows, inputs), both with `apart` values from row to row; added to what is there, or not.
-    template <bool add> void multiply(const A *x, A *y, int64_t rows, int64_t apart) const {
-        panels([&](int64_t first, int64_t v) {
+    // y (rows, units), `apart` values from row to row; added to what is there, or not.
+    template <bool add, class X> void multiply(const X &x, A *y, int64_t rows, int64_t apart) const {
+        panels<A>(units, WIDE, [&](int64_t first, int64_t v) {
             const A *part = packed + first * W * inputs;
             A *out = y + first * W;
             const int64_t left = units - first * W;
@@ -53,27 +54,31 @@ template <class A> struct Product {
     }
 
 private:
-    template <bool add, int V>
-    void panel(const A *x, A *y, int64_t rows, int64_t apart, const A *part, int last) const {
+    template <bool add, int V, class X>
+    void panel(const X &x, A *y, int64_t rows, int64_t apart, const A *part, int last) const {
         int64_t r = 0;
-        for (; r + ROWS <= rows; r += ROWS) block<add, ROWS, V>(x + r * apart, y + r * apart, apart, part, last);
-        if (ROWS > 4 && r + 4 <= rows) block<add, 4, V>(x + r * apart, y + r * apart, apart, part, last), r += 4;
-        if (r + 2 <= rows) block<add, 2, V>(x + r * apart, y + r * apart, apart, part, last), r += 2;
-        if (r < rows) block<add, 1, V>(x + r * apart, y + r * apart, apart, part, last);
+        for (; r + ROWS <= rows; r += ROWS) block<add, ROWS, V>(x, r, y + r * apart, apart, part, last);
+        if (ROWS > 4 && r + 4 <= rows) block<add, 4, V>(x, r, y + r * apart, apart, part, last), r += 4;
+        if (r + 2 <= rows) block<add, 2, V>(x, r, y + r * apart, apart, part, last), r += 2;
+        if (r < rows) block<add, 1, V>(x, r, y + r * apart, apart, part, last);
     }
 
-    template <bool add, int R, int V>
-    void block(const A *x, A *y, int64_t apart, const A *part, int last) const {
+    template <bool add, int R, int V, class X>
+    void block(const X &x, int64_t from, A *y, int64_t apart, const A *part, int last) const {
         vec<A> sum[R][V] = {};
-        for (int64_t k = 0; k < inputs; k++, part += V * W) {
-            vec<A> m[V];
+        for (int64_t p = 0; p < x.count(); p++) {
+            const Part<A> in = x(p);
+            const A *rows = in.at + from * in.apart;
+            for (int64_t k = 0; k < in.many; k++, part += V * W) {
+                vec<A> m[V];
 #pragma GCC unroll 8
-            for (int v = 0; v < V; v++) m[v] = load(part + v * W);
+                for (int v = 0; v < V; v++) m[v] = load(part + v * W);
 #pragma GCC unroll 8
-            for (int r = 0; r < R; r++) {
-                const vec<A> value = all(x[r * apart + k]);
+                for (int r = 0; r < R; r++) {
+                    const vec<A> value = all(rows[r * in.apart + k]);
 #pragma GCC unroll 8
-                for (int v = 0; v < V; v++) sum[r][v] += value * m[v];
+                    for (int v = 0; v < V; v++) sum[r][v] += value * m[v];
+                }
             }
         }
 #pragma GCC unroll 8
@@ -87,6 +92,86 @@ private:
                 if (whole) store(to, s);
                 else store_part(to, last, s);
             }
+    }
+};
+
+constexpr int64_t DEPTH = 128;  // rows that stay in the caches, with the matrix that they add to
+
+// M = D^T X: the products of many rows, summed.
+template <class A> struct Gram {
+    static constexpr int W = lanes<A>::W, UNITS = Product<A>::ROWS, WIDE = Product<A>::WIDE;
+
+    // M (units, inputs) of d (rows, units) and x (rows, inputs), added to what is there, or not. `room` for DEPTH values
+    // of every unit, to whole UNITS.
+    template <class X>
+    static void sum(const Part<A> &d, const X &x, int64_t rows, bool add, A *M, int64_t inputs, A *room) {
+        alignas(64) A beside[DEPTH * WIDE * W];
+        for (int64_t r = 0; r < rows; r += DEPTH) {
+            const int64_t deep = rows - r < DEPTH ? rows - r : DEPTH;
+            for (int64_t u = 0; u < d.many; u += UNITS) pack<UNITS>(d, r, deep, u, room + u * DEPTH);
+            A *column = M;
+            for (int64_t p = 0; p < x.count(); p++) {
+                const Part<A> in = x(p);
+                panels<A>(in.many, WIDE, [&](int64_t first, int64_t v) {
+                    const int64_t left = in.many - first * W;
+                    const int last = (int)(left >= v * W ? W : left - (v - 1) * W);
+                    if (v == 3) pack<3 * W>(in, r, deep, first * W, beside);
+                    else if (v == 2) pack<2 * W>(in, r, deep, first * W, beside);
+                    else pack<W>(in, r, deep, first * W, beside);
+                    for (int64_t u = 0; u < d.many; u += UNITS) {
+                        const int64_t some = d.many - u < UNITS ? d.many - u : UNITS;
+                        const bool more = add || r > 0;
+                        const A *units = room + u * DEPTH;
+                        A *to = column + u * inputs + first * W;
+                        if (v == 3) block<3>(units, beside, deep, more, to, inputs, (int)some, last);
+                        else if (v == 2) block<2>(units, beside, deep, more, to, inputs, (int)some, last);
+                        else block<1>(units, beside, deep, more, to, inputs, (int)some, last);
+                    }
+                });
+                column += in.many;
+            }
+        }
+    }
+
+private:
+    // Some columns of some rows, one row after the other, zeros where there are none.
+    template <int many>
+    static void pack(const Part<A> &x, int64_t first_row, int64_t rows, int64_t from, A *to) {
+        const int64_t here = x.many - from < many ? x.many - from : many;
+        const A *row = x.at + first_row * x.apart + from;
+        for (int64_t r = 0; r < rows; r++, to += many, row += x.apart) {
+            if (here == many) memcpy(to, row, sizeof(A) * many);
+            else for (int64_t i = 0; i < many; i++) to[i] = i < here ? row[i] : (A)0;
+        }
+    }
+
+    template <int V>
+    static void block(const A *d, const A *x, int64_t deep, bool add, A *to, int64_t apart, int units, int last) {
+        vec<A> sum[UNITS][V] = {};
+        for (int64_t k = 0; k < deep; k++, d += UNITS, x += V * W) {
+            vec<A> m[V];
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) m[v] = load(x + v * W);
+#pragma GCC unroll 8
+            for (int u = 0; u < UNITS; u++) {
+                const vec<A> value = all(d[u]);
+#pragma GCC unroll 8
+                for (int v = 0; v < V; v++) sum[u][v] += value * m[v];
+            }
+        }
+#pragma GCC unroll 8
+        for (int u = 0; u < UNITS; u++) {
+            if (u >= units) break;
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) {
+                A *at = to + u * apart + v * W;
+                const bool whole = v < V - 1 || last == W;
+                vec<A> s = sum[u][v];
+                if (add) s += whole ? load(at) : load_part(at, last);
+                if (whole) store(at, s);
+                else store_part(at, last, s);
+            }
+        }
     }
 };
 
