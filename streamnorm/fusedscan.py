@@ -138,6 +138,11 @@ class _Layer:
     relu: bool
     blocks: int
 
+    @property
+    def normalizes_input(self) -> bool:
+        """Whether its input comes before its norms."""
+        return len(self.calls) > self.gates
+
     def forward(
         self, h0: Tensor, inputs: list[Tensor], weights: list[Tensor], gains: list[Tensor | None]
     ) -> tuple[Tensor, Tensor] | None:
@@ -157,7 +162,12 @@ class _Layer:
         return None if wrong else (out, tape)
 
     def backward(
-        self, dout: Tensor, tape: Tensor, weights: list[Tensor], gains: list[Tensor | None]
+        self,
+        dout: Tensor,
+        tape: Tensor,
+        inputs: list[Tensor],
+        weights: list[Tensor],
+        gains: list[Tensor | None],
     ) -> tuple[Tensor | None, ...]:
         """Gradients of h0, the inputs, the weights and the gains."""
         k, (T, n, H), new = self.gates, self.shape, dout.new_empty
@@ -165,10 +175,12 @@ class _Layer:
         if layer is None:
             raise RuntimeError("the memories of a recurrent layer were moved between its forward and backward pass")
         dh0, dinputs, dweights, dgains = new(n, H), new(k, T * n, H), new(k, H, H), new(len(gains), H)
-        work, dout = new(_room(layer)[2]), dout.contiguous()
+        work, dout, inputs = new(_room(layer)[2]), dout.contiguous(), [a.contiguous() for a in inputs]
         layer.dout, layer.dh0, layer.tape, layer.work = (t.data_ptr() for t in (dout, dh0, tape, work))
         for path, dx, dweight in zip(layer.path, dinputs, dweights, strict=False):
             path.dx, path.dmatrix = dx.data_ptr(), dweight.data_ptr()
+        for path, a in zip(layer.path, inputs, strict=False):
+            path.x = a.data_ptr()
         for site, dgain, dbias in zip(self._sites(layer), dgains[::2], dgains[1::2], strict=True):
             site.dweight, site.dbias = dgain.data_ptr(), dbias.data_ptr()
         _kernel(f"{self.name}_backward", dout.dtype)(ctypes.addressof(layer))
@@ -213,7 +225,7 @@ class _Scan(torch.autograd.Function):
     def forward(ctx: Any, layer: _Layer, made: tuple[Tensor, Tensor], h0: Tensor, *tensors: Tensor | None) -> Tensor:
         out, tape = made
         ctx.layer = layer
-        ctx.save_for_backward(tape, *tensors[layer.gates :])
+        ctx.save_for_backward(tape, *tensors[0 if layer.normalizes_input else layer.gates :])
         return out
 
     @staticmethod
@@ -221,7 +233,8 @@ class _Scan(torch.autograd.Function):
         refuse_second_derivative()
         layer, (tape, *saved) = ctx.layer, ctx.saved_tensors
         k = layer.gates
-        return None, None, *layer.backward(grads[0], tape, saved[:k], saved[k:])
+        inputs, rest = (saved[:k], saved[k:]) if layer.normalizes_input else ([], saved)
+        return None, None, *layer.backward(grads[0], tape, inputs, rest[:k], rest[k:])
 
 
 @cache

@@ -20,7 +20,7 @@ struct sn_path {
     sn_site hidden, input;             // the latter null: as it comes
     const void *matrix;                // (H, H), row i makes feature i of W h
     void *dmatrix;                     // or null
-    const void *x;                     // (T, n, H): W x
+    const void *x;                     // (T, n, H): W x; back, where it is normalized
     void *dx;
 };
 
@@ -82,14 +82,14 @@ template <class F> SN_INLINE void sites(const sn_layer &l, const F &f) {
 // What forward leaves for the way back.
 struct Tape : Shelf {
     int64_t states;                    // (T + 1, n): h before the first step and after each
-    int64_t entered[SITES];            // (T, n): what a norm was given
-    int64_t tables[SITES];             // (T, 5), as its `forward` leaves them
-    int64_t gate[PATHS] = {};          // GRU, (T, n): after the non-linearity
+    int64_t product[PATHS];            // (T, n): W h before its norm
+    int64_t tables[SITES];             // (T, 5), as a norm's `forward` leaves them
+    int64_t gate[PATHS];               // GRU, (T, n): after the non-linearity
     explicit Tape(const sn_layer &l) {
         const int64_t steps = l.T * l.n;
         states = put(steps + l.n);
-        sites(l, [&](int s) { entered[s] = put(steps), tables[s] = put(5 * l.T); });
-        for (int i = 0; l.paths > 1 && i < l.paths; i++) gate[i] = put(steps);
+        sites(l, [&](int s) { tables[s] = put(5 * l.T); });
+        for (int i = 0; i < l.paths; i++) product[i] = put(steps), gate[i] = put(l.paths > 1 ? steps : 0);
     }
 };
 
@@ -98,6 +98,7 @@ struct Room : Shelf {
     int64_t packed[PATHS];             // (H): the matrix as it is read
     int64_t memory[SITES];             // (3, 2): long, short and estimate of H1 or H2
     int64_t scratch[SITES];            // (4)
+    int64_t x;                         // (n): W x before its norm
     int64_t left[SITES];               // forward, (n): what goes into the gate
     int64_t masked = 0;                // GRU: r h; forward (n), back (deep, n)
     int64_t deep = 0;                  // back: time steps whose products the gradients of matrices take in together
@@ -110,6 +111,7 @@ struct Room : Shelf {
         for (int i = 0; i < l.paths; i++) packed[i] = put(l.H);
         sites(l, [&](int s) { memory[s] = put(6), scratch[s] = put(4); });
         deep = back ? l.n < DEPTH / 2 ? DEPTH / l.n : 2 : 1;  // at least 2: a thread may be a step ahead of a reader
+        x = put(l.n);
         if (l.paths > 1) masked = put(deep * l.n);
         if (!back) {
             for (int s = 0; s < SITES; s++) left[s] = put(s % PATHS < l.paths ? l.n : 0);

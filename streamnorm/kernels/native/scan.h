@@ -113,11 +113,17 @@ template <class A> struct Scan {
     }
     static const A *gains(const void *p, const Block &b) { return p ? (const A *)p + b.from : nullptr; }
 
-    // What has entered goes through the norm.
+    // What a norm is given, in a block: W h, or W x, which is brought in.
+    A *entered(int s, int64_t t, const Block &b) const {
+        if (s < PATHS) return kept.at(tape.product[s] + t * l.n, b);
+        A *to = work.at(room.x, b);
+        Buffer<A>::copy_rows(dense(l.path[s - PATHS].x, t) + b.from, l.H, to, b.apart, l.n, b.wide);
+        return to;
+    }
     void normalize(int s, int64_t t, const Block &b) {
         const sn_plan p = plan(s, b);
         const sn_memory h1 = memory(s, b);
-        Job<A> J = forward_job<A>(&p, &h1, kept.at(tape.entered[s] + t * l.n, b), gains(site_of(l, s).weight, b),
+        Job<A> J = forward_job<A>(&p, &h1, entered(s, t, b), gains(site_of(l, s).weight, b),
                                   gains(site_of(l, s).bias, b), work.at(room.left[s], b),
                                   kept.at(tape.tables[s] + t * 5, b), work.at(room.scratch[s], b));
         J.past = false;  // it is read at once
@@ -128,7 +134,7 @@ template <class A> struct Scan {
     // norm(W h) of a path, or norm(W (r h)).
     template <class X> void from_state(int i, int64_t t, const X &x) {
         blocks([&](const Block &b) {
-            multiply(i, x, kept.at(tape.entered[i] + t * l.n, b), b);
+            multiply(i, x, kept.at(tape.product[i] + t * l.n, b), b);
             normalize(i, t, b);
         });
         arrived(counts[i]);
@@ -138,20 +144,20 @@ template <class A> struct Scan {
         const int s = PATHS + i;
         const bool normed = site_of(l, s).plan;
         blocks([&](const Block &b) {
-            A *to = normed ? kept.at(tape.entered[s] + t * l.n, b) : work.at(room.left[s], b);
-            Buffer<A>::copy_rows(dense(l.path[i].x, t) + b.from, l.H, to, b.apart, l.n, b.wide);
-            if (normed) normalize(s, t, b);
+            if (normed) return normalize(s, t, b);
+            const A *x = dense(l.path[i].x, t) + b.from;
+            Buffer<A>::copy_rows(x, l.H, work.at(room.left[s], b), b.apart, l.n, b.wide);
         });
         arrived(counts[s]);
     }
 
     // f(job, memory or null) for the way back through a norm, block by block
-    template <class F> void way_back(int s, int64_t t, const F &f) {
+    template <class F> void way_back(int s, int64_t t, bool enters, const F &f) {
         blocks([&](const Block &b) {
             const sn_plan p = plan(s, b);
             const sn_memory h2 = of(s) ? memory(s, b) : sn_memory{};
             A *once = work.at(room.once, b);
-            Job<A> J = backward_job<A>(&p, of(s) ? &h2 : nullptr, kept.at(tape.entered[s] + t * l.n, b),
+            Job<A> J = backward_job<A>(&p, of(s) ? &h2 : nullptr, enters ? entered(s, t, b) : nullptr,
                                        gains(site_of(l, s).weight, b), work.at(room.dgate[s % PATHS] + slot(t, 2), b),
                                        kept.at(tape.tables[s] + t * 5, b), work.at(room.scratch[s], b),
                                        work.at(room.dentered[s] + slot(t, s < PATHS ? room.deep : 2), b), once,
@@ -169,7 +175,7 @@ template <class A> struct Scan {
     // it is finite, which `settle` will know.
     void denormalize(int i, int64_t t) {
         norms(i, [&](int s) {
-            way_back(s, t, [&](const Job<A> &J, const Block &b, const sn_memory &) {
+            way_back(s, t, true, [&](const Job<A> &J, const Block &b, const sn_memory &) {
                 if (!denormalize(J, b)) __atomic_store_n(&news.at(t, s), 1, __ATOMIC_RELAXED);
                 A *dweight = work.at(room.sums[s], b), *dbias = dweight + b.apart;
                 for (int64_t u = 0; u < b.wide; u++) dweight[u] += J.dweight[u], dbias[u] += J.dbias[u];
@@ -183,7 +189,7 @@ template <class A> struct Scan {
         norms(i, [&](int s) {
             if (!of(s)) return;
             const bool refused = __atomic_load_n(&news.at(t, s), __ATOMIC_RELAXED);
-            way_back(s, t, [&](Job<A> &J, const Block &b, const sn_memory &h2) {
+            way_back(s, t, refused, [&](Job<A> &J, const Block &b, const sn_memory &h2) {
                 J.refused = refused;
                 if (refused) denormalize(J, b);
                 else commit(h2, J.S, 0, b.wide, J.fresh, J.last, J.last + J.S);
