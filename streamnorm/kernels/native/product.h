@@ -148,6 +148,8 @@ private:
     template <int V>
     static void block(const A *d, const A *x, int64_t deep, bool add, A *to, int64_t apart, int units, int last) {
         vec<A> sum[UNITS][V] = {};
+        for (int u = 0; u < units; u++)
+            for (int v = 0; v < V; v++) __builtin_prefetch(to + u * apart + v * W, 1);
         for (int64_t k = 0; k < deep; k++, d += UNITS, x += V * W) {
             vec<A> m[V];
 #pragma GCC unroll 8
