@@ -40,8 +40,8 @@ class Native:
         self.buffers: Any = memory._buffers
         mix, self._rate = (rule.mix, 0.0) if self.folds else ((0.0,) * 3, rule.rate)
         self._mix = (ctypes.c_double * 3)(*mix)
-        self._short, updates = ("short", "updates") if self.folds else ("long", "seen")
-        self._names = "long", self._short, "estimate", "count", updates, "seen", "skipped"
+        short, updates = ("short", "updates") if self.folds else ("long", "seen")
+        self._names = "long", short, "estimate", "count", updates, "seen", "skipped"
         self._addresses: tuple[int, ...] = ()
         self._where: int | None = None
         self._kind: tuple[torch.dtype, int] | None = None

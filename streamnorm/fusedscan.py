@@ -29,8 +29,10 @@ BLOCK = 512
 """The most hidden units that are computed together."""
 MOST = 64 * BLOCK
 """The most hidden units that the kernels take."""
-MANY = 1 << 19
+MANY = 1 << 16
 """Multiplications in a step's product from which on it is worth several threads."""
+FEW = 32
+"""The fewest hidden units that are worth a thread."""
 NAMES: dict[type[Cell], str] = {NormRNNCell: "rnn", NormGRUCell: "gru"}
 
 
@@ -214,8 +216,8 @@ class _Layer:
 
 def _blocks(n: int, H: int) -> int:
     """How many parts the units are computed in: as many as are worth a thread, which waits for the others."""
-    threads = 1 if n * H * H < MANY else torch.get_num_threads()
-    return min(max(-(-H // BLOCK), threads), MOST // BLOCK)
+    threads = 1 if n * H * H < MANY else min(torch.get_num_threads(), H // FEW)
+    return min(max(-(-H // BLOCK), threads, 1), MOST // BLOCK)
 
 
 class _Scan(torch.autograd.Function):
