@@ -16,6 +16,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from streamnorm import kernels
@@ -42,65 +43,60 @@ class Site(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("plan", "h1", "h2", "weight", "bias", "dweight", "dbias")]
 
 
-class Path(ctypes.Structure):
-    """What enters a gate: ``sn_path`` of ``native/layer.h``."""
-
-    _fields_ = [
-        *((name, Site) for name in ("hidden", "input")),
-        *((name, ctypes.c_void_p) for name in ("matrix", "dmatrix", "x", "dx")),
-    ]
-
-
 class Layer(ctypes.Structure):
     """A layer over time: ``sn_layer`` of ``native/layer.h``."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("T", "n", "H")),
         *((name, ctypes.c_int32) for name in ("paths", "relu", "blocks", "threads")),
-        ("path", Path * 3),
-        *((name, ctypes.c_void_p) for name in ("h0", "out", "dout", "dh0", "tape", "work")),
+        *((name, Site * 3) for name in ("hidden", "input")),
+        *((name, ctypes.c_void_p) for name in ("matrix", "x", "h0", "out", "dout", "dh0", "dx", "dmatrix")),
+        *((name, ctypes.c_void_p) for name in ("tape", "work")),
     ]
 
 
-def run(cell: Cell, inputs: list[Tensor], steps: int, h0: Tensor, norms_ih: list[Any]) -> Tensor | None:
-    """h of every step ``(T n, H)``; None, with all memories as they were: it has to be done otherwise.
+def run(cell: Cell, data: Tensor, steps: int, h0: Tensor, inputs: list[Tensor] | None = None) -> Tensor | None:
+    """h of every step ``(T n, H)`` of ``data (T n, input_size)``; None, with all memories as they were: it has to be
+    done otherwise.
 
-    ``inputs``: ``W_x x`` of every gate ``(T n, H)``, and ``norms_ih`` what normalizes it; or normalized, and none.
+    ``inputs``: ``Norm(W_x x)`` of every gate ``(T n, H)``, where they are known.
     """
-    calls = _served(cell, inputs, h0, norms_ih)
+    norms_ih = [] if cell.norm_ih is None or inputs is not None else [*cell.norm_ih.values()]
+    calls = _served(cell, data, h0, norms_ih)
     if calls is None:
         return None
-    weights = [weight for weight, _ in cell.hidden_weights()]
+    x = F.linear(data, cell.weight_ih, cell.bias_ih) if inputs is None else torch.cat(inputs, 1)
     gains = [gain for norm, _, _ in calls for gain in gains_of(norm.affine) or (None, None)]
     layer = _Layer(
         name=NAMES[type(cell)],
         calls=[call[1:] for call in calls],
-        gates=len(inputs),
+        gates=len(cell.gates),
         shape=(steps, *h0.shape),
         relu=getattr(cell, "nonlinearity", "") == "relu",
         blocks=_blocks(*h0.shape),
     )
-    made = layer.forward(h0, inputs, weights, gains)
+    made = layer.forward(h0, x, cell.weight_hh, gains)
     if made is None:
         return None
     nothing = made[0][:0]
     for norm, *_ in calls:
         norm._count(norm._calls, ((1, 1), nothing, nothing))  # no call that could be computed again
-    return _Scan.apply(layer, made, h0, *inputs, *weights, *gains) if torch.is_grad_enabled() else made[0]
+    return _Scan.apply(layer, made, h0, x, cell.weight_hh, *gains) if torch.is_grad_enabled() else made[0]
 
 
-def _served(cell: Cell, inputs: list[Tensor], h0: Tensor, norms_ih: list[Any]) -> list[tuple[Norm, Fused, Told]] | None:
+def _served(cell: Cell, data: Tensor, h0: Tensor, norms_ih: list[Any]) -> list[tuple[Norm, Fused, Told]] | None:
     """The norms of the hidden path and of the input's with their compiled calls, if the kernels know all of them and
     nobody watches."""
     if type(cell) not in NAMES or not kernels.may_use("cpu") or cell.norm_hh is None or h0.shape[1] > MOST:
         return None
     if not cpu.takes(h0) or h0.dtype not in (torch.float32, torch.float64) or torch._C._current_graph_task_id() != -1:
         return None
-    if any(a.dtype is not h0.dtype for a in (*inputs, cell.weight_hh)) or torch.is_autocast_enabled("cpu"):
+    weights = cell.weight_ih, cell.weight_hh
+    if any(a.dtype is not h0.dtype for a in (data, *weights)) or torch.is_autocast_enabled("cpu"):
         return None
     if not (h0.requires_grad or cell.weight_hh.requires_grad):
         return None  # the loop asks for no gradient at the first step, and H2 would miss it
-    if norms_ih and torch.is_grad_enabled() and not all(a.requires_grad for a in inputs):
+    if norms_ih and torch.is_grad_enabled() and not (data.requires_grad or cell.weight_ih.requires_grad):
         return None  # nor for an input that nothing is to be learned from
     norms: list[Any] = [*cell.norm_hh.values(), *norms_ih]
     if len(set(map(id, norms))) < len(norms) or library.library() is None:
@@ -146,58 +142,50 @@ class _Layer:
         return len(self.calls) > self.gates
 
     def forward(
-        self, h0: Tensor, inputs: list[Tensor], weights: list[Tensor], gains: list[Tensor | None]
+        self, h0: Tensor, x: Tensor, weight: Tensor, gains: list[Tensor | None]
     ) -> tuple[Tensor, Tensor] | None:
         """h of every step ``(T n, H)`` and what the way back needs; None if something was not finite, with the memories
-        as they were."""
+        as they were. ``x (T n, k H)``: what the input brings to the gates."""
         T, n, H = self.shape
-        layer = self._told(weights, gains)
+        layer = self._told(weight, gains)
         if layer is None:
             return None
         room = _room(layer)
         out, tape, work = h0.new_empty(T * n, H), h0.new_empty(room[0]), h0.new_empty(room[1])
-        h0, inputs = h0.detach().contiguous(), [a.detach().contiguous() for a in inputs]
-        layer.h0, layer.out, layer.tape, layer.work = (t.data_ptr() for t in (h0, out, tape, work))
-        for path, a in zip(layer.path, inputs, strict=False):
-            path.x = a.data_ptr()
+        h0, x = h0.detach().contiguous(), x.detach().contiguous()
+        layer.h0, layer.x, layer.out, layer.tape, layer.work = (t.data_ptr() for t in (h0, x, out, tape, work))
         wrong = _kernel(f"{self.name}_forward", h0.dtype)(ctypes.addressof(layer))
         return None if wrong else (out, tape)
 
     def backward(
-        self,
-        dout: Tensor,
-        tape: Tensor,
-        inputs: list[Tensor],
-        weights: list[Tensor],
-        gains: list[Tensor | None],
+        self, dout: Tensor, tape: Tensor, x: Tensor | None, weight: Tensor, gains: list[Tensor | None]
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of h0, the inputs, the weights and the gains."""
-        k, (T, n, H), new = self.gates, self.shape, dout.new_empty
-        layer = self._told(weights, gains)
+        """Gradients of h0, x, the weight and the gains."""
+        (T, n, H), new = self.shape, dout.new_empty
+        layer = self._told(weight, gains)
         if layer is None:
             raise RuntimeError("the memories of a recurrent layer were moved between its forward and backward pass")
-        dh0, dinputs, dweights, dgains = new(n, H), new(k, T * n, H), new(k, H, H), new(len(gains), H)
-        work, dout, inputs = new(_room(layer)[2]), dout.contiguous(), [a.contiguous() for a in inputs]
+        dh0, dx, dweight, dgains = new(n, H), new(T * n, self.gates * H), torch.empty_like(weight), new(len(gains), H)
+        work, dout = new(_room(layer)[2]), dout.contiguous()
         layer.dout, layer.dh0, layer.tape, layer.work = (t.data_ptr() for t in (dout, dh0, tape, work))
-        for path, dx, dweight in zip(layer.path, dinputs, dweights, strict=False):
-            path.dx, path.dmatrix = dx.data_ptr(), dweight.data_ptr()
-        for path, a in zip(layer.path, inputs, strict=False):
-            path.x = a.data_ptr()
+        layer.dx, layer.dmatrix = dx.data_ptr(), dweight.data_ptr()
+        if x is not None:
+            x = x.contiguous()
+            layer.x = x.data_ptr()
         for site, dgain, dbias in zip(self._sites(layer), dgains[::2], dgains[1::2], strict=True):
             site.dweight, site.dbias = dgain.data_ptr(), dbias.data_ptr()
         _kernel(f"{self.name}_backward", dout.dtype)(ctypes.addressof(layer))
         by_gain = [None if gain is None else d.to(gain.dtype) for gain, d in zip(gains, dgains, strict=True)]
-        return dh0, *dinputs, *dweights, *by_gain
+        return dh0, dx, dweight, *by_gain
 
-    def _told(self, weights: list[Tensor], gains: list[Tensor | None]) -> Layer | None:
-        """Where everything is; None if a memory or a matrix is not where the kernels can read it."""
+    def _told(self, weight: Tensor, gains: list[Tensor | None]) -> Layer | None:
+        """Where everything is; None if a memory or the matrix is not where the kernels can read it."""
+        if not weight.is_contiguous():
+            return None
         layer = Layer(*self.shape, self.gates, self.relu, self.blocks, min(self.blocks, torch.get_num_threads()))
+        layer.matrix = weight.data_ptr()
         dtype = self.calls[0][1].dtype
         layer.gains = [as_read(gain, dtype) for gain in gains]  # these live as long as they are pointed to
-        for path, weight in zip(layer.path, weights, strict=False):
-            if not weight.is_contiguous():
-                return None
-            path.matrix = weight.data_ptr()
         pairs = zip(layer.gains[::2], layer.gains[1::2], strict=True)
         for site, (fused, told), (gain, bias) in zip(self._sites(layer), self.calls, pairs, strict=True):
             site.plan = ctypes.addressof(told.plan)
@@ -210,8 +198,8 @@ class _Layer:
 
     def _sites(self, layer: Layer) -> list[Site]:
         """Where the norms stand, in the order of ``calls``."""
-        paths = layer.path[: self.gates]
-        return [*(path.hidden for path in paths), *(path.input for path in paths)][: len(self.calls)]
+        k = self.gates
+        return [*layer.hidden[:k], *layer.input[:k]][: len(self.calls)]
 
 
 def _blocks(n: int, H: int) -> int:
@@ -224,19 +212,19 @@ class _Scan(torch.autograd.Function):
     """The way back of a pass that has been computed."""
 
     @staticmethod
-    def forward(ctx: Any, layer: _Layer, made: tuple[Tensor, Tensor], h0: Tensor, *tensors: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, layer: _Layer, made: tuple[Tensor, Tensor], h0: Tensor, x: Tensor, *parameters: Tensor | None
+    ) -> Tensor:
         out, tape = made
         ctx.layer = layer
-        ctx.save_for_backward(tape, *tensors[0 if layer.normalizes_input else layer.gates :])
+        ctx.save_for_backward(tape, x if layer.normalizes_input else None, *parameters)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        layer, (tape, *saved) = ctx.layer, ctx.saved_tensors
-        k = layer.gates
-        inputs, rest = (saved[:k], saved[k:]) if layer.normalizes_input else ([], saved)
-        return None, None, *layer.backward(grads[0], tape, inputs, rest[:k], rest[k:])
+        tape, x, weight, *gains = ctx.saved_tensors
+        return None, None, *ctx.layer.backward(grads[0], tape, x, weight, gains)
 
 
 @cache

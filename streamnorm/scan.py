@@ -37,23 +37,16 @@ def scan(
     """
     if from_the_end:
         data, sizes = torch.cat(data.split(list(sizes))[::-1]), sizes[::-1]
-    inputs = cell.project(data)
-    norms = [] if cell.norm_ih is None else [cell.norm_ih[gate] for gate in cell.gates]
-    rows = _compiled(cell, inputs, sizes, start, norms)
-    if rows is None and norms:
-        inputs = [over_time(norm, a, sizes) for norm, a in zip(norms, inputs, strict=True)]
-        rows = _compiled(cell, inputs, sizes, start, [])
+    n, is_even = sizes[0], min(sizes) == max(sizes)
+    rows = fusedscan.run(cell, data, len(sizes), start[0]) if is_even else None
+    inputs = cell.project(data) if rows is None else []
+    if rows is None and cell.norm_ih is not None:
+        inputs = [over_time(cell.norm_ih[gate], a, sizes) for gate, a in zip(cell.gates, inputs, strict=True)]
+        rows = fusedscan.run(cell, data, len(sizes), start[0], inputs) if is_even else None
     if rows is not None:
-        n = sizes[0]
         return (torch.cat(rows.split(n)[::-1]) if from_the_end else rows), (rows[-n:],)
     outputs, state = _loop(cell, inputs, sizes, start)
     return torch.cat(outputs[::-1] if from_the_end else outputs), state
-
-
-def _compiled(
-    cell: Cell, inputs: list[Tensor], sizes: Sequence[int], start: State, norms: list[nn.Module]
-) -> Tensor | None:
-    return fusedscan.run(cell, inputs, len(sizes), start[0], norms) if min(sizes) == max(sizes) else None
 
 
 def _loop(cell: Cell, inputs: Sequence[Tensor], sizes: Sequence[int], start: State) -> tuple[list[Tensor], State]:

@@ -15,25 +15,18 @@ struct sn_site {
     void *dweight, *dbias;             // (H)
 };
 
-// What enters a gate, from the state and from the input; mirrored by `Path` in streamnorm/fusedscan.py.
-struct sn_path {
-    sn_site hidden, input;             // the latter null: as it comes
-    const void *matrix;                // (H, H), row i makes feature i of W h
-    void *dmatrix;                     // or null
-    const void *x;                     // (T, n, H): W x; back, where it is normalized
-    void *dx;
-};
-
 // A layer; mirrored by `Layer` in streamnorm/fusedscan.py. All that is named here is dense.
 struct sn_layer {
     int64_t T, n, H;
-    int32_t paths, relu;               // RNN: one path; GRU: reset, update, candidate
+    int32_t paths, relu;               // into the gates; RNN: one; GRU: reset, update, candidate
     int32_t blocks, threads;
-    sn_path path[3];
+    sn_site hidden[3], input[3];       // the latter null: as it comes
+    const void *matrix;                // (paths, H, H), row i makes feature i of W h
+    const void *x;                     // (T, n, paths, H): W x; back, where it is normalized
     const void *h0;                    // (n, H)
     void *out;                         // (T, n, H): h after every step
     const void *dout;
-    void *dh0;
+    void *dh0, *dx, *dmatrix;          // the last may be null
     void *tape, *work;                 // what forward leaves for the way back; room for one call
 };
 
@@ -71,7 +64,7 @@ struct Shelf {
 // Sites by number: the norms of W h, then those of W x.
 constexpr int PATHS = 3, SITES = 2 * PATHS;
 SN_INLINE const sn_site &site_of(const sn_layer &l, int s) {
-    return s < PATHS ? l.path[s].hidden : l.path[s - PATHS].input;
+    return s < PATHS ? l.hidden[s] : l.input[s - PATHS];
 }
 // f(s) over those that there are
 template <class F> SN_INLINE void sites(const sn_layer &l, const F &f) {
@@ -141,11 +134,11 @@ template <class A> struct Buffer {
             const Block &b = buffer.cut(p);
             return {buffer.at(place, b), b.apart, b.wide};
         }
-        void copy_rows(int64_t first, int64_t end, A *to) const {  // to what is dense
+        void copy_rows(int64_t first, int64_t end, A *to, int64_t to_apart) const {
             for (int64_t p = 0; p < count(); p++) {
                 const Block &b = buffer.cut(p);
-                Buffer::copy_rows(buffer.at(place, b) + first * b.apart, b.apart, to + first * buffer.cut.H + b.from,
-                                  buffer.cut.H, end - first, b.wide);
+                Buffer::copy_rows(buffer.at(place, b) + first * b.apart, b.apart, to + first * to_apart + b.from, to_apart,
+                                  end - first, b.wide);
             }
         }
     };

@@ -4,7 +4,7 @@
 //
 // A matrix whose columns are the hidden units comes in parts side by side, `x(p)` of `x.count()`.
 #pragma once
-#include "vec.h"
+#include "slots.h"
 
 namespace {
 
@@ -33,9 +33,10 @@ template <class A> struct Product {
     static void pack(const A *matrix, bool rows_make_units, int64_t inputs, int64_t from, int64_t units, A *to) {
         panels<A>(units, WIDE, [&](int64_t first, int64_t v) {
             for (int64_t k = 0; k < inputs; k++)
-                for (int64_t lane = 0; lane < v * W; lane++) {
-                    const int64_t u = first * W + lane, unit = from + u;
-                    *to++ = u >= units ? (A)0 : rows_make_units ? matrix[unit * inputs + k] : matrix[k * inputs + unit];
+                for (int64_t u = first * W; u < (first + v) * W; u += W, to += W) {
+                    const int64_t here = units - u < W ? units - u : W;
+                    if (!rows_make_units) store(to, table(matrix + k * inputs + from + u, (int)here));
+                    else for (int64_t i = 0; i < W; i++) to[i] = i < here ? matrix[(from + u + i) * inputs + k] : (A)0;
                 }
         });
     }

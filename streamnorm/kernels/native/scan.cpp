@@ -19,14 +19,14 @@ template <class A> void Scan<A>::rnn_forward() {
             });
         });
         meet(states(t + 1));
-        put_out(states(t + 1), t, l.out);
+        put_out(t);
     }
     end_forward();
 }
 template <class A> void Scan<A>::rnn_backward() {
     begin_backward();
     for (int64_t t = l.T - 1; t >= 0; t--) {
-        const A *dout = dense(l.dout, t);
+        const A *dout = this->dout(t);
         blocks([&](const Block &b) {
             const A *out = kept.at(tape.states + (t + 1) * l.n, b), *dh = work.at(room.dh, b);
             A *da = work.at(room.dgate[0] + slot(t, 2), b);
@@ -78,7 +78,7 @@ template <class A> void Scan<A>::gru_forward() {
             });
         });
         meet(states(t + 1));
-        put_out(states(t + 1), t, l.out);
+        put_out(t);
     }
     end_forward();
 }
@@ -86,7 +86,7 @@ template <class A> void Scan<A>::gru_backward() {
     begin_backward();
     for (int64_t t = l.T - 1; t >= 0; t--) {
         const int64_t now = t * l.n;
-        const A *dout = dense(l.dout, t);
+        const A *dout = this->dout(t);
         blocks([&](const Block &b) {
             const A *h = kept.at(tape.states + now, b), *z = kept.at(tape.gate[1] + now, b);
             const A *c = kept.at(tape.gate[2] + now, b);

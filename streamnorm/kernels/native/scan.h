@@ -31,7 +31,7 @@ template <class A> struct Scan {
           kept{(A *)l.tape, tape.all, cut}, work{(A *)l.work, room.all, cut} {}
 
     const sn_memory *of(int s) const { return back ? site_of(l, s).h2 : site_of(l, s).h1; }
-    const A *dense(const void *p, int64_t t) const { return (const A *)p + t * l.n * l.H; }
+    const A *dout(int64_t t) const { return (const A *)l.dout + t * l.n * l.H; }
     int64_t share(int64_t many, int next) const { return many * (member.number + next) / member.members; }
     // f(block) over this thread's blocks
     template <class F> SN_MEMBER void blocks(const F &f) const {
@@ -74,7 +74,7 @@ template <class A> struct Scan {
     void begin() {
         paths([&](int i) {
             blocks([&](const Block &b) {
-                Product<A>::pack((const A *)l.path[i].matrix, !back, l.H, b.from, b.wide, work.at(room.packed[i], b));
+                Product<A>::pack((const A *)l.matrix + i * l.H * l.H, !back, l.H, b.from, b.wide, work.at(room.packed[i], b));
             });
         });
         sites(l, [&](int s) {
@@ -113,11 +113,16 @@ template <class A> struct Scan {
     }
     static const A *gains(const void *p, const Block &b) { return p ? (const A *)p + b.from : nullptr; }
 
+    int64_t gates() const { return l.paths * l.H; }  // values of a row of x
+    void bring_in(int i, int64_t t, A *to, const Block &b) const {
+        const A *x = (const A *)l.x + t * l.n * gates() + i * l.H + b.from;
+        Buffer<A>::copy_rows(x, gates(), to, b.apart, l.n, b.wide);
+    }
     // What a norm is given, in a block: W h, or W x, which is brought in.
     A *entered(int s, int64_t t, const Block &b) const {
         if (s < PATHS) return kept.at(tape.product[s] + t * l.n, b);
         A *to = work.at(room.x, b);
-        Buffer<A>::copy_rows(dense(l.path[s - PATHS].x, t) + b.from, l.H, to, b.apart, l.n, b.wide);
+        bring_in(s - PATHS, t, to, b);
         return to;
     }
     void normalize(int s, int64_t t, const Block &b) {
@@ -144,9 +149,8 @@ template <class A> struct Scan {
         const int s = PATHS + i;
         const bool normed = site_of(l, s).plan;
         blocks([&](const Block &b) {
-            if (normed) return normalize(s, t, b);
-            const A *x = dense(l.path[i].x, t) + b.from;
-            Buffer<A>::copy_rows(x, l.H, work.at(room.left[s], b), b.apart, l.n, b.wide);
+            if (normed) normalize(s, t, b);
+            else bring_in(i, t, work.at(room.left[s], b), b);
         });
         arrived(counts[s]);
     }
@@ -225,14 +229,15 @@ template <class A> struct Scan {
             for (int64_t i = 0; i < l.n * theirs.apart; i += 64 / (int64_t)sizeof(A)) __builtin_prefetch(theirs.at + i);
         }
     }
-    // This thread's share of a step's rows, to where time steps are dense.
-    void put_out(const Matrix &from, int64_t t, void *to) const {
-        from.copy_rows(share(l.n, 0), share(l.n, 1), (A *)to + t * l.n * l.H);
+    // This thread's share of a step's rows, to where all time steps and units are side by side.
+    void put_out(int64_t t) const {
+        states(t + 1).copy_rows(share(l.n, 0), share(l.n, 1), (A *)l.out + t * l.n * l.H, l.H);
     }
     void put_out_dx(int64_t t) const {
         paths([&](int i) {
-            const bool normed = l.path[i].input.plan;
-            put_out(work.matrix((normed ? room.dentered[PATHS + i] : room.dgate[i]) + slot(t, 2)), t, l.path[i].dx);
+            const int64_t place = site_of(l, PATHS + i).plan ? room.dentered[PATHS + i] : room.dgate[i];
+            A *to = (A *)l.dx + t * l.n * gates() + i * l.H;
+            work.matrix(place + slot(t, 2)).copy_rows(share(l.n, 0), share(l.n, 1), to, gates());
         });
     }
     void begin_forward() {
@@ -257,12 +262,11 @@ template <class A> struct Scan {
     }
     // The gradient of a path's matrix takes in the time steps from t on, as many as are kept.
     void take_in(int i, int64_t t, const Matrix &x) {
-        const sn_path &p = l.path[i];
-        if (t % room.deep || !p.dmatrix) return;
+        if (t % room.deep || !l.dmatrix) return;
         const int64_t steps = l.T - t < room.deep ? l.T - t : room.deep;
         blocks([&](const Block &b) {
             Gram<A>::sum({work.at(room.dentered[i], b), b.apart, b.wide}, x, steps * l.n, t + steps < l.T,
-                         (A *)p.dmatrix + b.from * l.H, l.H, work.at(room.rows, b));
+                         (A *)l.dmatrix + (i * l.H + b.from) * l.H, l.H, work.at(room.rows, b));
         });
     }
     void end_backward() {
