@@ -89,10 +89,10 @@ def _served(cell: Cell, data: Tensor, h0: Tensor, norms_ih: list[Any]) -> list[t
     nobody watches."""
     if type(cell) not in NAMES or not kernels.may_use("cpu") or cell.norm_hh is None or h0.shape[1] > MOST:
         return None
-    if not cpu.takes(h0) or h0.dtype not in (torch.float32, torch.float64) or torch._C._current_graph_task_id() != -1:
+    if h0.dtype not in (torch.float32, torch.float64) or torch._C._current_graph_task_id() != -1:
         return None
-    weights = cell.weight_ih, cell.weight_hh
-    if any(a.dtype is not h0.dtype for a in (data, *weights)) or torch.is_autocast_enabled("cpu"):
+    given = h0, data, cell.weight_ih, cell.weight_hh
+    if not all(cpu.takes(a) and a.dtype is h0.dtype for a in given) or torch.is_autocast_enabled("cpu"):
         return None
     if not (h0.requires_grad or cell.weight_hh.requires_grad):
         return None  # the loop asks for no gradient at the first step, and H2 would miss it
