@@ -67,7 +67,7 @@ class LayerNormLoop(nn.Module):
 
 
 class Products:
-    """The matrix products of such a layer and nothing else: what no recurrent layer can be faster than."""
+    """The matrix products of such a layer and nothing else, by ``torch.mm``."""
 
     def __init__(self, size: int, kind: str, pair: Pair) -> None:
         self.pair = pair
