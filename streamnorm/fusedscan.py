@@ -28,8 +28,8 @@ from streamnorm.op import refuse_second_derivative
 
 BLOCK = 512
 """The most hidden units that are computed together."""
-MOST = 64 * BLOCK
-"""The most hidden units that the kernels take."""
+BLOCKS = 64
+"""The most parts that they are cut into: ``Cut::MOST`` of ``native/layer.h``."""
 MANY = 1 << 16
 """Multiplications in a step's product from which on it is worth several threads."""
 FEW = 32
@@ -63,7 +63,7 @@ def run(cell: Cell, data: Tensor, steps: int, h0: Tensor, inputs: list[Tensor] |
     """
     norms_ih = [] if cell.norm_ih is None or inputs is not None else [*cell.norm_ih.values()]
     calls = _served(cell, data, h0, norms_ih)
-    if calls is None:
+    if calls is None or (inputs is not None and not all(_is_read(a, h0, (len(data), h0.shape[1])) for a in inputs)):
         return None
     x = F.linear(data, cell.weight_ih, cell.bias_ih) if inputs is None else torch.cat(inputs, 1)
     gains = [gain for norm, _, _ in calls for gain in gains_of(norm.affine) or (None, None)]
@@ -84,10 +84,15 @@ def run(cell: Cell, data: Tensor, steps: int, h0: Tensor, inputs: list[Tensor] |
     return _Scan.apply(layer, made, h0, x, cell.weight_hh, *gains) if torch.is_grad_enabled() else made[0]
 
 
+def _is_read(x: Tensor, like: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether the kernels can read what somebody's norm has made."""
+    return cpu.takes(x) and x.dtype is like.dtype and x.shape == shape
+
+
 def _served(cell: Cell, data: Tensor, h0: Tensor, norms_ih: list[Any]) -> list[tuple[Norm, Fused, Told]] | None:
     """The norms of the hidden path and of the input's with their compiled calls, if the kernels know all of them and
     nobody watches."""
-    if type(cell) not in NAMES or not kernels.may_use("cpu") or cell.norm_hh is None or h0.shape[1] > MOST:
+    if type(cell) not in NAMES or not kernels.may_use("cpu") or cell.norm_hh is None or h0.shape[1] > BLOCKS * BLOCK:
         return None
     if h0.dtype not in (torch.float32, torch.float64) or torch._C._current_graph_task_id() != -1:
         return None
@@ -99,12 +104,16 @@ def _served(cell: Cell, data: Tensor, h0: Tensor, norms_ih: list[Any]) -> list[t
     if norms_ih and torch.is_grad_enabled() and not (data.requires_grad or cell.weight_ih.requires_grad):
         return None  # nor for an input that nothing is to be learned from
     norms: list[Any] = [*cell.norm_hh.values(), *norms_ih]
-    if len(set(map(id, norms))) < len(norms) or library.library() is None:
-        return None  # one norm at several places meets their gradients in the loop's order
-    like, calls = h0.new_empty(h0.shape), []
+    if library.library() is None:
+        return None
+    like, calls, seen = h0.new_empty(h0.shape), [], set()
     for norm in norms:
-        if not isinstance(norm, Norm) or not norm.training or norm.H1 is None or norm.steps != 1:
+        if not isinstance(norm, Norm) or type(norm).forward is not Norm.forward or not norm.training:
             return None
+        memories = {id(memory) for memory in (norm.H1, norm.H2) if memory is not None}
+        if norm.H1 is None or norm.steps != 1 or memories & seen:
+            return None  # a memory at several places meets what arrives in the loop's order
+        seen |= memories
         if is_hooked(norm) or (norm.affine is not None and gains_of(norm.affine) is None):
             return None
         fused = norm.compiled()
@@ -158,20 +167,19 @@ class _Layer:
         return None if wrong else (out, tape)
 
     def backward(
-        self, dout: Tensor, tape: Tensor, x: Tensor | None, weight: Tensor, gains: list[Tensor | None]
+        self, dout: Tensor, tape: Tensor, x: Tensor | None, weight: Tensor, gains: list[Tensor | None], learns: bool
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of h0, x, the weight and the gains."""
+        """Gradients of h0, x, the weight if it ``learns``, and the gains."""
         (T, n, H), new = self.shape, dout.new_empty
         layer = self._told(weight, gains)
         if layer is None:
             raise RuntimeError("the memories of a recurrent layer were moved between its forward and backward pass")
-        dh0, dx, dweight, dgains = new(n, H), new(T * n, self.gates * H), torch.empty_like(weight), new(len(gains), H)
-        work, dout = new(_room(layer)[2]), dout.contiguous()
+        dh0, dx, dgains, work = new(n, H), new(T * n, self.gates * H), new(len(gains), H), new(_room(layer)[2])
+        dweight = torch.empty_like(weight) if learns else None
+        dout = dout.resolve_neg().contiguous()
         layer.dout, layer.dh0, layer.tape, layer.work = (t.data_ptr() for t in (dout, dh0, tape, work))
-        layer.dx, layer.dmatrix = dx.data_ptr(), dweight.data_ptr()
-        if x is not None:
-            x = x.contiguous()
-            layer.x = x.data_ptr()
+        layer.dx, layer.dmatrix = dx.data_ptr(), None if dweight is None else dweight.data_ptr()
+        layer.x = None if x is None else x.data_ptr()
         for site, dgain, dbias in zip(self._sites(layer), dgains[::2], dgains[1::2], strict=True):
             site.dweight, site.dbias = dgain.data_ptr(), dbias.data_ptr()
         _kernel(f"{self.name}_backward", dout.dtype)(ctypes.addressof(layer))
@@ -185,8 +193,8 @@ class _Layer:
         layer = Layer(*self.shape, self.gates, self.relu, self.blocks, min(self.blocks, torch.get_num_threads()))
         layer.matrix = weight.data_ptr()
         dtype = self.calls[0][1].dtype
-        layer.gains = [as_read(gain, dtype) for gain in gains]  # these live as long as they are pointed to
-        pairs = zip(layer.gains[::2], layer.gains[1::2], strict=True)
+        layer.kept_alive = kept = [as_read(gain, dtype) for gain in gains]  # as long as they are pointed to
+        pairs = zip(kept[::2], kept[1::2], strict=True)
         for site, (fused, told), (gain, bias) in zip(self._sites(layer), self.calls, pairs, strict=True):
             site.plan = ctypes.addressof(told.plan)
             site.h1, site.h2 = fused.addresses(told)
@@ -205,7 +213,7 @@ class _Layer:
 def _blocks(n: int, H: int) -> int:
     """How many parts the units are computed in: as many as are worth a thread, which waits for the others."""
     threads = 1 if n * H * H < MANY else min(torch.get_num_threads(), H // FEW)
-    return min(max(-(-H // BLOCK), threads, 1), MOST // BLOCK)
+    return min(max(-(-H // BLOCK), threads, 1), BLOCKS)
 
 
 class _Scan(torch.autograd.Function):
@@ -223,8 +231,11 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
+        dtype = grads[0].dtype
         tape, x, weight, *gains = ctx.saved_tensors
-        return None, None, *ctx.layer.backward(grads[0], tape, x, weight, gains)
+        # Hooks may have kept them otherwise.
+        tape, x, weight = (None if t is None else t.to(dtype).contiguous() for t in (tape, x, weight))
+        return None, None, *ctx.layer.backward(grads[0], tape, x, weight, gains, learns=ctx.needs_input_grad[4])
 
 
 @cache

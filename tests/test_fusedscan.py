@@ -216,6 +216,106 @@ def test_what_normalizes_the_input(which: str, learns: bool, taken: list[bool]) 
             torch.testing.assert_close(a.grad, b.grad, msg=name)
 
 
+def compare(fast: nn.Module, slow: nn.Module, x: Tensor, *dys: Tensor) -> None:
+    """Forward and back in compiled code and in the loop, once for every gradient: everything is the same."""
+    for dy in dys:
+        got = fast(x)[0]
+        got.backward(dy)
+        with using("eager"):
+            want = slow(x)[0]
+            want.backward(dy)
+        torch.testing.assert_close(got, want)
+    for (name, a), b in zip(fast.named_buffers(), slow.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+    for (name, a), b in zip(fast.named_parameters(), slow.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name, equal_nan=True)
+
+
+class Narrow(nn.Module):
+    """A norm of somebody's own, which computes in float32."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.float())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        return self  # stays float32 in a network of another dtype
+
+
+class OneForAll(nn.Module):
+    def __init__(self, c: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1, keepdim=True)
+
+
+class Doubled(sn.StreamingNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("norm", [Narrow, OneForAll, Doubled])
+@pytest.mark.parametrize("net", [sn.NormRNN, sn.NormGRU])
+def test_norms_of_ones_own(net: Any, norm: Any) -> None:
+    torch.manual_seed(8)
+    fast = net(5, 7, norm=norm, norm_h=sn.StreamingNorm).double()
+    compare(fast, copy.deepcopy(fast), torch.randn(4, 6, 5).double(), torch.randn(4, 6, 7).double())
+
+
+@pytest.mark.parametrize("where", [("norm_hh", "norm_hh"), ("norm_hh", "norm_ih")])
+def test_norms_that_share_a_memory(where: tuple[str, str]) -> None:
+    torch.manual_seed(9)
+    fast = sn.NormGRU(5, 7).double()
+    one, other = getattr(fast.cells["l0"], where[0])["r"], getattr(fast.cells["l0"], where[1])["z"]
+    other.H1, other.H2 = one.H1, one.H2
+    compare(fast, copy.deepcopy(fast), torch.randn(4, 6, 5).double(), torch.randn(4, 6, 7).double())
+
+
+@pytest.mark.parametrize("net", [sn.NormRNN, sn.NormGRU])
+def test_what_a_relu_stops_may_be_infinite(net: Any) -> None:
+    torch.manual_seed(10)
+    fast = net(5, 7, nonlinearity="relu").double()
+    slow, x, dy = copy.deepcopy(fast), torch.randn(4, 6, 5).double(), torch.randn(4, 6, 7).double()
+    compare(fast, slow, x, dy)
+    with torch.no_grad():
+        stopped = copy.deepcopy(fast)(x)[0] == 0
+    assert stopped.any()
+    if net is sn.NormRNN:  # a unit of a GRU at 0 has a past that is not
+        dy = dy.masked_fill(stopped, float("inf"))
+        compare(fast, slow, x, dy)
+        assert all(norm.H2.skipped == 0 for norm in fast.modules() if isinstance(norm, sn.Norm))
+
+
+def test_a_gradient_with_a_negative_bit() -> None:
+    torch.manual_seed(11)
+    fast = sn.NormGRU(5, 7).double()
+    x, dy = torch.randn(4, 6, 5).double(), torch.randn(4, 6, 7).double()
+    compare(fast, copy.deepcopy(fast), x, torch._neg_view(dy))
+
+
+def test_what_is_saved_may_be_kept_otherwise() -> None:
+    def run() -> list[Tensor | None]:
+        torch.manual_seed(12)
+        net, x = sn.NormGRU(5, 7).double(), torch.randn(4, 6, 5).double()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
+            y = net(x)[0]
+        y.backward(x.sum(2, keepdim=True).expand_as(y))
+        return [parameter.grad for parameter in net.parameters()]
+
+    def pack(t: Tensor) -> Tensor:
+        return t.float() if t.ndim == 1 and t.numel() > 7 else t.t().contiguous().t() if t.ndim == 2 else t.clone()
+
+    got = run()
+    with using("eager"):
+        want = run()
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
 def test_the_state_may_be_carried_in_place() -> None:
     """A pass keeps what it starts from; the loop would refuse to go back."""
 

@@ -43,9 +43,10 @@ SN_INLINE vec<double> tangent(vec<double> x) {
 template <class A> SN_INLINE vec<A> activate(vec<A> x, bool relu) {
     return relu ? choose<A>((mask<A>)(x < vec<A>{}), vec<A>{}, x) : tangent(x);  // what is no number stays
 }
-// The derivative from what comes out.
-template <class A> SN_INLINE vec<A> slope_at(vec<A> y, bool relu) {
-    return relu ? choose<A>((mask<A>)(y <= vec<A>{}), vec<A>{}, all((A)1)) : all((A)1) - y * y;
+// The gradient before the non-linearity, from that after it and what came out. Selected, as torch does: what a ReLU has
+// stopped is 0, and not 0 times what may be infinite.
+template <class A> SN_INLINE vec<A> deactivate(vec<A> g, vec<A> y, bool relu) {
+    return relu ? choose<A>((mask<A>)(y <= vec<A>{}), vec<A>{}, g) : g * (all((A)1) - y * y);
 }
 
 }  // namespace

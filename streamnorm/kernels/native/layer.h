@@ -26,7 +26,7 @@ struct sn_layer {
     const void *h0;                    // (n, H)
     void *out;                         // (T, n, H): h after every step
     const void *dout;
-    void *dh0, *dx, *dmatrix;          // the last may be null
+    void *dh0, *dx, *dmatrix;          // the last null: nobody asks for it
     void *tape, *work;                 // what forward leaves for the way back; room for one call
 };
 
@@ -38,7 +38,7 @@ struct Block { int64_t from, wide, apart; };  // its first unit, its units, valu
 
 // The hidden units in blocks, as even as whole lines can be.
 struct Cut {
-    static constexpr int64_t MOST = 64;  // blocks
+    static constexpr int64_t MOST = 64;  // blocks: `BLOCKS` in streamnorm/fusedscan.py
     int64_t H, count;
     Block blocks[MOST];
     Cut(int64_t units, int64_t parts) : H(units), count(parts) {

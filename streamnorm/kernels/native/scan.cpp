@@ -31,7 +31,7 @@ template <class A> void Scan<A>::rnn_backward() {
             const A *out = kept.at(tape.states + (t + 1) * l.n, b), *dh = work.at(room.dh, b);
             A *da = work.at(room.dgate[0] + slot(t, 2), b);
             each(b, [&](int64_t i, int64_t j, int k) {
-                put_at(da, i, k, (get(dh, i, k) + get(dout, j, k)) * slope_at<A>(get(out, i, k), l.relu));
+                put_at(da, i, k, deactivate<A>(get(dh, i, k) + get(dout, j, k), get(out, i, k), l.relu));
             });
         });
         denormalize(0, t);
@@ -94,7 +94,7 @@ template <class A> void Scan<A>::gru_backward() {
             A *dc = work.at(room.dgate[2] + slot(t, 2), b);
             each(b, [&](int64_t i, int64_t j, int k) {
                 vec<A> g = get(dh, i, k) + get(dout, j, k), u = get(z, i, k), fresh = get(c, i, k);
-                put_at(dc, i, k, g * u * slope_at<A>(fresh, l.relu));
+                put_at(dc, i, k, deactivate<A>(g * u, fresh, l.relu));
                 put_at(dz, i, k, g * (fresh - get(h, i, k)) * u * (all((A)1) - u));
                 put_at(dh, i, k, g * (all((A)1) - u));
             });

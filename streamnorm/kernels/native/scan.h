@@ -8,7 +8,8 @@ namespace {
 // H1 or H2 of a site as one thread sees it: every thread counts by itself, and all of them the same.
 struct Counts { int64_t count = 0, updates = 0, seen = 0, skipped = 0; };
 
-// What the threads tell each other: whether something at a site was not finite, in this step and those beside it.
+// What the threads tell each other: whether something at a site was not finite; back, in this step and those beside it,
+// forward, in any (at 0).
 struct News {
     int wrong[3][SITES] = {};
     int &at(int64_t t, int s) { return wrong[t % 3][s]; }
@@ -152,7 +153,7 @@ template <class A> struct Scan {
             if (normed) normalize(s, t, b);
             else bring_in(i, t, work.at(room.left[s], b), b);
         });
-        arrived(counts[s]);
+        if (normed) arrived(counts[s]);
     }
 
     // f(job, memory or null) for the way back through a norm, block by block
