@@ -12,20 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from streamnorm import fusedscan
-from streamnorm.cells import Cell, State, at
+from streamnorm.cells import Cell, State, Weights, at
 from streamnorm.norm import Norm
 
 
 def scan(
     cell: Cell, data: Tensor, sizes: Sequence[int], start: State, from_the_end: bool = False
 ) -> tuple[Tensor, State]:
-    """A cell over all time steps of ``data (N, input_size)``: one compiled call where there is one, else the loop that
-    it is compared with.
+    """A cell over all time steps of ``data (N, input_size)``: a compiled call for all steps of one size, where there is
+    one, else the loop that it is compared with.
 
     Args:
         sizes: how many sequences each step has; their rows follow each other in ``data``, longer sequences first.
@@ -37,37 +38,66 @@ def scan(
     """
     if from_the_end:
         data, sizes = torch.cat(data.split(list(sizes))[::-1]), sizes[::-1]
-    n, is_even = sizes[0], min(sizes) == max(sizes)
-    rows = fusedscan.run(cell, data, len(sizes), start[0]) if is_even else None
-    inputs = cell.project(data) if rows is None else []
-    if rows is None and cell.norm_ih is not None:
-        inputs = [over_time(cell.norm_ih[gate], a, sizes) for gate, a in zip(cell.gates, inputs, strict=True)]
-        rows = fusedscan.run(cell, data, len(sizes), start[0], inputs) if is_even else None
-    if rows is not None:
-        return (torch.cat(rows.split(n)[::-1]) if from_the_end else rows), (rows[-n:],)
-    outputs, state = _loop(cell, inputs, sizes, start)
-    return torch.cat(outputs[::-1] if from_the_end else outputs), state
-
-
-def _loop(cell: Cell, inputs: Sequence[Tensor], sizes: Sequence[int], start: State) -> tuple[list[Tensor], State]:
-    for norm in cell.hidden_norms():
-        _count_as_one(norm, len(sizes))
-    weights = cell.hidden_weights()
+    runs = _runs(sizes)
+    parts = _split(data, runs)
+    inputs: list[Sequence[Tensor]] = []  # of this run and those to come, if they cannot be normalized on the way
+    weights: Weights | None = None
     state: State = tuple(part[: sizes[0]] for part in start)
     outputs: list[Tensor] = []
     ended: list[State] = []
-    for t, now in enumerate(zip(*(a.split(list(sizes)) for a in inputs), strict=True)):
-        n, before = sizes[t], len(state[0])
+    for i, (first, steps, n) in enumerate(runs):
+        before = len(state[0])
         if n < before:
             ended.append(tuple(part[n:] for part in state))
             state = tuple(part[:n] for part in state)
         elif n > before:  # from the end, shorter sequences begin later
-            state = tuple(torch.cat([part, first[before:n]]) for part, first in zip(state, start, strict=True))
-        state = cell.step(now, state, weights, t)
-        outputs.append(state[0])
+            state = tuple(torch.cat([part, late[before:n]]) for part, late in zip(state, start, strict=True))
+        norms = list(cell.hidden_norms() if inputs else cell.norms())
+        rows = None if inputs else fusedscan.run(cell, parts[i], steps, state[0])
+        if rows is None:
+            norms = list(cell.hidden_norms())
+            inputs = inputs[1:] or _inputs(cell, parts[i:], runs[i:])
+            rows = fusedscan.run(cell, parts[i], steps, state[0], list(inputs[0]))
+        for norm in norms:
+            _count_as_one(norm, (steps if rows is None else 1) + (i > 0))
+        if rows is None:
+            weights = weights or cell.hidden_weights()
+            for t, now in enumerate(zip(*(a.split(n) for a in inputs[0]), strict=True), first):
+                state = cell.step(now, state, weights, t)
+                outputs.append(state[0])
+        else:
+            outputs.extend(rows.split(n) if from_the_end else [rows])
+            state = (rows[-n:],)
     if ended:
         state = tuple(torch.cat(parts) for parts in zip(state, *reversed(ended), strict=True))
-    return outputs, state
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs[::-1] if from_the_end else outputs)), state
+
+
+Run = tuple[int, int, int]
+"""Time steps of the same size: the first of them, how many, and their sequences."""
+
+
+def _runs(sizes: Sequence[int]) -> list[Run]:
+    runs: list[Run] = []
+    for n, same in groupby(sizes):
+        runs.append((sum(steps for _, steps, _ in runs), len(list(same)), n))
+    return runs
+
+
+def _split(a: Tensor, runs: Sequence[Run]) -> Sequence[Tensor]:
+    return a.split([steps * n for _, steps, n in runs]) if len(runs) > 1 else [a]
+
+
+def _inputs(cell: Cell, parts: Sequence[Tensor], runs: Sequence[Run]) -> list[Sequence[Tensor]]:
+    """``Norm(W_x x)`` of every gate, run by run."""
+    inputs = cell.project(torch.cat(list(parts)) if len(parts) > 1 else parts[0])
+    if cell.norm_ih is not None:
+        sizes = [n for _, steps, n in runs for _ in range(steps)]
+        norms = [cell.norm_ih[gate] for gate in cell.gates]
+        inputs = [over_time(norm, a, sizes) for norm, a in zip(norms, inputs, strict=True)]
+        for norm in norms:
+            _count_as_one(norm, 1 + (runs[0][0] > 0))
+    return list(zip(*(_split(a, runs) for a in inputs), strict=True))
 
 
 def over_time(norm: nn.Module, a: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -98,7 +128,7 @@ def _time_steps(norm: Norm, steps: int) -> Iterator[None]:
         norm.steps, norm.reverse = before
 
 
-def _count_as_one(norm: nn.Module, steps: int) -> None:
-    """A sequence is one call for the question whether a layer was forgotten, however many steps it has."""
+def _count_as_one(norm: nn.Module, calls: int) -> None:
+    """A sequence is one call for the question whether a layer was forgotten, however many it takes."""
     if isinstance(norm, Norm) and norm.training:
-        norm._calls.unfolded -= steps - 1
+        norm._calls.unfolded -= calls - 1

@@ -12,7 +12,7 @@ from close import rounding
 from torch import Tensor, nn
 
 import streamnorm as sn
-from streamnorm import fusedscan, scan
+from streamnorm import fusedscan
 from streamnorm.kernels import library, using
 
 if library.library() is None:
@@ -29,22 +29,17 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each pass over time was a compiled one."""
+    """Whether each run of time steps was a compiled one."""
     seen: list[bool] = []
-    run, loop = fusedscan.run, scan._loop
+    run = fusedscan.run
 
-    def watched_run(*args: Any) -> Any:
-        rows = run(*args)
-        if rows is not None:
-            seen.append(True)
+    def watched(cell: Any, data: Tensor, steps: int, h0: Tensor, inputs: Any = None) -> Any:
+        rows = run(cell, data, steps, h0, inputs)
+        if rows is not None or inputs is not None:  # the last word
+            seen.append(rows is not None)
         return rows
 
-    def watched_loop(*args: Any) -> Any:
-        seen.append(False)
-        return loop(*args)
-
-    monkeypatch.setattr(fusedscan, "run", watched_run)
-    monkeypatch.setattr(scan, "_loop", watched_loop)
+    monkeypatch.setattr(fusedscan, "run", watched)
     return seen
 
 
@@ -214,6 +209,58 @@ def test_what_normalizes_the_input(which: str, learns: bool, taken: list[bool]) 
         assert (a.grad is None) == (b.grad is None), name
         if a.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+@pytest.mark.parametrize("bad", [None, 0, 3])
+@pytest.mark.parametrize("norm", ["mixed", "l1", "batch"])
+@pytest.mark.parametrize("net", [sn.NormRNN, sn.NormGRU])
+def test_sequences_of_many_lengths(net: Any, norm: str, bad: int | None, taken: list[bool]) -> None:
+    """A compiled pass for all time steps of one size, and the loop for those where something is not finite."""
+    torch.manual_seed(13)
+    fast = net(5, 7, bidirectional=True, norm=NORMS[norm]).double()
+    slow = copy.deepcopy(fast)
+    lengths = [9, 9, 5, 4, 4, 2]
+    for update in range(3):
+        x, h0 = torch.randn(9, 6, 5).double(), torch.randn(2, 6, 7).double()
+        if bad is not None and update == 1:
+            x[bad, 0, 0] = float("nan")
+        dy, dh = torch.randn(9, 6, 14).double(), torch.randn(2, 6, 7).double()
+        made = []
+        for model, backend in ((fast, "cpu"), (slow, "eager")):
+            start, given = h0.clone().requires_grad_(), x.clone().requires_grad_()
+            with using(backend):
+                y, h = model(nn.utils.rnn.pack_padded_sequence(given, lengths), start)
+                y, _ = nn.utils.rnn.pad_packed_sequence(y)
+                torch.autograd.backward([y, h], [dy, dh])
+            made.append([y.detach(), h.detach(), given.grad, start.grad])
+            for layer in model.modules():
+                if isinstance(layer, sn.Norm):
+                    layer.fold()
+        for a, b in zip(*made, strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True)
+        for (name, a), b in zip(fast.named_buffers(), slow.buffers(), strict=True):
+            torch.testing.assert_close(a, b, msg=name)
+        for (name, a), b in zip(fast.named_parameters(), slow.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, msg=name, equal_nan=True)
+    runs = 4  # of 6, 5, 3 and 2 sequences
+    assert len(taken) == 3 * 2 * 2 * runs
+    assert taken[: 2 * runs] == [True] * 2 * runs
+    assert [norm._calls.unfolded for norm in fast.modules() if isinstance(norm, sn.Norm)] == [0] * (
+        4 * len(fast.cells["l0"].gates)
+    )
+
+
+def test_a_sequence_is_one_call_whatever_its_lengths() -> None:
+    """For the question whether a layer was forgotten."""
+    x = nn.utils.rnn.pack_sequence([torch.randn(k, 5) for k in (9, 5, 2)])
+    for backend in ("cpu", "eager"):
+        for norms in ({}, {"norm": sn.SampleNorm, "norm_h": sn.StreamingNorm}):
+            net = sn.NormGRU(5, 7, **norms)
+            with using(backend):
+                net(x)
+                net(x)
+            unfolded = {norm._calls.unfolded for norm in net.modules() if isinstance(norm, sn.Norm) and norm.H1}
+            assert unfolded == {2}
 
 
 def compare(fast: nn.Module, slow: nn.Module, x: Tensor, *dys: Tensor) -> None:
