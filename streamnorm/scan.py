@@ -52,10 +52,9 @@ def scan(
             state = tuple(part[:n] for part in state)
         elif n > before:  # from the end, shorter sequences begin later
             state = tuple(torch.cat([part, late[before:n]]) for part, late in zip(state, start, strict=True))
-        norms = list(cell.hidden_norms() if inputs else cell.norms())
         rows = None if inputs else fusedscan.run(cell, parts[i], steps, state[0])
+        norms = cell.hidden_norms() if rows is None else cell.norms()  # of this run alone
         if rows is None:
-            norms = list(cell.hidden_norms())
             inputs = inputs[1:] or _inputs(cell, parts[i:], runs[i:])
             rows = fusedscan.run(cell, parts[i], steps, state[0], list(inputs[0]))
         for norm in norms:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-pytest.register_assert_rewrite("images", "nets", "toy", "twins")  # what they assert is shown as a test's own
+pytest.register_assert_rewrite("images", "nets", "passes", "toy", "twins")  # what they assert is shown as a test's own
 
 torch.set_num_threads(1)  # the tensors of a test are small, and workers share the cores
 
@@ -52,3 +52,21 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.delenv("STREAMNORM_DATA", raising=False)
     return tmp_path / "xdg" / "streamnorm"
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each run of time steps was a compiled one."""
+    from streamnorm import fusedscan
+
+    seen: list[bool] = []
+    run = fusedscan.run
+
+    def watched(cell: Any, data: Any, steps: int, h0: Any, inputs: Any = None) -> Any:
+        rows = run(cell, data, steps, h0, inputs)
+        if rows is not None or inputs is not None:  # the last word
+            seen.append(rows is not None)
+        return rows
+
+    monkeypatch.setattr(fusedscan, "run", watched)
+    return seen

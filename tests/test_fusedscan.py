@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from close import rounding
+from passes import compare, fold
 from torch import Tensor, nn
 
 import streamnorm as sn
@@ -25,22 +26,6 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
     "without gain": lambda c: sn.StreamingNorm(c, affine=False),
     "batch": sn.BatchNorm,
 }
-
-
-@pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each run of time steps was a compiled one."""
-    seen: list[bool] = []
-    run = fusedscan.run
-
-    def watched(cell: Any, data: Tensor, steps: int, h0: Tensor, inputs: Any = None) -> Any:
-        rows = run(cell, data, steps, h0, inputs)
-        if rows is not None or inputs is not None:  # the last word
-            seen.append(rows is not None)
-        return rows
-
-    monkeypatch.setattr(fusedscan, "run", watched)
-    return seen
 
 
 def train(model: nn.Module, x: Tensor, h0: Tensor, dy: Tensor, dh: Tensor) -> dict[str, Tensor]:
@@ -82,29 +67,8 @@ def test_equals_the_loop(net: Any, norm: str, nonlinearity: str, dtype: torch.dt
             bound = rounding(dtype, 64 * T, scale)
             worst = (value.double() - want[name]).abs().max().item()
             assert worst <= bound, f"update {update} {name}: off by {worst:.1e}, rounding allows {bound:.1e}"
-        for model in (fast, slow):
-            for layer in model.modules():
-                if isinstance(layer, sn.Norm):
-                    layer.fold()
+        fold(fast, slow)
     assert taken == ([True] * 4 + [False] * 4) * 3
-
-
-@pytest.mark.parametrize("where", [0, 2])
-def test_what_is_not_finite_is_left_to_the_loop(where: int, taken: list[bool]) -> None:
-    torch.manual_seed(2)
-    fast = sn.NormGRU(3, 4).double()
-    slow = copy.deepcopy(fast)
-    for step in range(3):
-        x = torch.randn(5, 6, 3, dtype=torch.float64)
-        if step == 1:
-            x[where, 1, 2] = float("nan")
-        fast(x)[0].sum().backward()
-        with using("eager"):
-            slow(x)[0].sum().backward()
-    assert taken == [True, False, False, False, True, False]
-    for (name, a), b in zip(fast.named_buffers(), slow.buffers(), strict=True):
-        assert a.isfinite().all(), name
-        torch.testing.assert_close(a, b, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -190,25 +154,9 @@ def test_what_normalizes_the_input(which: str, learns: bool, taken: list[bool]) 
         cell.bias_ih.requires_grad_(learns)
     slow = copy.deepcopy(fast)
     for _ in range(3):
-        x, dy = torch.randn(4, 6, 5).double(), torch.randn(4, 6, 7).double()
-        got = fast(x)[0]
-        got.backward(dy)
-        with using("eager"):
-            want = slow(x)[0]
-            want.backward(dy)
-        torch.testing.assert_close(got, want)
-        for model in (fast, slow):
-            for norm in model.modules():
-                if isinstance(norm, sn.Norm):
-                    norm.fold()
+        compare(fast, slow, torch.randn(4, 6, 5).double(), torch.randn(4, 6, 7).double())
     assert taken == [True, False] * 3
     assert len(calls) == (6 if which == "watched" else 0)
-    for (name, a), b in zip(fast.named_buffers(), slow.buffers(), strict=True):
-        torch.testing.assert_close(a, b, msg=name)
-    for (name, a), b in zip(fast.named_parameters(), slow.parameters(), strict=True):
-        assert (a.grad is None) == (b.grad is None), name
-        if a.grad is not None:
-            torch.testing.assert_close(a.grad, b.grad, msg=name)
 
 
 @pytest.mark.parametrize("bad", [None, 0, 3])
@@ -233,9 +181,7 @@ def test_sequences_of_many_lengths(net: Any, norm: str, bad: int | None, taken: 
                 y, _ = nn.utils.rnn.pad_packed_sequence(y)
                 torch.autograd.backward([y, h], [dy, dh])
             made.append([y.detach(), h.detach(), given.grad, start.grad])
-            for layer in model.modules():
-                if isinstance(layer, sn.Norm):
-                    layer.fold()
+        fold(fast, slow)
         for a, b in zip(*made, strict=True):
             torch.testing.assert_close(a, b, equal_nan=True)
         for (name, a), b in zip(fast.named_buffers(), slow.buffers(), strict=True):
@@ -261,207 +207,6 @@ def test_a_sequence_is_one_call_whatever_its_lengths() -> None:
                 net(x)
             unfolded = {norm._calls.unfolded for norm in net.modules() if isinstance(norm, sn.Norm) and norm.H1}
             assert unfolded == {2}
-
-
-def compare(fast: nn.Module, slow: nn.Module, x: Tensor, *dys: Tensor) -> None:
-    """Forward and back in compiled code and in the loop, once for every gradient: everything is the same."""
-    for dy in dys:
-        got = fast(x)[0]
-        got.backward(dy)
-        with using("eager"):
-            want = slow(x)[0]
-            want.backward(dy)
-        torch.testing.assert_close(got, want)
-    for (name, a), b in zip(fast.named_buffers(), slow.buffers(), strict=True):
-        torch.testing.assert_close(a, b, msg=name)
-    for (name, a), b in zip(fast.named_parameters(), slow.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, msg=name, equal_nan=True)
-
-
-class Narrow(nn.Module):
-    """A norm of somebody's own, which computes in float32."""
-
-    def __init__(self, c: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(c)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x.float())
-
-    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        return self  # stays float32 in a network of another dtype
-
-
-class OneForAll(nn.Module):
-    def __init__(self, c: int) -> None:
-        super().__init__()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean(1, keepdim=True)
-
-
-class Doubled(sn.StreamingNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-@pytest.mark.parametrize("norm", [Narrow, OneForAll, Doubled])
-@pytest.mark.parametrize("net", [sn.NormRNN, sn.NormGRU])
-def test_norms_of_ones_own(net: Any, norm: Any) -> None:
-    torch.manual_seed(8)
-    fast = net(5, 7, norm=norm, norm_h=sn.StreamingNorm).double()
-    compare(fast, copy.deepcopy(fast), torch.randn(4, 6, 5).double(), torch.randn(4, 6, 7).double())
-
-
-@pytest.mark.parametrize("where", [("norm_hh", "norm_hh"), ("norm_hh", "norm_ih")])
-def test_norms_that_share_a_memory(where: tuple[str, str]) -> None:
-    torch.manual_seed(9)
-    fast = sn.NormGRU(5, 7).double()
-    one, other = getattr(fast.cells["l0"], where[0])["r"], getattr(fast.cells["l0"], where[1])["z"]
-    other.H1, other.H2 = one.H1, one.H2
-    compare(fast, copy.deepcopy(fast), torch.randn(4, 6, 5).double(), torch.randn(4, 6, 7).double())
-
-
-@pytest.mark.parametrize("net", [sn.NormRNN, sn.NormGRU])
-def test_what_a_relu_stops_may_be_infinite(net: Any) -> None:
-    torch.manual_seed(10)
-    fast = net(5, 7, nonlinearity="relu").double()
-    slow, x, dy = copy.deepcopy(fast), torch.randn(4, 6, 5).double(), torch.randn(4, 6, 7).double()
-    compare(fast, slow, x, dy)
-    with torch.no_grad():
-        stopped = copy.deepcopy(fast)(x)[0] == 0
-    assert stopped.any()
-    if net is sn.NormRNN:  # a unit of a GRU at 0 has a past that is not
-        dy = dy.masked_fill(stopped, float("inf"))
-        compare(fast, slow, x, dy)
-        assert all(norm.H2.skipped == 0 for norm in fast.modules() if isinstance(norm, sn.Norm))
-
-
-def test_a_gradient_with_a_negative_bit() -> None:
-    torch.manual_seed(11)
-    fast = sn.NormGRU(5, 7).double()
-    x, dy = torch.randn(4, 6, 5).double(), torch.randn(4, 6, 7).double()
-    compare(fast, copy.deepcopy(fast), x, torch._neg_view(dy))
-
-
-def test_what_is_saved_may_be_kept_otherwise() -> None:
-    def run() -> list[Tensor | None]:
-        torch.manual_seed(12)
-        net, x = sn.NormGRU(5, 7).double(), torch.randn(4, 6, 5).double()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
-            y = net(x)[0]
-        y.backward(x.sum(2, keepdim=True).expand_as(y))
-        return [parameter.grad for parameter in net.parameters()]
-
-    def pack(t: Tensor) -> Tensor:
-        return t.float() if t.ndim == 1 and t.numel() > 7 else t.t().contiguous().t() if t.ndim == 2 else t.clone()
-
-    got = run()
-    with using("eager"):
-        want = run()
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-
-
-def test_the_state_may_be_carried_in_place() -> None:
-    """A pass keeps what it starts from; the loop would refuse to go back."""
-
-    def run(keep: bool) -> Tensor:
-        torch.manual_seed(4)
-        net, h = sn.NormRNN(4, 3).double(), torch.zeros(1, 8, 3).double()
-        h.copy_(net(torch.randn(5, 8, 4).double(), h)[1].detach())
-        output, last = net(torch.randn(5, 8, 4).double(), h.clone() if keep else h)
-        h.copy_(last.detach())
-        output.relu_().sum().backward()
-        grad = net.cells["l0"].weight_hh.grad
-        assert grad is not None
-        return grad
-
-    fast = run(keep=False)
-    with using("eager"):
-        torch.testing.assert_close(fast, run(keep=True))
-
-
-def test_what_a_relu_is_given_that_is_no_number_stays() -> None:
-    """A NaN that a ReLU would turn into 0 is left to the loop."""
-    net = sn.NormRNN(4, 3, nonlinearity="relu", norm=None, norm_h=sn.StreamingNorm).double()
-    slow = copy.deepcopy(net)
-    x = torch.randn(5, 8, 4).double()
-    x[2, 0, 0] = float("nan")
-    with torch.no_grad():
-        got = net(x)[0]
-        with using("eager"):
-            want = slow(x)[0]
-    assert torch.equal(got.isnan(), want.isnan())
-    assert want.isnan().any()
-    for a, b in zip(net.buffers(), slow.buffers(), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_gains_of_another_dtype() -> None:
-    def run() -> Tensor:
-        torch.manual_seed(5)
-        net = sn.NormRNN(4, 3, norm=sn.BatchNorm)
-        nn.init.uniform_(net.cells["l0"].norm_hh["h"].affine.bfloat16().weight)
-        return net(torch.randn(5, 8, 4))[0].detach()
-
-    fast = run()
-    with using("eager"):
-        torch.testing.assert_close(fast, run())
-
-
-def test_a_frozen_matrix_from_a_given_start_is_left_to_the_loop(taken: list[bool]) -> None:
-    """Nobody asks for a gradient at the first step then."""
-    net = sn.NormRNN(4, 3)
-    net.cells["l0"].weight_hh.requires_grad_(False)
-    net(torch.randn(5, 8, 4))[0].sum().backward()
-    net(torch.randn(5, 8, 4), torch.zeros(1, 8, 3, requires_grad=True))[0].sum().backward()
-    assert taken == [False, True]
-    assert net.cells["l0"].norm_hh["h"].H2.seen == 4 + 5
-
-
-def test_gradients_that_are_not_finite_stay_out_of_h2() -> None:
-    net = sn.NormRNN(3, 4)
-    net(torch.randn(5, 6, 3))[0].sum().backward()
-    before = copy.deepcopy(net)
-    output, _ = net(torch.randn(5, 6, 3))
-    dy = torch.ones_like(output)
-    dy[-1, 0, 0] = float("inf")
-    output.backward(dy)
-    H2, was = net.cells["l0"].norm_hh["h"].H2, before.cells["l0"].norm_hh["h"].H2
-    assert H2.skipped == was.skipped + 5
-    assert all(torch.equal(H2.state()[name], value) for name, value in was.state().items())
-
-
-def test_testing_and_strangers_are_left_to_the_loop(taken: list[bool]) -> None:
-    x = torch.randn(4, 3, 5)
-    net = sn.NormGRU(5, 7)
-    net(x)
-    net.eval()(x)
-    sn.NormGRU(5, 7, norm=sn.SampleNorm)(x)
-    sn.NormGRU(5, 7, norm=sn.TimeSpecific(sn.BatchNorm))(x)
-    sn.NormGRU(5, 7, norm_h=None)(x)
-    hooked = sn.NormGRU(5, 7)
-    hooked.cells["l0"].norm_hh["z"].register_forward_hook(lambda *_: None)
-    hooked(x)
-    sn.NormGRU(5, 7, backward_stats="latest")(x)
-    sn.NormLSTM(5, 7)(x)
-    assert taken == [True] + [False] * 7
-
-
-def test_frozen_parts_get_no_gradient() -> None:
-    net = sn.NormGRU(5, 7)
-    net.cells["l0"].weight_hh.requires_grad_(False)
-    net(torch.randn(4, 3, 5))[0].sum().backward()
-    assert net.cells["l0"].weight_hh.grad is None
-    assert net.cells["l0"].weight_ih.grad is not None
-
-
-def test_a_second_derivative_is_refused() -> None:
-    x = torch.randn(4, 3, 5, requires_grad=True)
-    output, _ = sn.NormGRU(5, 7)(x)
-    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
-        torch.autograd.grad(output.sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("H", [100, 130])
