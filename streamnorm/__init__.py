@@ -32,6 +32,7 @@ from streamnorm.normstats import DegenerateReferenceError as DegenerateReference
 from streamnorm.normstats import Lp as Lp
 from streamnorm.online import OnlineTrainer as OnlineTrainer
 from streamnorm.policy import Batch as Batch
+from streamnorm.policy import Evidence as Evidence
 from streamnorm.policy import Policy as Policy
 from streamnorm.policy import Sample as Sample
 from streamnorm.policy import Streaming as Streaming
@@ -39,7 +40,10 @@ from streamnorm.recurrent import NormGRU as NormGRU
 from streamnorm.recurrent import NormLSTM as NormLSTM
 from streamnorm.recurrent import NormRNN as NormRNN
 from streamnorm.stream import Exponential as Exponential
+from streamnorm.stream import GradientRule as GradientRule
 from streamnorm.stream import LongShort as LongShort
 from streamnorm.stream import Memory as Memory
+from streamnorm.stream import Pooled as Pooled
+from streamnorm.stream import Residual as Residual
 from streamnorm.stream import Rule as Rule
 from streamnorm.timespecific import TimeSpecific as TimeSpecific

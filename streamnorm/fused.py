@@ -405,7 +405,9 @@ def _composed(
     g_mu, g_sigma = eager.stat_grads(grad, data, d, mu_hat, sigma_hat)
     if H2 is not None:
         unit = told.plan.unit
-        g_hat = observe_back(H2.memory, pack(g_mu, g_sigma, d.ref) * unit, None, bool(told.plan.reversed)) / unit
+        call = pack(mu, sigma, d.ref), pack(mu_hat, sigma_hat, d.ref)
+        g = pack(g_mu, g_sigma, d.ref) * unit
+        g_hat = observe_back(H2.memory, g, None, bool(told.plan.reversed), data.shape[1], call) / unit
         g_mu, g_sigma = unpack_row(g_hat[:, 0], g_mu), unpack_row(g_hat[:, 1], g_sigma)
     center = est_mu if d.moment.center == "estimate" else None
     s = Statistics(mu, sigma, center, mu_hat, sigma_hat)

@@ -96,7 +96,8 @@ class _Normalize(torch.autograd.Function):
         if streams.H1 is not None:
             s = pack(mu, sigma, d.ref)
             ok = finite(s, ok)
-            estimate = streams.H1.take(s, ok) if streams.recall is None else _recalled(s, streams.recall)
+            samples = data.shape[1]
+            estimate = streams.H1.take(s, ok, samples) if streams.recall is None else _recalled(s, streams.recall)
         mu_hat, sigma_hat = mu, sigma
         if streams.uses_estimate:
             assert estimate is not None
@@ -134,7 +135,8 @@ class _Normalize(torch.autograd.Function):
             return None, dgain, dshift, None, None
         if streams.H2 is not None:
             g = pack(g_mu, g_sigma, d.ref) * streams.unit
-            g_hat = observe_back(streams.H2, g, ctx.ok, streams.is_reversed) / streams.unit
+            call = pack(mu, sigma, d.ref), pack(mu_hat, sigma_hat, d.ref)
+            g_hat = observe_back(streams.H2, g, ctx.ok, streams.is_reversed, data.shape[1], call) / streams.unit
             g_mu, g_sigma = unpack_row(g_hat[:, 0], g_mu), unpack_row(g_hat[:, 1], g_sigma)
         # Where F took the mean over the m' samples of s, each sample's own s has an m'-th of a share in it.
         share = mu.shape[1] // g_mu.shape[1]
@@ -144,12 +146,20 @@ class _Normalize(torch.autograd.Function):
         return kernel.input_grad(grad, data, d, s, g_mu, g_sigma, **joined).to(x.dtype), dgain, dshift, None, None
 
 
-def observe_back(H2: Memory, g: Tensor, ok: Tensor | None, is_reversed: bool) -> Tensor:
-    """G's estimates for the gradients ``g (g, 2, ...)`` of the steps, which arrive in their order or last to first."""
+def observe_back(
+    H2: Memory, g: Tensor, ok: Tensor | None, is_reversed: bool, samples: int, call: tuple[Tensor, Tensor]
+) -> Tensor:
+    """G's estimates for the gradients ``g (g, 2, ...)`` of the steps, which arrive in their order or last to first.
+
+    Args:
+        samples: in each step.
+        call: the steps' s and s_hat ``(g, 2, ...)``.
+    """
     ok = finite(g, ok)
     if not is_reversed or len(g) == 1:
-        return H2.take(g, ok)
-    return H2.take(g.flip(0), None if ok is None else ok.flip(0)).flip(0)
+        return H2.take(g, ok, samples, call)
+    s, s_hat = call
+    return H2.take(g.flip(0), None if ok is None else ok.flip(0), samples, (s.flip(0), s_hat.flip(0))).flip(0)
 
 
 def refuse_second_derivative() -> None:
@@ -179,7 +189,7 @@ def _about_the_estimate(
         return center, kernel.sigma(x, d, mu, center), None
     ok = finite(row)
     while True:
-        center = unpack_row(streams.H1.peek_mean(row, ok), mu)
+        center = unpack_row(streams.H1.peek_mean(row, ok, x.shape[1]), mu)
         sigma = kernel.sigma(x, d, mu, center)
         if len(row) == 1:
             return center, sigma, ok

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from streamnorm.stream import Exponential, LongShort, Rule
+from streamnorm.stream import Exponential, GradientRule, LongShort, Pooled, Residual, Rule
 
 
 class Policy:
@@ -23,7 +23,7 @@ class Policy:
     """
 
     F: Rule | None = None
-    G: Rule | None = None
+    G: Rule | GradientRule | None = None
     uses_estimate: bool = False
 
 
@@ -105,5 +105,33 @@ class Streaming(Policy):
     @property
     def G(self) -> Rule:  # type: ignore[override]
         return LongShort((self.beta[0], self.beta[1], self.beta[2]), (self._kappa[2], self._kappa[3]))
+
+    uses_estimate = True
+
+
+@dataclass(frozen=True)
+class Evidence(Policy):
+    """Streaming normalization with a memory counted in samples (Algorithms 5 and 6 with the F and G of ``Pooled`` and
+    ``Residual``): from one sample and one weight update at a time to thousands of rows an update.
+
+    Args:
+        memory: samples that statistics are remembered for; their gradients for a fifth of it.
+
+    Raises:
+        ValueError: for a memory that is no number above 0.
+    """
+
+    memory: float = 100.0
+
+    def __post_init__(self) -> None:
+        Pooled(self.memory)
+
+    @property
+    def F(self) -> Rule:  # type: ignore[override]
+        return Pooled(self.memory)
+
+    @property
+    def G(self) -> GradientRule:  # type: ignore[override]
+        return Residual(self.memory / 5)
 
     uses_estimate = True

@@ -45,9 +45,13 @@ def install(patch: pytest.MonkeyPatch) -> None:
 
     @checked
     def checked_take(
-        self: stream.Memory, s: Float[Tensor, "g rows *stat"], ok: Bool[Tensor, " g"] | None
+        self: stream.Memory,
+        s: Float[Tensor, "g rows *stat"],
+        ok: Bool[Tensor, " g"] | None,
+        samples: int = 1,
+        call: tuple[Float[Tensor, "g rows *stat"], Float[Tensor, "g rows *stat"]] | None = None,
     ) -> Float[Tensor, "g rows *stat"]:
-        return take(self, s, ok)
+        return take(self, s, ok, samples, call)
 
     places: list[tuple[Any, str, Callable[..., Any]]] = [
         (op, "normalize", checked_normalize),

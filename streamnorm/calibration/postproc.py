@@ -90,7 +90,7 @@ class NormSite(Site):
         memory.seen.clamp_(min=1)
         if arrivals is not None and not self.streams:
             # Nothing but testing reads this memory: it goes on from here as if the data had been its first arrival.
-            memory._write(memory.rule.observe(memory.rule.empty(table.shape), table[None])[0])
+            memory.restart(table)
 
     def snapshot(self) -> Any:
         return {name: buffer.clone() for name, buffer in self.memory.named_buffers()}, self.memory.shaped

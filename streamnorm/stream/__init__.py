@@ -1,0 +1,15 @@
+"""The stream: what is remembered of statistics that have passed (paper, sections 3.3.1 and 3.3.2).
+
+A rule says what happens to a state, a memory holds it. Imports torch and the checks alone.
+"""
+
+from streamnorm.stream.evidence import Pooled as Pooled
+from streamnorm.stream.evidence import Residual as Residual
+from streamnorm.stream.exponential import Exponential as Exponential
+from streamnorm.stream.longshort import LongShort as LongShort
+from streamnorm.stream.memory import Memory as Memory
+from streamnorm.stream.memory import finite as finite
+from streamnorm.stream.rule import CHUNK as CHUNK
+from streamnorm.stream.rule import GradientRule as GradientRule
+from streamnorm.stream.rule import Rule as Rule
+from streamnorm.stream.rule import State as State

@@ -1,0 +1,244 @@
+"""Rules whose memory is counted in samples. Imports the rule.
+
+F weighs what is remembered and what arrives by the samples that each holds; G hands on what a regression over the
+stream leaves of the gradient.
+
+Legend: ``m`` samples in an arrival; ``g`` arrivals in order along the first axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from streamnorm.checks import expect_finite, expect_whole
+from streamnorm.stream.rule import CHUNK, GradientRule, Rule, State, column, in_chunks
+
+
+@dataclass(frozen=True)
+class Pooled(Rule):
+    """F by evidence: the mean of what is remembered and what is new, each weighed by the samples that it holds.
+
+    ::
+
+        arrival        short <- mean over the N samples since the last weight update
+        estimate       (M long + N short) / (M + N)          M = min(samples before that update, memory)
+        weight update  long <- that estimate, short <- empty
+
+    So the estimate is the mean of all samples until ``memory`` of them have passed, and never biased towards the first.
+    With one sample an update it is a running average over ``memory`` samples; with thousands of rows an update, as in a
+    recurrent layer, nearly their own mean.
+
+    One sample has no sigma, and the first few have little of one. So the row of sigma begins with a prior that counts
+    as ``prior`` samples: the deviation of all features of the first arrival about their common mean, which is what
+    layer normalization divides by.
+
+    Args:
+        memory: samples.
+        prior: samples that the first sigma counts as; 0: none.
+        samples: m, of an arrival.
+
+    >>> from streamnorm.stream import Memory
+    >>> memory = Memory(Pooled(memory=3, prior=0), (2, 1))
+    >>> for s in (1.0, 2.0, 3.0, 4.0, 9.0):
+    ...     estimate = memory.observe(torch.tensor([[[s], [1.0]]]))
+    ...     memory.fold()
+    ...     print(round(estimate[0, 0].item(), 4))
+    1.0
+    1.5
+    2.0
+    2.5
+    4.125
+    """
+
+    memory: float = 100.0
+    prior: float = 10.0
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        expect_finite("memory", self.memory, above=True)
+        expect_finite("prior", self.prior)
+        expect_whole("samples", self.samples)
+
+    def weighing(self, samples: int) -> Self:
+        return self if samples == self.samples else replace(self, samples=samples)
+
+    def empty(self, shape: Sequence[int]) -> State:
+        counter = torch.zeros((), dtype=torch.int64)
+        return {
+            "long": torch.zeros(*shape),
+            "short": torch.zeros(*shape),
+            "count": counter,
+            "held": counter.clone(),
+        }
+
+    def step(self, state: State, s: Tensor) -> tuple[State, Tensor]:
+        new, estimate = self.observe(state, s.unsqueeze(0))
+        return new, estimate[0]
+
+    def observe(self, state: State, s: Tensor, ok: Tensor | None = None) -> tuple[State, Tensor]:
+        g = len(s)
+        if g > CHUNK:
+            return in_chunks(self, state, s, ok)
+        old = state["short"].to(s.dtype)
+        arrived = torch.ones(g, dtype=torch.bool, device=s.device) if ok is None else ok
+        # short_j = short + sum_{i<=j} (s_i - short) m / N_j, the exact mean of all arrivals, as one product.
+        counts = state["count"] + self.samples * arrived.cumsum(0)
+        share = (self.samples * arrived / counts.clamp_min(1).unsqueeze(1)).to(s.dtype).tril()
+        surplus = s - old if ok is None else torch.where(column(ok, s), s - old, 0)
+        short = torch.addmm(old.reshape(1, -1), share, surplus.flatten(1)).reshape(s.shape)
+        long = self._begun(state, s, arrived)
+        weight = self._weight(state, counts, s)
+        estimate = torch.lerp(short, long.to(s.dtype).expand_as(short), weight)
+        new = {**state, "long": long, "short": short[-1], "count": counts[-1]}
+        known = column((counts + state["held"]) > 0, s)
+        return new, estimate if ok is None else torch.where(known, estimate, s)
+
+    def _weight(self, state: State, counts: Tensor, like: Tensor) -> Tensor:
+        """The share of long in the estimate once short holds ``counts (g,)`` samples, ``(g, rows, 1 ...)``."""
+        rows = like.shape[1]
+        prior = torch.tensor([0.0, self.prior][:rows], device=like.device, dtype=like.dtype)
+        held = (state["held"] + prior).clamp_max(self.memory)
+        weight = held / (held + counts.unsqueeze(1)).clamp_min(torch.finfo(like.dtype).tiny)
+        return weight.reshape(len(counts), rows, *[1] * (like.ndim - 2))
+
+    def _begun(self, state: State, s: Tensor, arrived: Tensor) -> Tensor:
+        """long, which begins with the prior of the first arrival of all."""
+        long = state["long"]
+        if not self.prior or len(long) < 2:
+            return long
+        first = s.index_select(0, arrived.int().argmax().reshape(1)).squeeze(0)
+        mu, sigma = first
+        wide = ((mu - mu.mean()).square() + sigma.square()).mean().sqrt()
+        begins = (state["count"] == 0) & (state["held"] == 0) & arrived.any()
+        return torch.where(begins, torch.stack([mu, wide.expand_as(sigma)]), long)
+
+    def fold(self, state: State) -> State:
+        short, count, held = state["short"], state["count"], state["held"]
+        weight = self._weight(state, count.reshape(1), short.unsqueeze(0)).squeeze(0).to(short.dtype)
+        folds = count > 0
+        return {
+            "long": torch.where(folds, torch.lerp(short, state["long"], weight), state["long"]),
+            "short": torch.zeros_like(short),
+            "count": torch.zeros_like(count),
+            "held": held + count,
+        }
+
+    def merge(self, states: Sequence[State]) -> State:
+        """Short terms weighted by their samples; long terms by the samples they stand for."""
+
+        def mean(name: str, weight: str) -> Tensor:
+            total = sum(state[weight] for state in states)
+            weighted = sum(state[name] * state[weight].to(state[name].dtype) for state in states)
+            mean = torch.as_tensor(weighted / torch.as_tensor(total).clamp_min(1))
+            return torch.where(torch.as_tensor(total) > 0, mean, states[0][name])
+
+        return {
+            "long": mean("long", "held"),
+            "short": mean("short", "count"),
+            "count": torch.stack([state["count"] for state in states]).sum(0),
+            "held": torch.stack([state["held"] for state in states]).amax(0),
+        }
+
+    def migrated(self, saved: State) -> State:
+        """A state of ``LongShort`` is taken as a full memory."""
+        if "updates" not in saved:
+            return saved
+        updates = saved.pop("updates")
+        return {**saved, "held": torch.where(updates > 0, int(self.memory) + 1, 0)}
+
+
+@dataclass(frozen=True)
+class Residual(GradientRule):
+    """G as a regression over the stream: handed on is what it leaves of the gradient.
+
+    Batch normalization hands on ``dy - v - u y``, the residual of the regression of dy on 1 and y over the mini-batch.
+    Here the regression is over the stream, with a prior that counts as M samples, the coefficients up to now::
+
+        (M I + m A) theta <- M theta + m b              theta = (v, u), M = min(samples before + 1, memory)
+        A = [[1, mean y], [mean y, mean y^2]]           b = (sum of dy, sum of dy y)
+        g_hat = -(v, u sigma / sigma_hat) / sigma_hat
+
+    With many samples in a call this is the gradient of batch normalization. With one it is a feedback: theta changes
+    by ``1 / M`` of what is handed on, so that the mean and the correlation with y of what is handed on cannot add up
+    in the weights, whatever the rates. No size of y makes it unstable: M is added to ``m A``, which divides.
+
+    Args:
+        memory: samples.
+        samples: m, of an arrival.
+    """
+
+    memory: float = 20.0
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        expect_finite("memory", self.memory, above=True)
+        expect_whole("samples", self.samples)
+
+    def weighing(self, samples: int) -> Self:
+        return self if samples == self.samples else replace(self, samples=samples)
+
+    def empty(self, shape: Sequence[int]) -> State:
+        return {"theta": torch.zeros(*shape), "held": torch.zeros((), dtype=torch.int64)}
+
+    def step(self, state: State, g: Tensor, s: Tensor, s_hat: Tensor) -> tuple[State, Tensor]:
+        new, estimate = self.observe(state, g.unsqueeze(0), s.unsqueeze(0), s_hat.unsqueeze(0))
+        return new, estimate[0]
+
+    def observe(
+        self, state: State, g: Tensor, s: Tensor, s_hat: Tensor, ok: Tensor | None = None
+    ) -> tuple[State, Tensor]:
+        m = self.samples
+        arrived = torch.ones(len(g), dtype=torch.bool, device=g.device) if ok is None else ok
+        before = state["held"] + m * (arrived.cumsum(0) - arrived.long())
+        M = column((before + 1).clamp_max(self.memory).to(g.dtype), g[:, 0])
+        (mu, sigma), (mu_hat, sigma_hat) = s.to(g.dtype).unbind(1), s_hat.to(g.dtype).unbind(1)
+        mean, scale = (mu - mu_hat) / sigma_hat, sigma / sigma_hat
+        square = torch.maximum(scale.square(), mean.square())
+        b_v, b_u = (-g * sigma_hat.unsqueeze(1)).unbind(1)
+        # theta <- P theta + q with P = M D^-1, q = m D^-1 b, D = M I + m A
+        d_v, d_u, off = (M + m).expand_as(mean), M + m * square, m * mean
+        det = d_v * d_u - off.square()
+        P = (M / det) * torch.stack([d_u, -off, -off, d_v])
+        q = (m / det) * torch.stack([d_u * b_v - off * b_u, d_v * b_u - off * b_v])
+        if ok is not None:
+            stays = torch.tensor([1.0, 0.0, 0.0, 1.0], device=g.device, dtype=g.dtype)
+            P = torch.where(column(ok, mean), P, stays.reshape(4, *[1] * mean.ndim))
+            q = torch.where(column(ok, mean), q, 0)
+        theta = _affine_scan(P, q, state["theta"].to(g.dtype))
+        estimate = -torch.stack([theta[0], theta[1] * scale], 1) / sigma_hat.unsqueeze(1)
+        return {"theta": theta[:, -1], "held": state["held"] + m * arrived.sum()}, estimate
+
+    def merge(self, states: Sequence[State]) -> State:
+        """The mean of the coefficients, weighted by samples."""
+        held = torch.stack([state["held"] for state in states])
+        theta = torch.stack([state["theta"] for state in states])
+        weight = (held.to(theta.dtype) / held.sum().clamp_min(1)).reshape(-1, *[1] * (theta.ndim - 1))
+        return {"theta": (theta * weight).sum(0), "held": held.amax()}
+
+    def migrated(self, saved: State) -> State:
+        """What an average of gradients remembers is no coefficient: the regression begins anew."""
+        if "long" not in saved:
+            return saved
+        counter = torch.zeros((), dtype=torch.int64)
+        return {"theta": torch.zeros_like(saved["long"]), "held": counter}
+
+
+def _affine_scan(P: Tensor, q: Tensor, theta: Tensor) -> Tensor:
+    """``theta_j = P_j theta_{j-1} + q_j`` for all j, ``P (4, g, ...)`` in rows, ``q (2, g, ...)``, ``theta (2, ...)``.
+
+    The maps up to j are composed in pairs, then in fours, and so on: log2(g) steps, and no division.
+    """
+    step = 1
+    while step < P.shape[1]:
+        (a, b, c, d), (x, y) = P[:, step:], q[:, step:]
+        (e, f, g, h), (u, v) = P[:, :-step], q[:, :-step]
+        q = torch.cat([q[:, :step], torch.stack([a * u + b * v + x, c * u + d * v + y])], 1)
+        P = torch.cat([P[:, :step], torch.stack([a * e + b * g, a * f + b * h, c * e + d * g, c * f + d * h])], 1)
+        step *= 2
+    (a, b, c, d), (u, v) = P, theta
+    return q + torch.stack([a * u + b * v, c * u + d * v])

@@ -1,0 +1,117 @@
+"""Rules: what a memory takes in and what it estimates, the paper's F and G (sections 3.3.1 and 3.3.2).
+
+The paper's F and G are one kind of thing, a rule ``(H, s) -> (H', estimate)``, and H1 and H2 are one kind of thing,
+a memory. Rules are pure and know nothing of modules; ``Memory`` holds a rule's state as registered buffers and
+changes it in place. Imports torch alone.
+
+Legend: ``g`` arrivals in order along the first axis; ``s (g, 2, *shape)``: row 0 belongs to the mean, row 1 to sigma.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+"""The members of H by name. Members shaped like one statistic, and counters of shape ()."""
+
+
+class Remembering(ABC):
+    """What F and G have in common: a state, what a weight update does to it, and how states merge."""
+
+    @abstractmethod
+    def empty(self, shape: Sequence[int]) -> State:
+        """The state before anything arrived, for statistics of ``shape`` (2, ...)."""
+
+    def weighing(self, samples: int) -> Self:
+        """This rule for arrivals of ``samples`` samples each. A rule that counts arrivals is the same for all."""
+        return self
+
+    def fold(self, state: State) -> State:
+        """What a weight update does to the state."""
+        return state
+
+    def merge(self, states: Sequence[State]) -> State:
+        """The state that has seen what all of ``states`` have seen."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how its states merge; define merge(states)")
+
+    def migrated(self, saved: State) -> State:
+        """The state of this rule for one that was saved by another rule or an older version, by the names it has."""
+        return saved
+
+
+class Rule(Remembering):
+    """F or G: how a memory takes in what arrives and what it estimates (Algorithms 5 and 6).
+
+    A rule of your own gives ``empty`` and ``step``, and ``fold`` if a weight update means something to it. It must be
+    pure (return new tensors). Row 0 of an F must not look at row 1: Setting B asks for the mean before sigma exists,
+    with row 0 alone.
+    """
+
+    @abstractmethod
+    def step(self, state: State, s: Tensor) -> tuple[State, Tensor]:
+        """One arrival ``s (2, ...)``: the new state and the estimate, ``{H, s_hat} = F(H, s)``."""
+
+    def observe(self, state: State, s: Tensor, ok: Tensor | None = None) -> tuple[State, Tensor]:
+        """Arrivals ``s (g, 2, ...)`` in order; those where ``ok (g,)`` is false leave the state alone, None: none is.
+
+        Returns the last state and every estimate ``(g, 2, ...)``; at an arrival that is left out it is whatever
+        ``step`` makes of it.
+        """
+        estimates = []
+        for j, now in enumerate(s.unbind(0)):
+            new, estimate = self.step(state, now)
+            state = kept(new, state, ok, j)
+            estimates.append(estimate)
+        return state, torch.stack(estimates)
+
+
+class GradientRule(Remembering):
+    """A G that sees, beside the gradient ``g``, the ``s`` of its call and the estimate ``s_hat`` that N used.
+
+    A rule of your own gives ``empty`` and ``step``. It must be pure; its rows may look at each other. A G that needs
+    the gradient alone is a ``Rule``.
+    """
+
+    @abstractmethod
+    def step(self, state: State, g: Tensor, s: Tensor, s_hat: Tensor) -> tuple[State, Tensor]:
+        """One arrival ``g (2, ...)`` from a call with ``s`` and ``s_hat (2, ...)``: the new state, and g_hat."""
+
+    def observe(
+        self, state: State, g: Tensor, s: Tensor, s_hat: Tensor, ok: Tensor | None = None
+    ) -> tuple[State, Tensor]:
+        """Arrivals ``(g, 2, ...)`` in order, as ``Rule.observe`` takes them."""
+        estimates = []
+        for j, now in enumerate(zip(g.unbind(0), s.unbind(0), s_hat.unbind(0), strict=True)):
+            new, estimate = self.step(state, *now)
+            state = kept(new, state, ok, j)
+            estimates.append(estimate)
+        return state, torch.stack(estimates)
+
+
+def kept(new: State, old: State, ok: Tensor | None, j: int) -> State:
+    """``new`` where arrival j is let in, else ``old``."""
+    return new if ok is None else {name: torch.where(ok[j], new[name], was) for name, was in old.items()}
+
+
+CHUNK = 256
+"""Arrivals that a rule in closed form takes at a time: its products grow with the square."""
+
+
+def in_chunks(rule: Rule, state: State, s: Tensor, ok: Tensor | None) -> tuple[State, Tensor]:
+    """``rule.observe``, a chunk of arrivals at a time."""
+    estimates = []
+    for start in range(0, len(s), CHUNK):
+        part = slice(start, start + CHUNK)
+        state, estimate = rule.observe(state, s[part], None if ok is None else ok[part])
+        estimates.append(estimate)
+    return state, torch.cat(estimates)
+
+
+def column(per_step: Tensor, like: Tensor) -> Tensor:
+    """``per_step (g,)`` shaped to broadcast against ``like (g, ...)``."""
+    return per_step.reshape(-1, *[1] * (like.ndim - 1))
