@@ -20,12 +20,22 @@ from torch.nn.modules.module import _has_any_global_hook
 from streamnorm.kernels import calls, cpu, eager
 from streamnorm.kernels.definition import Definition, Statistics
 from streamnorm.op import expect_the_same, observe_back, pack, raise_forgotten, refuse_second_derivative, unpack_row
-from streamnorm.stream import Exponential, LongShort, Memory
+from streamnorm.stream import Exponential, LongShort, Memory, Pooled, Residual
 
 TABLES = 5
 """What a kernel keeps of each step for the way back: mu, sigma, their estimates, and the mean slope."""
 SHAPES = 16
 """Kinds of input that a layer remembers what to tell the kernels about."""
+
+
+_KNOWN: dict[type, tuple[int, Callable[[Any], tuple[float, ...]], tuple[str, str, str, str]]] = {
+    LongShort: (calls.LONG_SHORT, lambda rule: rule.mix, ("long", "short", "count", "updates")),
+    Exponential: (calls.EXPONENTIAL, lambda rule: (rule.rate,), ("long", "long", "count", "seen")),
+    Pooled: (calls.POOLED, lambda rule: (rule.memory, rule.prior), ("long", "short", "count", "held")),
+    Residual: (calls.RESIDUAL, lambda rule: (rule.memory,), ("theta", "theta", "held", "seen")),
+}
+"""The rules that the kernels know: their kind, their numbers, and the buffers that stand for long, short, count and
+updates."""
 
 
 class Native:
@@ -35,13 +45,13 @@ class Native:
         self.memory = memory
         self.rule = memory.rule
         rule: Any = memory.rule
-        self.folds = type(rule) is LongShort
-        self.keep = rule.keep if self.folds else (1.0, 0.0)
+        self.folds = type(rule) is not Exponential
+        self.keep = rule.keep if type(rule) is LongShort else (1.0, 0.0)
         self.buffers: Any = memory._buffers
-        mix, self._rate = (rule.mix, 0.0) if self.folds else ((0.0,) * 3, rule.rate)
-        self._mix = (ctypes.c_double * 3)(*mix)
-        short, updates = ("short", "updates") if self.folds else ("long", "seen")
-        self._names = "long", short, "estimate", "count", updates, "seen", "skipped"
+        kind, numbers, names = _KNOWN[type(rule)]
+        self._rule = calls.RuleNumbers(kind, (ctypes.c_double * 3)(*numbers(rule)))
+        long, short, count, updates = names
+        self._names = long, short, "estimate", count, updates, "seen", "skipped"
         self._addresses: tuple[int, ...] = ()
         self._where: int | None = None
         self._kind: tuple[torch.dtype, int] | None = None
@@ -50,7 +60,7 @@ class Native:
     def members(self) -> calls.Members:
         """The same for the calls, which look for the buffers themselves."""
         names = (ctypes.c_void_p * calls.MEMBERS)(*map(id, self._names))
-        return calls.Members(id(self.buffers), names, self._mix, self._rate)
+        return calls.Members(id(self.buffers), names, self._rule)
 
     def guards(self) -> tuple[calls.Guard, ...]:
         """What the calls must find as it is."""
@@ -60,7 +70,7 @@ class Native:
     @staticmethod
     def serves(memory: Memory | None) -> bool:
         """Whether a kernel knows the rule of this memory."""
-        return memory is None or type(memory.rule) in (LongShort, Exponential)
+        return memory is None or type(memory.rule) in _KNOWN
 
     def is_of(self, memory: Memory | None) -> bool:
         """Whether this is that memory, with the rule that it had."""
@@ -77,7 +87,7 @@ class Native:
         addresses = tuple([buffers[name].data_ptr() for name in self._names])
         if addresses != self._addresses:
             self._addresses = ()  # until all below is true: an interrupt leaves nothing half told
-            self._pointers = cpu.MemoryPointers(*addresses, self._mix, self._rate)
+            self._pointers = cpu.MemoryPointers(*addresses, self._rule)
             estimate = buffers["estimate"]
             usable = all(
                 member.is_cpu

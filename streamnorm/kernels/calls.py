@@ -50,14 +50,23 @@ class Guards(ctypes.Structure):
     _fields_ = [("first", ctypes.c_void_p), ("count", ctypes.c_int64)]
 
 
+class RuleNumbers(ctypes.Structure):
+    """F or G in numbers: ``sn_rule`` of ``native/norm.h``."""
+
+    _fields_ = [("kind", ctypes.c_int64), ("numbers", ctypes.c_double * 3)]
+
+
+LONG_SHORT, EXPONENTIAL, POOLED, RESIDUAL = range(4)
+"""Kinds of rule that the kernels know."""
+
+
 class Members(ctypes.Structure):
     """A memory: where its buffers are registered, under what names, and its rule."""
 
     _fields_ = [
         ("buffers", ctypes.c_void_p),
         ("names", ctypes.c_void_p * MEMBERS),
-        ("mix", ctypes.c_double * 3),
-        ("rate", ctypes.c_double),
+        ("rule", RuleNumbers),
     ]
 
 

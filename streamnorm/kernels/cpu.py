@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamnorm.kernels import eager, library
+from streamnorm.kernels import calls, eager, library
 from streamnorm.kernels.definition import Definition, Statistics
 from streamnorm.normop import Scale
 from streamnorm.normref import NormRef
@@ -41,7 +41,7 @@ class Plan(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("k0", "k1", "r0", "r1", "L", "xk0", "xk1", "xr0", "xr1")),
         *((name, ctypes.c_int32) for name in ("columns", "p", "center", "uses_estimate", "scale", "reversed")),
-        *((name, ctypes.c_double) for name in ("eps", "unit")),
+        *((name, ctypes.c_double) for name in ("eps", "unit", "samples")),
     ]
 
     @property
@@ -55,8 +55,7 @@ class MemoryPointers(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("long", "short", "estimate", "count", "updates", "seen", "skipped")),
-        ("mix", ctypes.c_double * 3),
-        ("rate", ctypes.c_double),
+        ("rule", calls.RuleNumbers),
     ]
 
 
@@ -188,6 +187,7 @@ def plan(
         reversed=is_reversed,
         eps=d.moment.eps,
         unit=unit,
+        samples=shape[0] // steps,
     )
 
 

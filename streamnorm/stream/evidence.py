@@ -88,7 +88,7 @@ class Pooled(Rule):
         arrived = torch.ones(g, dtype=torch.bool, device=s.device) if ok is None else ok
         # short_j = short + sum_{i<=j} (s_i - short) m / N_j, the exact mean of all arrivals, as one product.
         counts = state["count"] + self.samples * arrived.cumsum(0)
-        share = (self.samples * arrived / counts.clamp_min(1).unsqueeze(1)).to(s.dtype).tril()
+        share = (self.samples * arrived.to(s.dtype) / counts.clamp_min(1).unsqueeze(1)).tril()
         surplus = s - old if ok is None else torch.where(column(ok, s), s - old, 0)
         short = torch.addmm(old.reshape(1, -1), share, surplus.flatten(1)).reshape(s.shape)
         long = self._begun(state, s, arrived)
@@ -102,7 +102,7 @@ class Pooled(Rule):
         """The share of long in the estimate once short holds ``counts (g,)`` samples, ``(g, rows, 1 ...)``."""
         rows = like.shape[1]
         prior = torch.tensor([0.0, self.prior][:rows], device=like.device, dtype=like.dtype)
-        held = (state["held"] + prior).clamp_max(self.memory)
+        held = (state["held"].to(like.dtype) + prior).clamp_max(self.memory)
         weight = held / (held + counts.unsqueeze(1)).clamp_min(torch.finfo(like.dtype).tiny)
         return weight.reshape(len(counts), rows, *[1] * (like.ndim - 2))
 
@@ -195,7 +195,7 @@ class Residual(GradientRule):
         m = self.samples
         arrived = torch.ones(len(g), dtype=torch.bool, device=g.device) if ok is None else ok
         before = state["held"] + m * (arrived.cumsum(0) - arrived.long())
-        M = column((before + 1).clamp_max(self.memory).to(g.dtype), g[:, 0])
+        M = column((before + 1).to(g.dtype).clamp_max(self.memory), g[:, 0])
         (mu, sigma), (mu_hat, sigma_hat) = s.to(g.dtype).unbind(1), s_hat.to(g.dtype).unbind(1)
         mean, scale = (mu - mu_hat) / sigma_hat, sigma / sigma_hat
         square = torch.maximum(scale.square(), mean.square())

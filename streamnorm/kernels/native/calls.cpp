@@ -47,7 +47,7 @@ constexpr int MEMBERS = 7;
 // A memory: its dictionary of buffers, the names of the members in it, and its rule in numbers.
 struct Members {
     PyObject *buffers, *names[MEMBERS];
-    double mix[3], rate;
+    sn_rule rule;
 };
 
 // Where the members of a memory are. They are held as long as this is: another thread may put others in their place.
@@ -67,7 +67,7 @@ struct Found {
             held[i].o = another(buffer);
         }
         memory = {at[0], at[1], at[2], (int64_t *)at[3], (int64_t *)at[4], (int64_t *)at[5], (int64_t *)at[6],
-                  {m.mix[0], m.mix[1], m.mix[2]}, m.rate};
+                  m.rule};
         return true;
     }
 };

@@ -22,13 +22,26 @@ struct sn_plan {
     int32_t reversed;                  // going back, the steps arrive last to first
     double eps;
     double unit;                       // what a gradient is multiplied by on its way to G, and its estimate divided by
+    double samples;                    // in a step
 };
+
+// F or G in numbers; mirrored by `RuleNumbers` in kernels/cpu.py.
+struct sn_rule {
+    int64_t kind;
+    double a[3];                       // LONG_SHORT: mix; EXPONENTIAL: rate; POOLED: memory, prior; RESIDUAL: memory
+};
+enum { LONG_SHORT, EXPONENTIAL, POOLED, RESIDUAL };
 
 // H1 or H2 with its rule; mirrored by `MemoryPointers` in kernels/cpu.py. Tables (2, slots) of float, or double for double.
 struct sn_memory {
     void *long_, *short_, *estimate;
     int64_t *count, *updates, *seen, *skipped;
-    double mix[3], rate;               // rate > 0: Exponential, else LongShort
+    sn_rule rule;                      // POOLED: updates is held; RESIDUAL: long is theta, short the same, count is held
+
+    bool has_short() const { return rule.kind == LONG_SHORT || rule.kind == POOLED; }
+    bool counts_samples() const { return rule.kind == POOLED || rule.kind == RESIDUAL; }
+    // Whether what arrives is the first of all, and more than its slot decides on the estimate.
+    bool begins() const { return rule.kind == POOLED && rule.a[1] > 0 && *count == 0 && *updates == 0; }
 };
 
 namespace {

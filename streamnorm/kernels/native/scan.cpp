@@ -129,8 +129,11 @@ template <class A> void Scan<A>::gru_backward() {
     end_backward();
 }
 
-// Whether everything was finite, going forward.
+// Whether everything was finite, going forward, and no memory begins.
 template <class A, class F> bool scan(const sn_layer &l, bool back, const F &run) {
+    bool begins = false;
+    if (!back) sites(l, [&](int s) { begins |= site_of(l, s).h1 && site_of(l, s).h1->begins(); });
+    if (begins) return false;
     News news;
     together(l.threads, [&](const sn_member &member) {
         Scan<A> one(l, member, news, back);

@@ -67,7 +67,7 @@ template <class A> struct Scan {
         const sn_memory &from = *of(s), to = memory(s, b);
         void *const theirs[] = {from.long_, from.short_, from.estimate};
         void *const ours[] = {to.long_, to.short_, to.estimate};
-        const int constant = from.rate > 0 ? 1 : 0;
+        const int constant = from.has_short() ? 0 : 1;
         for (int table = 0; table < 3; table++)
             for (int row = 0; row < 2 && (all || table != constant); row++)
                 f((A *)theirs[table] + row * l.H + b.from, (A *)ours[table] + row * b.apart, b.wide * sizeof(A));
@@ -99,7 +99,7 @@ template <class A> struct Scan {
             *h->count = counts[s].count, *h->seen = counts[s].seen, *h->skipped = counts[s].skipped;
         });
     }
-    static void arrived(Counts &counts) { counts.count++, counts.seen++; }
+    void arrived(int s) { counts[s].count += of(s)->counts_samples() ? l.n : 1, counts[s].seen++; }
 
     // --- one site ---
 
@@ -143,7 +143,7 @@ template <class A> struct Scan {
             multiply(i, x, kept.at(tape.product[i] + t * l.n, b), b);
             normalize(i, t, b);
         });
-        arrived(counts[i]);
+        arrived(i);
     }
     // norm(W x) of a path, or W x.
     void from_input(int i, int64_t t) {
@@ -153,7 +153,7 @@ template <class A> struct Scan {
             if (normed) normalize(s, t, b);
             else bring_in(i, t, work.at(room.left[s], b), b);
         });
-        if (normed) arrived(counts[s]);
+        if (normed) arrived(s);
     }
 
     // f(job, memory or null) for the way back through a norm, block by block
@@ -200,7 +200,7 @@ template <class A> struct Scan {
                 else commit(h2, J.S, 0, b.wide, J.fresh, J.last, J.last + J.S);
             });
             if (refused) counts[s].skipped++;
-            else arrived(counts[s]);
+            else arrived(s);
             any |= refused;
         });
         return any;

@@ -23,23 +23,30 @@ template <class T> struct Job {
     bool once;                          // the estimates are known ahead: one pass over the data does
 };
 
-// The shares of the memory's members in what step j makes of an arrival s:  m <- m + r (s - m),
-// estimate = lng long + mem m + own s.  m is short, or the running average itself for Exponential. Whichever of long and
+// The shares of the memory's members in what step j makes of an arrival s of `samples` samples:  m <- m + r (s - m),
+// estimate = lng long + mem m + own s.  m is short, or the running average itself for EXPONENTIAL. Whichever of long and
 // short is empty, the other stands in for it; s does if both are, which takes an arrival that is refused.
 struct Shares { double r, lng, mem, own; };
 
-SN_INLINE Shares shares(const sn_memory &h, int64_t j, bool taken = true) {
+SN_INLINE Shares shares(const sn_memory &h, int row, int64_t j, double samples, bool taken = true) {
+    const double *a = h.rule.a;
+    if (h.rule.kind == POOLED) {
+        const double N = (double)*h.count + samples * (double)(j + taken), held = (double)*h.updates + (row ? a[1] : 0);
+        const double M = held < a[0] ? held : a[0], all = M + N;
+        return {taken ? samples / N : 0, all > 0 ? M / all : 0, all > 0 ? N / all : 0, all > 0 ? 0.0 : 1.0};
+    }
+    const bool running = h.rule.kind == EXPONENTIAL;
     const int64_t count = *h.count + j + taken;
-    const double has_short = count > 0, has_long = h.rate == 0 && *h.updates > 0, r = taken ? 1.0 / (double)count : 0;
-    if (h.rate > 0) return {taken && count > 1 ? h.rate : r, 0, has_short, 1 - has_short};
-    const double lng = has_long * (h.mix[0] + h.mix[1] * (1 - has_short));
-    const double mem = has_short * (h.mix[1] + h.mix[0] * (1 - has_long));
-    return {r, lng, mem, has_long + has_short > 0 ? h.mix[2] : h.mix[0] + h.mix[1] + h.mix[2]};
+    const double has_short = count > 0, has_long = !running && *h.updates > 0, r = taken ? 1.0 / (double)count : 0;
+    if (running) return {taken && count > 1 ? a[0] : r, 0, has_short, 1 - has_short};
+    const double lng = has_long * (a[0] + a[1] * (1 - has_short));
+    const double mem = has_short * (a[1] + a[0] * (1 - has_long));
+    return {r, lng, mem, has_long + has_short > 0 ? a[2] : a[0] + a[1] + a[2]};
 }
 // Whether estimates do not depend on what arrives: the one-pass corner.
 SN_INLINE bool ahead(const sn_memory *h) {
-    if (!h || h->rate > 0) return false;
-    Shares s = shares(*h, 0);
+    if (!h || h->rule.kind != LONG_SHORT) return false;
+    Shares s = shares(*h, 0, 0, 1);
     return s.mem == 0 && s.own == 0;
 }
 
@@ -64,11 +71,11 @@ template <class A> SN_INLINE bool any(mask<A> m) {
 
 // The memory takes in `s` at step j, for slots a .. a+n of one row of its tables (0: of the mean, 1: of sigma).
 template <class A>
-void observe(const sn_memory &h, int row, int64_t S, int64_t a, int64_t n, int64_t j, bool taken, const A *s, A *fresh,
-             A *estimate) {
-    Shares share = shares(h, j, taken);
+void observe(const sn_memory &h, double samples, int row, int64_t S, int64_t a, int64_t n, int64_t j, bool taken,
+             const A *s, A *fresh, A *estimate) {
+    Shares share = shares(h, row, j, samples, taken);
     const A *lng = (const A *)h.long_ + row * S + a;
-    const A *old = j > 0 ? fresh + row * S + a : h.rate > 0 ? lng : (const A *)h.short_ + row * S + a;
+    const A *old = j > 0 ? fresh + row * S + a : h.has_short() ? (const A *)h.short_ + row * S + a : lng;
     A *out = fresh + row * S + a;
     vec<A> r = all((A)share.r), L = all((A)share.lng), M = all((A)share.mem), O = all((A)share.own);
     slots<A>(n, [&](int64_t i, int k) {
@@ -80,34 +87,71 @@ void observe(const sn_memory &h, int row, int64_t S, int64_t a, int64_t n, int64
     });
 }
 template <class A> void predict(const sn_memory &h, int row, int64_t S, int64_t a, int64_t n, A *estimate) {
-    vec<A> L = all((A)shares(h, 0).lng);
+    vec<A> L = all((A)shares(h, row, 0, 1).lng);
     const A *lng = (const A *)h.long_ + row * S + a;
     slots<A>(n, [&](int64_t i, int k) { store(estimate + i, L * table(lng + i, k)); });
 }
 // What the slots a .. a+n have become, and then how many steps that were.
 template <class A>
 void commit(const sn_memory &h, int64_t S, int64_t a, int64_t n, const A *fresh, const A *mean, const A *sigma) {
-    A *now = (A *)(h.rate > 0 ? h.long_ : h.short_), *estimate = (A *)h.estimate;
+    A *now = (A *)(h.has_short() ? h.short_ : h.long_), *estimate = (A *)h.estimate;
     const size_t bytes = n * sizeof(A);
     memcpy(now + a, fresh + a, bytes), memcpy(now + S + a, fresh + S + a, bytes);
     memcpy(estimate + a, mean + a, bytes), memcpy(estimate + S + a, sigma + a, bytes);
 }
-SN_INLINE void arrived(const sn_memory &h, int64_t steps) {
-    *h.count += steps;
+SN_INLINE void arrived(const sn_memory &h, int64_t steps, double samples) {
+    *h.count += h.counts_samples() ? steps * (int64_t)samples : steps;
     *h.seen += steps;
 }
 
-// A weight update: long <- keep1 long + keep2 short, the first makes it what short is; short emptied.
+// A weight update: long <- keep1 long + keep2 short, the first makes it what short is; short emptied. By evidence, keep
+// are the shares of the samples that each holds.
 template <class A> void fold(const sn_memory &h, int64_t S, double keep1, double keep2) {
-    if (*h.count == 0) return;
-    A *lng = (A *)h.long_, *brief = (A *)h.short_;
-    vec<A> old = all((A)(*h.updates > 0 ? keep1 : 0)), now = all((A)(*h.updates > 0 ? keep2 : 1));
-    slots<A>(2 * S, [&](int64_t i, int k) {
-        keep(lng + i, k, old * table(lng + i, k) + now * table(brief + i, k));
-        keep(brief + i, k, vec<A>{});
-    });
+    if (!h.has_short() || *h.count == 0) return;
+    for (int row = 0; row < 2; row++) {
+        A *lng = (A *)h.long_ + row * S, *brief = (A *)h.short_ + row * S;
+        double first = *h.updates > 0 ? keep1 : 0, second = *h.updates > 0 ? keep2 : 1;
+        if (h.rule.kind == POOLED) {
+            const Shares share = shares(h, row, 0, 0, false);
+            first = share.lng, second = share.mem;
+        }
+        vec<A> old = all((A)first), now = all((A)second);
+        slots<A>(S, [&](int64_t i, int k) {
+            keep(lng + i, k, old * table(lng + i, k) + now * table(brief + i, k));
+            keep(brief + i, k, vec<A>{});
+        });
+    }
+    *h.updates += h.rule.kind == POOLED ? *h.count : 1;
     *h.count = 0;
-    *h.updates += 1;
+}
+
+// G as the residual of a regression of the gradient on 1 and y over the stream: the coefficients theta = (v, u) take in
+// the gradients of the statistics of step j, and what they make of them, for slots a .. a+n.
+//     (M + m A) theta <- M theta + m b,  A = [[1, y], [y, y^2]] of this step's means
+template <class A>
+void regress(const sn_memory &h, double samples, int64_t S, int64_t a, int64_t n, int64_t j, bool taken, const A *mu,
+             const A *sigma, const A *mu_hat, const A *sigma_hat, const A *g_mu, const A *g_sigma, A *fresh, A *hat_mu,
+             A *hat_sigma) {
+    const double held = (double)*h.count + samples * (double)j + 1, m = samples, M = held < h.rule.a[0] ? held : h.rule.a[0];
+    const A *old = j > 0 ? fresh : (const A *)h.long_;
+    const vec<A> all_m = all((A)m), all_M = all((A)M), d_v = all((A)(M + m)), one = all((A)1);
+    slots<A>(n, [&](int64_t i, int k) {
+        const vec<A> s_hat = table(sigma_hat + i, k), inverse = one / s_hat;
+        const vec<A> mean = (table(mu + i, k) - table(mu_hat + i, k)) * inverse, scale = table(sigma + i, k) * inverse;
+        vec<A> v = table(old + a + i, k), u = table(old + S + a + i, k);
+        if (taken) {
+            const vec<A> over = scale * scale, under = mean * mean, square = choose<A>((mask<A>)(over < under), under, over);
+            const vec<A> b_v = -load(g_mu + i) * s_hat, b_u = -load(g_sigma + i) * s_hat;
+            const vec<A> e_v = b_v - v - mean * u, e_u = b_u - mean * v - square * u;
+            const vec<A> d_u = all_M + all_m * square, off = all_m * mean;
+            const vec<A> per = all_m / (d_v * d_u - off * off);
+            v += (d_u * e_v - off * e_u) * per, u += (d_v * e_u - off * e_v) * per;
+        }
+        keep(fresh + a + i, k, v);
+        keep(fresh + S + a + i, k, u);
+        store(hat_mu + i, -v * inverse);
+        store(hat_sigma + i, -u * scale * inverse);
+    });
 }
 
 // One step of the stream on n slots, forward: statistics, F, map. `e` runs the passes over the data.
@@ -154,7 +198,7 @@ template <class T, class E> bool forward_step(const Job<T> &J, int64_t j, int64_
         store(mu + i, m);
         keep(J.mu + at + i, k, m);
     });
-    if (J.h) observe(*J.h, 0, J.S, a, n, j, true, mu, J.fresh, est_mu);
+    if (J.h) observe(*J.h, p.samples, 0, J.S, a, n, j, true, mu, J.fresh, est_mu);
     const A *center = p.center == 0 ? mu : est_mu;
 
     // The moment about the center from the sums about k2; where nearly all of it cancels, from the data once more.
@@ -197,7 +241,7 @@ template <class T, class E> bool forward_step(const Job<T> &J, int64_t j, int64_
         wrong |= (not_finite<A>(v) | not_finite<A>(load(mu + i))) & before<A>(k);
     });
     if (J.h) {
-        observe(*J.h, 1, J.S, a, n, j, true, sigma, J.fresh, est_sigma);
+        observe(*J.h, p.samples, 1, J.S, a, n, j, true, sigma, J.fresh, est_sigma);
         slots<A>(n, [&](int64_t i, int k) {
             keep(J.est_mu + at + i, k, load(est_mu + i));
             keep(J.est_sigma + at + i, k, load(est_sigma + i));
@@ -258,8 +302,13 @@ template <class T, class E> bool backward_step(const Job<T> &J, int64_t arrival,
         if (J.dbias) keep(J.dbias + a + i, k, arrival ? table(J.dbias + a + i, k) + s1 : s1);
     });
     if (J.h) {
-        observe(*J.h, 0, J.S, a, n, arrival, !J.refused, g_mu, J.fresh, hat_mu);
-        observe(*J.h, 1, J.S, a, n, arrival, !J.refused, g_sigma, J.fresh, hat_sigma);
+        if (J.h->rule.kind == RESIDUAL)
+            regress(*J.h, p.samples, J.S, a, n, arrival, !J.refused, J.mu + at, J.sigma + at, used_mu + at, used_sigma + at,
+                    g_mu, g_sigma, J.fresh, hat_mu, hat_sigma);
+        else {
+            observe(*J.h, p.samples, 0, J.S, a, n, arrival, !J.refused, g_mu, J.fresh, hat_mu);
+            observe(*J.h, p.samples, 1, J.S, a, n, arrival, !J.refused, g_sigma, J.fresh, hat_sigma);
+        }
         if (arrival == p.k0 - 1) slots<A>(n, [&](int64_t i, int k) {
             keep(J.last + a + i, k, load(hat_mu + i));
             keep(J.last + J.S + a + i, k, load(hat_sigma + i));
