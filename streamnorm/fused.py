@@ -34,8 +34,13 @@ _KNOWN: dict[type, tuple[int, Callable[[Any], tuple[float, ...]], tuple[str, str
     Pooled: (calls.POOLED, lambda rule: (rule.memory, rule.prior), ("long", "short", "count", "held")),
     Residual: (calls.RESIDUAL, lambda rule: (rule.memory,), ("theta", "theta", "held", "seen")),
 }
-"""The rules that the kernels know: their kind, their numbers, and the buffers that stand for long, short, count and
-updates."""
+"""The rules that the kernels know: their kind, their numbers, and the names of their buffers."""
+
+
+def numbers_of(rule: Any) -> tuple[calls.RuleNumbers, tuple[str, str, str, str]]:
+    """A rule as the kernels are told of it, and the buffers that stand for long, short, count and updates."""
+    kind, numbers, names = _KNOWN[type(rule)]
+    return calls.RuleNumbers(kind, (ctypes.c_double * 3)(*numbers(rule))), names
 
 
 class Native:
@@ -48,9 +53,7 @@ class Native:
         self.folds = type(rule) is not Exponential
         self.keep = rule.keep if type(rule) is LongShort else (1.0, 0.0)
         self.buffers: Any = memory._buffers
-        kind, numbers, names = _KNOWN[type(rule)]
-        self._rule = calls.RuleNumbers(kind, (ctypes.c_double * 3)(*numbers(rule)))
-        long, short, count, updates = names
+        self._rule, (long, short, count, updates) = numbers_of(rule)
         self._names = long, short, "estimate", count, updates, "seen", "skipped"
         self._addresses: tuple[int, ...] = ()
         self._where: int | None = None

@@ -19,12 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from streamnorm.fused import numbers_of
 from streamnorm.kernels import library
+from streamnorm.kernels.calls import RuleNumbers
 from streamnorm.layers import StreamingNorm
 from streamnorm.norm import Affine, Norm
 from streamnorm.normop import Standardize
 from streamnorm.normstats import Lp
-from streamnorm.policy import Streaming
+from streamnorm.policy import Evidence, Streaming
 from streamnorm.stream import LongShort, Memory
 
 # What can be served
@@ -90,7 +92,7 @@ def _why_not(module: nn.Module, last: _Layer | None) -> str | None:
     if not isinstance(module, Norm):
         return None
     d = module.definition
-    if type(module.policy) is not Streaming:
+    if type(module.policy) not in (Streaming, Evidence):
         return "a norm has to be streaming (or nn.LayerNorm)"
     if d.ref.features != "own" or d.ref.place != "all" or not d.ref.is_built_in:
         return "a streaming norm has to compare each feature with itself (BA1)"
@@ -132,7 +134,7 @@ _settings = itemgetter("lr", "weight_decay", "momentum", "dampening", "nesterov"
 _POINTERS = ("long", "short", "estimate", "count", "updates", "seen", "skipped")
 _CRates = _structure("_CRates", **dict.fromkeys(("lr", "decay", "momentum", "dampening", "nesterov"), c_double))
 _CParam = _structure("_CParam", at=c_void_p, average=c_void_p, group=c_int64, fresh=c_int64)
-_CStream = _structure("_CStream", **dict.fromkeys(_POINTERS, c_void_p), mix=c_double * 3, keep=c_double * 2)
+_CStream = _structure("_CStream", **dict.fromkeys(_POINTERS, c_void_p), rule=RuleNumbers, keep=c_double * 2)
 _CLayer = _structure(
     "_CLayer",
     **dict.fromkeys(("inputs", "outputs", "kind", "p", "about_zero", "relu"), c_int64),
@@ -228,12 +230,14 @@ class Plan:
 
     def _memory(self, memory: Memory | None, c: Any) -> None:
         assert memory is not None
-        assert isinstance(memory.rule, LongShort)
         self._owners.append(memory._buffers)
         self._watched.append(memory.estimate)
-        for name in _POINTERS:
-            setattr(c, name, self._address(name, memory.get_buffer(name)))
-        c.mix[:], c.keep[:] = memory.rule.mix, memory.rule.keep
+        c.rule, (long, short, count, updates) = numbers_of(memory.rule)
+        names = (long, short, "estimate", count, updates, "seen", "skipped")
+        for pointer, name in zip(_POINTERS, names, strict=True):
+            setattr(c, pointer, self._address(name, memory.get_buffer(name)))
+        if isinstance(memory.rule, LongShort):
+            c.keep[:] = memory.rule.keep
 
     def _address(self, name: str, tensor: Tensor) -> int:
         dtype = self.dtype if tensor.is_floating_point() else torch.int64

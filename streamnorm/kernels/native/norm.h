@@ -10,6 +10,7 @@
 // What is computed on slots (statistics, F, G) is the same for both and lies in slots.h.
 #pragma once
 #include "parallel.h"
+#include "rule.h"
 #include "vec.h"
 
 // Constant for a layer and a shape of input; mirrored by `Plan` in kernels/cpu.py.
@@ -24,13 +25,6 @@ struct sn_plan {
     double unit;                       // what a gradient is multiplied by on its way to G, and its estimate divided by
     double samples;                    // in a step
 };
-
-// F or G in numbers; mirrored by `RuleNumbers` in kernels/cpu.py.
-struct sn_rule {
-    int64_t kind;
-    double a[3];                       // LONG_SHORT: mix; EXPONENTIAL: rate; POOLED: memory, prior; RESIDUAL: memory
-};
-enum { LONG_SHORT, EXPONENTIAL, POOLED, RESIDUAL };
 
 // H1 or H2 with its rule; mirrored by `MemoryPointers` in kernels/cpu.py. Tables (2, slots) of float, or double for double.
 struct sn_memory {

@@ -16,6 +16,7 @@
 #pragma GCC optimize("O3")  // loops over units are left to the compiler, which has to see that they are vectors
 #endif
 #include "parallel.h"
+#include "rule.h"
 #include "vec.h"
 
 namespace {
@@ -32,7 +33,10 @@ struct Param {             // a parameter of T, or null
 struct Stream {            // H1 with F, or H2 with G: tables (2, out) of T
     void *long_, *short_, *estimate;
     int64_t *count, *updates, *seen, *skipped;
-    double mix[3], keep[2];
+    sn_rule rule;
+    double keep[2];
+
+    bool begins() const { return rule.kind == POOLED && rule.a[1] > 0 && *count == 0 && *updates == 0; }
 };
 enum Kind { NONE, STREAMING, LAYER };
 struct Layer {
@@ -81,22 +85,31 @@ template <class T> SN_INLINE T sum_of(vec<T> v) {  // in pairs: a row has one, s
     return part[0];
 }
 
-// --- F and G: one arrival, then a weight update (LongShort.observe and fold) ---
+// --- F and G: one arrival of one sample, then a weight update (observe and fold of LongShort and Pooled) ---
 
 template <class T> struct Arrival {
     const Stream &m;
     bool ok, known;  // whether it is taken in; whether there is anything to make an estimate of
     T share, to_long, to_short, to_now;
 
-    Arrival(const Stream &memory, bool is_ok) : m(memory), ok(is_ok) {
+    Arrival(const Stream &memory, bool is_ok, int row = 0) : m(memory), ok(is_ok) {
+        if (m.rule.kind == POOLED) {
+            const double held = (double)*m.updates + (row ? m.rule.a[1] : 0), N = (double)(*m.count + ok);
+            const double M = held < m.rule.a[0] ? held : m.rule.a[0];
+            known = M + N > 0;
+            share = (T)(1 / (N > 0 ? N : 1)), to_long = (T)(known ? M / (M + N) : 0), to_short = (T)(known ? N / (M + N) : 0);
+            to_now = (T)!known;
+            return;
+        }
+        const double *mix = m.rule.a;
         int64_t count = *m.count + ok;
         bool has_long = *m.updates > 0, has_short = count > 0;  // whichever is empty, the other stands in for it
         known = has_long || has_short;
         share = (T)1 / (T)(count > 0 ? count : 1);
-        to_long = (T)(has_long ? m.mix[0] + (has_short ? 0 : m.mix[1]) : 0);
-        to_short = (T)(has_short ? m.mix[1] + (has_long ? 0 : m.mix[0]) : 0);
-        to_now = (T)m.mix[2];
-        if (!known) to_now = (T)(m.mix[0] + m.mix[1] + m.mix[2]);
+        to_long = (T)(has_long ? mix[0] + (has_short ? 0 : mix[1]) : 0);
+        to_short = (T)(has_short ? mix[1] + (has_long ? 0 : mix[0]) : 0);
+        to_now = (T)mix[2];
+        if (!known) to_now = (T)(mix[0] + mix[1] + mix[2]);
     }
     SN_INLINE T short_term(const T *old, const T *s, int64_t i, bool taken, T share) {
         return taken ? old[i] + share * (s[i] - old[i]) : old[i];
@@ -117,6 +130,12 @@ template <class T> struct Arrival {
         if (ok || finite(s_hat, n)) memcpy(m.estimate, s_hat, n * sizeof(T));
         *(ok ? m.seen : m.skipped) += 1;
         if (*m.count + ok == 0) return;
+        if (m.rule.kind == POOLED) {  // long becomes the estimate
+            memcpy(lng, s_hat, n * sizeof(T));
+            memset(old, 0, n * sizeof(T));
+            *m.updates += *m.count + ok, *m.count = 0;
+            return;
+        }
         T keep = (T)m.keep[0], take = (T)m.keep[1];
         if (*m.updates > 0)
             for (int64_t i = 0; i < n; i++) lng[i] = keep * lng[i] + take * short_term(old, s, i, ok, share);
@@ -126,6 +145,27 @@ template <class T> struct Arrival {
         *m.count = 0, *m.updates += 1;
     }
 };
+
+// G as the residual of a regression over the stream, for one sample (`regress` of slots.h).
+template <class T> void regress(const Stream &m, const T *s, const T *s_hat, const T *g, T *g_hat, int64_t n, bool ok) {
+    T *v = (T *)m.long_, *u = v + n;
+    const double held = (double)*m.count + 1;
+    const T M = (T)(held < m.rule.a[0] ? held : m.rule.a[0]);
+    for (int64_t i = 0; i < n; i++) {
+        const T inverse = 1 / s_hat[n + i], mean = (s[i] - s_hat[i]) * inverse, scale = s[n + i] * inverse;
+        if (ok) {
+            const T over = scale * scale, under = mean * mean, square = over < under ? under : over;
+            const T e_v = -g[i] * s_hat[n + i] - v[i] - mean * u[i];
+            const T e_u = -g[n + i] * s_hat[n + i] - mean * v[i] - square * u[i];
+            const T d_v = M + 1, d_u = M + square, per = 1 / (d_v * d_u - under);
+            v[i] += (d_u * e_v - mean * e_u) * per, u[i] += (d_v * e_u - mean * e_v) * per;
+        }
+        g_hat[i] = -v[i] * inverse, g_hat[n + i] = -u[i] * scale * inverse;
+    }
+    if (ok || finite(g_hat, 2 * n)) memcpy(m.estimate, g_hat, 2 * n * sizeof(T));
+    *(ok ? m.seen : m.skipped) += 1;
+    *m.count += ok;
+}
 
 // --- Small parameters ---
 
@@ -262,15 +302,15 @@ template <class T> bool forward_norm(const Layer &l, const Room<T> &at) {
     const T *gain = (const T *)l.gain.at, *shift = (const T *)l.shift.at;
     if (!finite(a, n)) return false;
     if (l.kind == STREAMING) {
-        Arrival<T> arrival(l.F, true);
-        arrival.estimate(at.s, at.s_hat, 0, n);
+        if (l.F.begins()) return false;
+        Arrival<T>(l.F, true).estimate(at.s, at.s_hat, 0, n);
         T floor = (T)sqrt(l.eps), eps = (T)l.eps;
         for (int64_t i = 0; i < n; i++) {
             T d = l.about_zero ? a[i] : a[i] - mu_hat[i];
             sigma[i] = l.p == 2 ? (T)sqrt(d * d + eps) : (T)fabs(d) + floor;
         }
         if (!finite(sigma, n)) return false;
-        arrival.estimate(at.s, at.s_hat, n, 2 * n);
+        Arrival<T>(l.F, true, 1).estimate(at.s, at.s_hat, n, 2 * n);
         for (int64_t i = 0; i < n; i++) y[i] = (a[i] - mu_hat[i]) / sigma_hat[i];
     } else if (l.kind == LAYER) {
         double mean = 0, square = 0;
@@ -321,14 +361,16 @@ template <class T> void backward_norm(const Net &net, Layer &l, const Room<T> &a
         g_mu[i] = -grad[i] / sigma_hat[i];
         g_sigma[i] = -((a[i] - at.s_hat[i]) * grad[i]) / (sigma_hat[i] * sigma_hat[i]);
     }
-    Arrival<T> arrival(l.G, finite(at.g, 2 * n));
-    arrival.estimate(at.g, at.g_hat, 0, 2 * n);
+    const bool ok = finite(at.g, 2 * n), regresses = l.G.rule.kind == RESIDUAL;
+    const Arrival<T> arrival(l.G, ok);
+    if (regresses) regress(l.G, at.s, at.s_hat, at.g, at.g_hat, n, ok);
+    else arrival.estimate(at.g, at.g_hat, 0, 2 * n);
     for (int64_t i = 0; i < n; i++) {
         T d = l.about_zero ? a[i] : a[i] - at.s_hat[i], to_mu = at.g_hat[i], to_sigma = at.g_hat[n + i];
         T slope = l.p == 2 ? d * (to_sigma / sigma[i]) : to_sigma * (T)((d > 0) - (d < 0));
         grad[i] = grad[i] / sigma_hat[i] + to_mu + slope;
     }
-    arrival.remember_and_fold(at.g, at.g_hat, 2 * n);
+    if (!regresses) arrival.remember_and_fold(at.g, at.g_hat, 2 * n);
 }
 
 // --- The loss of one sample, its mean over classes or outputs as torch takes it, and its gradient ---
