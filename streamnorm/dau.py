@@ -138,7 +138,7 @@ def _drop_gradients(optimizer: Optimizer) -> None:
             parameter.grad = None
 
 
-def attach(model: nn.Module, optimizer: Optimizer, warmup: Warmup = "auto") -> Attachment:
+def attach(model: nn.Module, optimizer: Optimizer, warmup: Warmup = 0) -> Attachment:
     """Tell every layer of ``model`` that remembers about the weight updates of ``optimizer``.
 
     After each ``optimizer.step()`` the layers fold: ``long <- kappa1 long + kappa2 short`` and short is emptied
@@ -266,7 +266,7 @@ class DAU:
         samples_per_batch: int = 1,
         batches_per_update: int = 1,
         vectorize: bool = True,
-        warmup: Warmup = "auto",
+        warmup: Warmup = 0,
     ) -> None:
         for name, value in (("samples_per_batch", samples_per_batch), ("batches_per_update", batches_per_update)):
             expect_whole(name, value)

@@ -20,6 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from streamnorm.kernels import calls, cpu, eager
 from streamnorm.kernels.definition import Definition, Statistics
 from streamnorm.op import expect_the_same, observe_back, pack, raise_forgotten, refuse_second_derivative, unpack_row
+from streamnorm.policy import Policy
 from streamnorm.stream import Exponential, LongShort, Memory, Pooled, Residual
 
 TABLES = 5
@@ -180,12 +181,12 @@ class Shortcut:
         memories: guards on H1 and H2.
         guards: on what else has been looked at to choose that call.
         affine: what follows the layer.
-        joined: whether its gain and bias were part of the call.
+        then: what is left to do after the call; None: nothing, gain and bias were part of it.
 
     Attributes:
         call: ``call(x)``, y or None.
         fold: the weight update of both memories; whether it could be done.
-        then: what follows and was no part of it, or None.
+        then: as given.
         latest: that call, for one that is computed again; None if nothing is remembered.
         reference_size: activations in its smallest reference.
     """
@@ -198,10 +199,11 @@ class Shortcut:
         memories: Iterable[calls.Guard],
         guards: Iterable[calls.Guard],
         affine: nn.Module | None,
-        joined: bool,
+        then: Callable[[Tensor], Tensor] | None,
     ) -> None:
+        joined = then is None
         self.reference_size = told.reference_size
-        self.then = None if joined else affine
+        self.then = then
         self.latest = (told, joined) if told.remembers else None
         parameters = affine._parameters if joined and affine is not None else None
         kept = calls.Kept(memories)
@@ -221,13 +223,14 @@ class Fused:
 
     Args:
         definition: R, S and N of the layer.
-        uses_estimate: of its policy.
+        policy: of the layer.
         H1, H2: its memories, or None.
     """
 
-    def __init__(self, definition: Definition, uses_estimate: bool, H1: Memory | None, H2: Memory | None) -> None:
+    def __init__(self, definition: Definition, policy: Policy, H1: Memory | None, H2: Memory | None) -> None:
         self.definition = definition
-        self.uses_estimate = uses_estimate
+        self.policy = policy
+        self.uses_estimate = policy.uses_estimate
         self.H1 = None if H1 is None else Native(H1)
         self.H2 = None if H2 is None else Native(H2)
         self._told: dict[Any, Told | None] = {}
@@ -239,9 +242,9 @@ class Fused:
         whole = definition.ref.samples == ("one" if H1 is None else "batch")
         return whole and Native.serves(H1) and Native.serves(H2) and cpu.serves(definition)
 
-    def is_of(self, definition: Definition, uses_estimate: bool, H1: Memory | None, H2: Memory | None) -> bool:
+    def is_of(self, definition: Definition, policy: Policy, H1: Memory | None, H2: Memory | None) -> bool:
         """Whether this was made for just these."""
-        same = self.definition is definition and self.uses_estimate is uses_estimate
+        same = self.definition is definition and self.policy is policy
         return same and self.remembers_in(H1, H2)
 
     def remembers_in(self, H1: Memory | None, H2: Memory | None) -> bool:
@@ -268,7 +271,8 @@ class Fused:
         if key in self._told:
             return self._told[key]
         view = check(x, steps)
-        plan = cpu.plan(self.definition, steps, tuple(x.shape), x.stride(), self.uses_estimate, is_reversed, unit)
+        shape, trust = tuple(x.shape), self.policy.trust(x.shape[0] // steps)
+        plan = cpu.plan(self.definition, steps, shape, x.stride(), self.uses_estimate, is_reversed, unit, trust)
         memories = [native.memory for native in (self.H1, self.H2) if native is not None]
         if plan is not None and any(memory.estimate.numel() != 2 * plan.slots for memory in memories):
             return None  # a memory that gets its shape from this very call
@@ -412,8 +416,8 @@ def _composed(
     dweight = dbias = None
     if weight is not None:
         rest = [axis for axis in range(data.ndim) if axis != 2]
-        dweight = (grad * eager.apply(data, d, mu_hat, sigma_hat)).sum(rest)
-        dbias = grad.sum(rest)
+        dweight = (grad * eager.apply(data, d, mu_hat, sigma_hat)).sum(rest) * told.plan.trust
+        dbias = grad.sum(rest) * told.plan.trust
         grad = grad * weight.to(told.dtype).reshape(-1, *[1] * (data.ndim - 3))
     g_mu, g_sigma = eager.stat_grads(grad, data, d, mu_hat, sigma_hat)
     if H2 is not None:

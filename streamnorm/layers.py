@@ -12,7 +12,10 @@ import torch
 from streamnorm.norm import Device, Norm
 from streamnorm.normref import BA1, SP2, NormRef
 from streamnorm.normstats import Center, Lp
-from streamnorm.policy import Batch, Sample, Streaming
+from streamnorm.policy import Batch, Evidence, Policy, Sample, Streaming
+
+ALPHA, BETA = (0.7, 0.3), (0.7, 0.3, 0.0)
+"""The paper's rule where only some of it is given."""
 
 
 class StreamingNorm(Norm):
@@ -20,17 +23,29 @@ class StreamingNorm(Norm):
 
     ::
 
-        y = weight (x - mu_hat) / sigma_hat + bias
-        s_hat = alpha1 long + alpha2 short                  s = (mu, sigma), short the mean since the last weight update
+        y = weight (x - mu_hat) / sigma_hat + bias          s = (mu, sigma), short the mean since the last weight update
+
+    By default the memory is counted in samples (``Evidence``): N are in short, M = min(samples before, memory)::
+
+        s_hat = (M long + N short) / (M + N)
+        g_hat = what a regression of the gradient on 1 and y, over the stream, takes out of it
+
+    With an alpha, beta or kappa it is the paper's rule (``Streaming``), which counts weight updates::
+
+        s_hat = alpha1 long + alpha2 short
         g_hat = beta1 long + beta2 short + beta3 dE/ds_hat  in the place of dE/ds going back
 
     Args:
         num_features: c.
         ref: the NormRef R.
         p, center, eps: of ``Lp``: the order of the moment, Setting A ``"batch"``, B ``"estimate"`` or C ``"zero"``.
-        alpha, beta, kappa: of ``Streaming``.
+        alpha, beta, kappa: of ``Streaming``; by default alpha = (.7, .3), beta = (.7, .3, 0) where another is given.
         affine: follow with a gain and a bias per feature.
         device, dtype: as torch's; statistics stay float32 or wider.
+        memory: of ``Evidence``, in samples: how far back statistics reach. None: 100.
+
+    Raises:
+        ValueError: for a memory beside an alpha, beta or kappa, and for values that are out of range.
 
     Shapes: ``x (n, c, *place) -> y (n, c, *place)``, up to three axes of place.
 
@@ -48,30 +63,33 @@ class StreamingNorm(Norm):
         ref: NormRef = BA1,
         p: float = 2,
         center: Center = "estimate",
-        alpha: tuple[float, ...] = (0.7, 0.3),
-        beta: tuple[float, ...] = (0.7, 0.3, 0.0),
+        alpha: tuple[float, ...] | None = None,
+        beta: tuple[float, ...] | None = None,
         kappa: tuple[float, ...] | None = None,
         eps: float = 1e-5,
         affine: bool = True,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        memory: float | None = None,
     ) -> None:
-        policy = Streaming(alpha, beta, kappa)
+        policy = streaming_policy(alpha, beta, kappa, memory)
         super().__init__(num_features, ref, Lp(p, center, eps), policy, affine, device=device, dtype=dtype)
 
     def __repr__(self) -> str:
         policy = self.policy
-        assert isinstance(policy, Streaming)
+        rule: dict[str, tuple[Any, Any]] = {}
+        if isinstance(policy, Streaming):
+            rule = {"alpha": (policy.alpha, None), "beta": (policy.beta, BETA), "kappa": (policy.kappa, None)}
+        elif isinstance(policy, Evidence):
+            rule = {"memory": (policy.memory, Evidence().memory)}
         return _call(
             self,
             ref=(self.ref, BA1),
             p=(self.moment.p, 2),
             center=(self.moment.center, "estimate"),
-            alpha=(policy.alpha, (0.7, 0.3)),
-            beta=(policy.beta, (0.7, 0.3, 0.0)),
-            kappa=(policy.kappa, None),
             eps=(self.moment.eps, 1e-5),
             affine=(self.affine is not None, True),
+            **rule,
         )
 
 
@@ -158,6 +176,28 @@ class SampleNorm(Norm):
             eps=(self.moment.eps, 1e-5),
             affine=(self.affine is not None, True),
         )
+
+
+def streaming_policy(
+    alpha: tuple[float, ...] | None = None,
+    beta: tuple[float, ...] | None = None,
+    kappa: tuple[float, ...] | None = None,
+    memory: float | None = None,
+) -> Policy:
+    """The policy that these arguments of a streaming layer ask for: memory counted in samples, or the paper's rule.
+
+    Raises:
+        ValueError: for both.
+    """
+    given = {name: value for name, value in (("alpha", alpha), ("beta", beta), ("kappa", kappa)) if value is not None}
+    if not given:
+        return Evidence() if memory is None else Evidence(memory)
+    if memory is not None:
+        raise ValueError(
+            f"memory={memory!r} counts samples and {', '.join(given)} weigh weight updates (the paper's rule); give "
+            "one or the other"
+        )
+    return Streaming(**{"alpha": ALPHA, "beta": BETA, **given})
 
 
 def _call(layer: Norm, **arguments: tuple[Any, Any]) -> str:

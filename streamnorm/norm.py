@@ -9,8 +9,9 @@ Legend: ``n`` inputs along the first axis = ``g`` mini-batches (steps of the str
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -56,11 +57,15 @@ class Affine(nn.Module):
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, trust: float = 1.0) -> Tensor:
+        """``y``; the gradients of gain and bias are multiplied by ``trust``."""
         if x.ndim < 2 or x.shape[1] != self.num_features:
             raise ValueError(f"expected (n, {self.num_features}, ...), got {tuple(x.shape)}")
+        weight, bias = self.weight, self.bias
+        if trust != 1:  # the same values, of which a share has gradients
+            weight, bias = (torch.lerp(p.detach(), p, trust) for p in (weight, bias))
         shape = (-1, *[1] * (x.ndim - 2))
-        return (x * self.weight.reshape(shape)).add_(self.bias.reshape(shape)).to(x.dtype)
+        return (x * weight.reshape(shape)).add_(bias.reshape(shape)).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}"
@@ -233,10 +238,9 @@ class Norm(nn.Module):
         been replaced."""
         modules: Any = self._modules
         fused, H1, H2 = self._calls.fused, modules.get("H1"), modules.get("H2")
-        uses_estimate = self.policy.uses_estimate
-        if fused is None or (fused and not fused.is_of(self.definition, uses_estimate, H1, H2)):
+        if fused is None or (fused and not fused.is_of(self.definition, self.policy, H1, H2)):
             served = Fused.serves(self.definition, H1, H2)
-            self._calls.fused = fused = served and Fused(self.definition, uses_estimate, H1, H2)
+            self._calls.fused = fused = served and Fused(self.definition, self.policy, H1, H2)
         return fused
 
     def _fused(self, x: Tensor, affine: nn.Module | None) -> Tensor | None:
@@ -263,11 +267,13 @@ class Norm(nn.Module):
                 if len(calls.shortcuts) == SHAPES:
                     calls.shortcuts.clear()
                 memories = [*(is_still(modules, name) for name in ("H1", "H2")), *fused.guards()]
-                shortcut = calls.shortcuts[told] = Shortcut(told, memories, self._looked_at(remembers), affine, joined)
+                then = None if joined or affine is None else trusting(affine, told.plan.trust)
+                looked_at = self._looked_at(remembers)
+                shortcut = calls.shortcuts[told] = Shortcut(told, memories, looked_at, affine, then)
             calls.shortcut = shortcut
         if remembers:
             self._count(calls, (told, joined))
-        return y if affine is None or joined else affine(y)
+        return y if affine is None or joined else trusting(affine, told.plan.trust)(y)
 
     def _looked_at(self, remembers: bool) -> Iterator[Guard]:
         """What the choice of a compiled call depends on, beside the memories."""
@@ -288,7 +294,7 @@ class Norm(nn.Module):
             return None
         told, joined = latest
         y = told.fused.again(x, told, *((gains_of(affine) if joined else None) or (None, None)))
-        return y if affine is None or joined else affine(y)
+        return y if affine is None or joined else trusting(affine, told.plan.trust)(y)
 
     def _check(self, x: Tensor, steps: int) -> Tensor:
         """The canonical view of a training input that the layer does not refuse."""
@@ -321,13 +327,16 @@ class Norm(nn.Module):
         if not view.numel():
             return x.clone()
         recall = (again[1], again[2]) if again else None
-        streams = _op.Streams(self.H1, self.H2, self.policy.uses_estimate, recall, self.reverse, unit)
+        trust = self.policy.trust(view.shape[1])
+        streams = _op.Streams(self.H1, self.H2, self.policy.uses_estimate, recall, self.reverse, unit, trust)
         joined = gains is not None and not x.is_inference() and _op.joins(view, self.definition)
         y, estimates, s = _op.normalize(view, self.definition, streams, *(gains if joined and gains else ()))
         if estimates is not None and s is not None and not again:
             self._count(self._calls, ((steps, unit), s, estimates))
         y = y.reshape(x.shape)
-        return y if affine is None or joined else affine(y)
+        if affine is None or joined:
+            return y
+        return trusting(affine, trust)(y)
 
     def fold(self, happened: Tensor | bool = True) -> None:
         """A weight update took place: long <- kappa1 long + kappa2 short, short emptied (section 3.3.1, 3.3.2)."""
@@ -413,6 +422,11 @@ def gains_of(affine: nn.Module | None) -> tuple[Tensor, Tensor] | None:
     weight, bias = parameters["weight"], parameters["bias"]
     c = affine.num_features
     return (weight, bias) if weight.shape == bias.shape == (c,) and weight.is_cpu == bias.is_cpu else None
+
+
+def trusting(affine: nn.Module, trust: float) -> Callable[[Tensor], Tensor]:
+    """What follows a layer, with the gradients of its gain and bias multiplied by ``trust``."""
+    return affine if trust == 1 or not isinstance(affine, Affine) else partial(affine, trust=trust)
 
 
 def _recomputing() -> bool:

@@ -59,7 +59,7 @@ class OnlineTrainer:
     torch.Size([20, 3])
     """
 
-    def __init__(self, model: nn.Module, optimizer: SGD, loss_fn: Loss = F.cross_entropy, warmup: Warmup = "auto"):
+    def __init__(self, model: nn.Module, optimizer: SGD, loss_fn: Loss = F.cross_entropy, warmup: Warmup = 0):
         self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
         self._plan = Plan(model, optimizer, loss_fn)
         self.link = attach(model, optimizer, warmup)

@@ -138,7 +138,7 @@ _CStream = _structure("_CStream", **dict.fromkeys(_POINTERS, c_void_p), rule=Rul
 _CLayer = _structure(
     "_CLayer",
     **dict.fromkeys(("inputs", "outputs", "kind", "p", "about_zero", "relu"), c_int64),
-    eps=c_double,
+    **dict.fromkeys(("eps", "trust"), c_double),
     **dict.fromkeys(("weight", "bias", "gain", "shift"), _CParam),
     **dict.fromkeys(("F", "G"), _CStream),
 )
@@ -206,13 +206,14 @@ class Plan:
     def _fill(self, layer: _Layer, c: Any) -> None:
         linear, norm, affine = layer.linear, layer.norm, layer.affine
         c.outputs, c.inputs = linear.weight.shape
-        c.relu = layer.relu
+        c.relu, c.trust = layer.relu, 1.0
         self._parameters(linear, c.weight, c.bias)
         if isinstance(norm, nn.LayerNorm):
             c.kind, c.eps = 2, norm.eps
             self._parameters(norm, c.gain, c.shift)
         elif norm is not None:
             c.kind, c.p, c.eps, c.about_zero = 1, norm.moment.p, norm.moment.eps, norm.moment.center == "zero"
+            c.trust = norm.policy.trust(1)
             self._memory(norm.H1, c.F)
             self._memory(norm.H2, c.G)
         if affine is not None:

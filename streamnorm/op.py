@@ -38,6 +38,7 @@ class Streams:
         is_reversed: going back, the g steps arrive at G last to first, as through time.
         unit: what a gradient is multiplied by on its way to G, and G's estimate divided by: the number of steps where
             the loss is their mean and not their sum.
+        trust: what gradients of gain and bias are multiplied by.
     """
 
     H1: Memory | None
@@ -46,6 +47,7 @@ class Streams:
     recall: tuple[Tensor, Tensor] | None = None
     is_reversed: bool = False
     unit: int = 1
+    trust: float = 1.0
 
 
 def pack(mu: Tensor, sigma: Tensor, ref: NormRef) -> Tensor:
@@ -123,7 +125,7 @@ class _Normalize(torch.autograd.Function):
         joined = {}
         if gain is not None:
             # Each statistic belongs to one feature: its gradients hold the sums that the gain and bias ask for.
-            dgain, dshift = (-(g * sigma_hat).flatten().to(gain.dtype) for g in (g_sigma, g_mu))
+            dgain, dshift = (-streams.trust * (g * sigma_hat).flatten().to(gain.dtype) for g in (g_sigma, g_mu))
         if ctx.latest is not None:
             now = ctx.latest.estimate.expand(len(data), *ctx.latest.estimate.shape)
             mu_hat, sigma_hat = unpack_row(now[:, 0], mu_hat), unpack_row(now[:, 1], sigma_hat)

@@ -20,11 +20,17 @@ class Policy:
         G: the rule of H2, fed with the gradients of the statistics; None: they pass as they are.
         uses_estimate: training normalizes with F's estimate (Algorithm 5) and not with the mini-batch's own statistics
             (Algorithms 1 and 3).
+        caution: the gradients of gain and bias of a call of m samples are taken times m / (m + caution).
     """
 
     F: Rule | None = None
     G: Rule | GradientRule | None = None
     uses_estimate: bool = False
+    caution: float = 0.0
+
+    def trust(self, samples: int) -> float:
+        """What gradients of gain and bias of a call of so many samples are multiplied by."""
+        return samples / (samples + self.caution) if self.caution else 1.0
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,10 @@ class Evidence(Policy):
     """Streaming normalization with a memory counted in samples (Algorithms 5 and 6 with the F and G of ``Pooled`` and
     ``Residual``): from one sample and one weight update at a time to thousands of rows an update.
 
+    Gain and bias learn with caution: their gradient from m samples counts m / (m + 3). They are the one part of a layer
+    whose gradient no regression frees of its mean, and what one sample after another says about them is alike: at a
+    rate of .1 they switch off the units of a network that has a stream of similar labels before it.
+
     Args:
         memory: samples that statistics are remembered for; their gradients for a fifth of it.
 
@@ -135,3 +145,4 @@ class Evidence(Policy):
         return Residual(self.memory / 5)
 
     uses_estimate = True
+    caution = 3.0

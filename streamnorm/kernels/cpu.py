@@ -41,7 +41,7 @@ class Plan(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("k0", "k1", "r0", "r1", "L", "xk0", "xk1", "xr0", "xr1")),
         *((name, ctypes.c_int32) for name in ("columns", "p", "center", "uses_estimate", "scale", "reversed")),
-        *((name, ctypes.c_double) for name in ("eps", "unit", "samples")),
+        *((name, ctypes.c_double) for name in ("eps", "unit", "samples", "trust")),
     ]
 
     @property
@@ -171,6 +171,7 @@ def plan(
     uses_estimate: bool = False,
     is_reversed: bool = False,
     unit: float = 1.0,
+    trust: float = 1.0,
 ) -> Plan | None:
     """What a kernel is told about ``x (n, c, *place)`` of this shape and stride; None: there is no kernel for it."""
     last = features_last(shape, stride)
@@ -188,6 +189,7 @@ def plan(
         eps=d.moment.eps,
         unit=unit,
         samples=shape[0] // steps,
+        trust=trust,
     )
 
 

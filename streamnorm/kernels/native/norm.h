@@ -24,6 +24,7 @@ struct sn_plan {
     double eps;
     double unit;                       // what a gradient is multiplied by on its way to G, and its estimate divided by
     double samples;                    // in a step
+    double trust;                      // what gradients of gain and bias are multiplied by
 };
 
 // H1 or H2 with its rule; mirrored by `MemoryPointers` in kernels/cpu.py. Tables (2, slots) of float, or double for double.

@@ -41,7 +41,7 @@ struct Stream {            // H1 with F, or H2 with G: tables (2, out) of T
 enum Kind { NONE, STREAMING, LAYER };
 struct Layer {
     int64_t in, out, kind, p, about_zero, relu;
-    double eps;
+    double eps, trust;         // `trust`: what gradients of gain and shift are multiplied by
     Param weight, bias, gain, shift;
     Stream F, G;
 };
@@ -345,7 +345,8 @@ template <class T> void backward_norm(const Net &net, Layer &l, const Room<T> &a
         for (int64_t i = 0; i < n; i++) for_gain[i] = grad[i] * ((a[i] - at.s_hat[i]) / sigma_hat[i]);
     else
         for (int64_t i = 0; i < n; i++) for_gain[i] = grad[i] * at.s_hat[i];
-    memcpy(out, grad, n * sizeof(T));  // the gradient of the shift
+    const T trust = (T)l.trust;
+    for (int64_t i = 0; i < n; i++) for_gain[i] *= trust, out[i] = trust * grad[i];  // the latter of the shift
     if (gain)
         for (int64_t i = 0; i < n; i++) grad[i] *= gain[i];
     move(net, l.gain, for_gain, n);

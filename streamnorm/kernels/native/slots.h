@@ -262,7 +262,7 @@ template <class T, class E> bool backward_step(const Job<T> &J, int64_t arrival,
     alignas(64) A g_mu[ROOM], g_sigma[ROOM], hat_mu[ROOM], hat_sigma[ROOM];
     Work<A> &w = e.w;
     const int64_t at = j * J.S + a;
-    const vec<A> per = all((A)(1 / (p.unit * J.count))), unit = all((A)p.unit), none{};
+    const vec<A> per = all((A)(1 / (p.unit * J.count))), unit = all((A)p.unit), trust = all((A)p.trust), none{};
     const bool known = J.once;
     const A *used_mu = p.uses_estimate ? J.est_mu : J.mu, *used_sigma = p.uses_estimate ? J.est_sigma : J.sigma;
 
@@ -298,6 +298,7 @@ template <class T, class E> bool backward_step(const Job<T> &J, int64_t arrival,
         store(g_mu + i, gm);
         store(g_sigma + i, gs);
         wrong |= (not_finite<A>(gm) | not_finite<A>(gs)) & before<A>(k);
+        s1 *= trust, s2 *= trust;
         if (J.dweight) keep(J.dweight + a + i, k, arrival ? table(J.dweight + a + i, k) + s2 : s2);
         if (J.dbias) keep(J.dbias + a + i, k, arrival ? table(J.dbias + a + i, k) + s1 : s1);
     });
