@@ -1,6 +1,6 @@
-"""The command line: ``streamnorm learn | compare | train | language | autoencoder | evaluate | recalibrate | gap | sample |
-neighbors | reproduce | bench | doctor``. Flags are derived from dataclasses; nothing is computed here. Needs the extra
-``cli``.
+"""The command line: ``streamnorm learn | compare | train | language | autoencoder | evaluate | recalibrate | gap |
+sample | neighbors | reproduce | bench | doctor``. Flags are derived from dataclasses; nothing is computed here. Needs
+the extra ``cli``.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -81,7 +80,7 @@ def learn(command: Learn) -> None:
     """Learn the rows that were not learned yet; write and show the report."""
     from rich.console import Console
 
-    from streamnorm.learning.figures import figure, notes, sentence
+    from streamnorm.learning.figures import notes, sentence
     from streamnorm.learning.report import write_report
     from streamnorm.learning.session import session
     from streamnorm.learning.streams import opened, stem
@@ -125,7 +124,9 @@ def _beginning(session: Session) -> str:
     lines = [f"{', '.join(job.arms)}: {schema.target!r} from {columns}, kept in {session.folder}"]
     if session.why:
         other = "regression" if schema.by_class else "classification"
-        lines.append(f"Task: {schema.task}, for of the first targets {session.why}; --task {other} makes it the other one")
+        lines.append(
+            f"Task: {schema.task}, for of the first targets {session.why}; --task {other} makes it the other one"
+        )
     if session.resumed:
         after = "all that comes is new" if job.fresh else "what was learned is left out"
         lines.append(f"{session.resumed:,} rows were learned before; {after}")

@@ -102,7 +102,9 @@ def notes(record: Record) -> list[str]:
         first = "; ".join(f"line {line:,}: {why}" for line, why in record["skipped"]["first"])
         found.append(f"{count:,} row{'s' if count > 1 else ''} could not be used and {_were(count)} skipped ({first}).")
     if count := record["not_finite"]:
-        found.append(f"{count:,} number{'s' if count > 1 else ''} not finite or beyond 1e18 {_were(count)} taken as missing.")
+        found.append(
+            f"{count:,} number{'s' if count > 1 else ''} not finite or beyond 1e18 {_were(count)} taken as missing."
+        )
     if unknown := record["unknown"]:
         found.append(
             "Columns that the first 100 rows did not have are no features: "

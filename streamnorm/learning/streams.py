@@ -13,35 +13,34 @@ from typing import BinaryIO
 
 STDIN = "-"
 DRIFT_ROWS = 12_000
-DRIFT_TARGET = "demand"
+DRIFT_TARGET = "sold"
 
 
 def drift(seed: int = 0) -> str:
-    """12,000 rows of CSV whose rule changes twice: is the demand for power high or low?
+    """12,000 rows of CSV whose rule changes after each third: will an offer be sold?
 
-    It depends on the hour, the temperature, the day and the price, whose level wanders and doubles half way; the numbers
-    are of very different sizes, and 2 % of the temperatures are missing.
+    It depends on the price beside its level, which wanders and falls by half in the middle of the stream, on the
+    temperature, the hour and the day. 2 % of the temperatures are missing, and at one offer in 10 it is chance.
 
-    >>> print(drift()[:63])
-    hour,temperature,pressure,price,day,demand
-    0,14.3,100869,100.48
+    >>> print(drift()[:55])
+    price,temperature,hour,day,sold
+    39.7,14.6,13,mon,yes
+    40
     """
     made = random.Random(seed)
     days = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
-    lines = ["hour,temperature,pressure,price,day,demand"]
-    level, weather = 100.0, 15.0
+    lines = [f"price,temperature,hour,day,{DRIFT_TARGET}"]
+    level = 50.0
     for i in range(DRIFT_ROWS):
-        hour, day = i % 24, days[i // 24 % 7]
-        level *= math.exp(made.gauss(0, 0.01) - 0.002 * math.log(level / (100 if i < DRIFT_ROWS // 2 else 200)))
-        weather += made.gauss(0, 0.4) - 0.01 * (weather - 15)
-        temperature = weather + 5 * math.sin((hour - 9) * math.pi / 12)
-        price = level * (1 + 0.2 * math.sin((hour - 12) * math.pi / 12)) + made.gauss(0, 3)
+        level *= math.exp(made.gauss(0, 0.005) - 0.02 * math.log(level / (50 if i < DRIFT_ROWS // 2 else 25)))
+        hour, day = made.randrange(24), made.choice(days)
+        dear, temperature = made.gauss(0, 1), made.gauss(15 + 5 * math.sin(i / 800), 6)
         third = 3 * i // DRIFT_ROWS
-        signal = math.sin((hour - 7) * math.pi / 12) * (1, -1, 1)[third] + 0.12 * abs(temperature - 15) - 0.6
-        signal += (price / level - 1) * (2, 2, -4)[third] - (0.8 if day in ("sat", "sun") else 0)
-        demand = "high" if signal + made.gauss(0, 0.25) > 0 else "low"
+        wish = (-1.5, 1.5, -1.5)[third] * dear + (0.0, 0.0, 0.15)[third] * (temperature - 15)
+        wish += 0.1 * (hour - 12) + (1.0 if day in ("sat", "sun") else -0.4)
+        sold = made.random() < 0.5 if made.random() < 0.1 else wish > 0
         shown = "" if made.random() < 0.02 else f"{temperature:.1f}"
-        lines.append(f"{hour},{shown},{made.gauss(101325, 400):.0f},{price:.2f},{day},{demand}")
+        lines.append(f"{level * (1 + 0.15 * dear):.1f},{shown},{hour},{day},{'yes' if sold else 'no'}")
     return "\n".join(lines) + "\n"
 
 
@@ -81,6 +80,8 @@ def opened(name: str) -> Iterator[BinaryIO]:
             raise IsADirectoryError(f"{name} is a folder; give a file of it, or - for standard input")
         if not path.exists():
             made = ", ".join(MADE)
-            raise FileNotFoundError(f"no file {name}; - is standard input, and a stream made for trying this out: {made}")
+            raise FileNotFoundError(
+                f"no file {name}; - is standard input, and a stream made for trying this out: {made}"
+            )
         with path.open("rb") as file:
             yield file
