@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Learn:
     """Learn from a stream, row by row: each is predicted, then learned from with one weight update.
 
-    The columns may hold numbers, booleans and words, and lack values. A stopped command goes on at the very next row."""
+    The columns may hold numbers, booleans and words, and lack values. What is stopped goes on at the very next row."""
 
     file: Positional[str]
     """CSV with a header or JSON lines, plain or gzip; - is standard input. drift is made here, to try it out."""
@@ -99,10 +99,9 @@ def learn(command: Learn) -> None:
             with _shown(console, under_way) as show:
                 under_way.run(show)
         finally:
-            if under_way.learner.rows:
-                tell(_reached(under_way))
-                record = under_way.record()
-                report = write_report(record, out)
+            tell(_reached(under_way))
+            record = under_way.record()
+            report = write_report(record, out) if under_way.learner.rows else None
         if under_way.stop.asked:
             raise KeyboardInterrupt(f"row {under_way.learner.rows:,}, all of them kept")
         console.print(_table(record))
@@ -124,9 +123,7 @@ def _beginning(session: Session) -> str:
     lines = [f"{', '.join(job.arms)}: {schema.target!r} from {columns}, kept in {session.folder}"]
     if session.why:
         other = "regression" if schema.by_class else "classification"
-        lines.append(
-            f"Task: {schema.task}, for of the first targets {session.why}; --task {other} makes it the other one"
-        )
+        lines.append(f"Task: {schema.task}, since the first targets are {session.why}; otherwise give --task {other}")
     if session.resumed:
         after = "all that comes is new" if job.fresh else "what was learned is left out"
         lines.append(f"{session.resumed:,} rows were learned before; {after}")

@@ -1,4 +1,4 @@
-"""Networks that predict each row of a stream and then learn from it, all on the same rows. Imports the rest of the room.
+"""Networks that predict each row of a stream and then learn from it, all on the same rows. Imports the room.
 
 Legend: ``n`` rows, ``d`` inputs, ``k`` outputs: the classes so far, or 1 for a number.
 """
@@ -52,15 +52,15 @@ def task_of(rows: Sequence[Row]) -> tuple[str, str]:
 
     >>> from streamnorm.learning.lines import Mark
     >>> task_of([Row(2, {}, 0.5, "0.5", None, Mark())])
-    ('regression', 'not all are whole')
+    ('regression', 'not all whole')
     """
     targets = [row.target for row in rows if row.wrong is None]
     numbers = [target for target in targets if isinstance(target, float)]
     different = len({row.label for row in rows if row.wrong is None})
     if len(numbers) < len(targets):
-        return "classification", "not all are numbers"
+        return "classification", "not all numbers"
     if not all(map(float.is_integer, numbers)):
-        return "regression", "not all are whole"
+        return "regression", "not all whole"
     if different > 20:
         return "regression", f"{different} different numbers"
     return "classification", f"{different} different {'values' if different > 1 else 'value'}"

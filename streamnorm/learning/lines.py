@@ -78,14 +78,13 @@ class Lines:
             LineError: for a line longer than ``LONGEST``, which is left out.
             Stopped: if ``stop`` says so while nothing comes.
         """
-        parts: list[bytes] = []
         size, seen = 0, self._at
         while True:
             end = self._held.find(b"\n", seen)
             if end >= 0 or (self._ended and not self._more()):
                 break
             if len(self._held) - self._at > LONGEST:  # it is left out, and so it is not held
-                parts, size = [], size + len(self._held) - self._at
+                size += len(self._held) - self._at
                 self._pass(len(self._held) - self._at, lines=0)
             seen = len(self._held)
             before = self._at

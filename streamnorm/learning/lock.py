@@ -33,7 +33,7 @@ def held(folder: Path) -> Iterator[None]:
                 owner = file.read().strip()
                 who = f"process {owner}" if owner else "another process"
                 raise ValueError(
-                    f"{folder} is in use: {who} is learning there; wait until it ends, or give another folder with --out"
+                    f"{folder} is in use: {who} is learning there; wait until it ends, or give another one with --out"
                 ) from error
             file.truncate(0)
             file.write(str(os.getpid()))

@@ -195,7 +195,7 @@ class JsonRows:
     def rows(self) -> Iterator[Row]:
         """The rows; an empty line is none."""
         while True:
-            line = self.lines.mark.lines + 1
+            line, data = self.lines.mark.lines + 1, b""
             try:
                 data = self.lines.take()
                 if not data:

@@ -350,7 +350,7 @@ class Session:
 
 @contextmanager
 def interruptible() -> Iterator[Stop]:
-    """Inside, the first Ctrl-C asks for a stop, so that the chunk under way is learned; a second one ends it at once."""
+    """Inside, the first Ctrl-C asks for a stop: the chunk under way is learned. A second one ends all at once."""
     stop = Stop()
 
     def handle(number: int, frame: FrameType | None) -> None:

@@ -25,7 +25,7 @@ class Settings(Described):
         depth: hidden layers, each [linear, normalization, ReLU]; a linear read-out follows.
         optimizer: sgd or adam, with one weight update a row.
         learning_rate: of the optimizer; None: 0.01 for sgd, 0.001 for adam.
-        scale: standardize each number with the mean and sd of what came of it so far; else numbers are fed as they come.
+        scale: standardize each number with the mean and sd of what came of it so far; else it is fed as it comes.
         words: inputs for words and for what is missing. They share these by their hashes, so that any number of
             different words takes no more memory; with many more words than inputs some become one to the network.
         max_classes: classes that the target may have. The read-out grows with each new one.
