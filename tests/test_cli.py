@@ -35,17 +35,7 @@ AUTOENCODER_FLAGS = [
 ]
 FLAGS = {
     "learn": [
-        *(
-            "--target",
-            "--ignore",
-            "--arm",
-            "--arms",
-            "--format",
-            "--limit",
-            "--checkpoint-every",
-            "--strict",
-            "--fresh",
-        ),
+        *("--target", "--ignore", "--arm", "--arms", "--format", "--limit", "--checkpoint-every", "--strict"),
         *("--fresh", "--out", "--task", "--width", "--depth", "--optimizer", "--learning-rate"),
         *("--scale", "--words", "--max-classes", "--seed"),
     ],

@@ -223,10 +223,8 @@ class Session:
             try:
                 self._lines.skip(Mark(**state["mark"]))
             except ValueError as error:
-                again = (
-                    " (pipe the same stream again from its beginning" if self.job.name == "-" else " (a file may grow"
-                )
-                raise CheckpointError(f"{error}{again}, or --fresh: all that comes is new)") from error
+                again = "pipe the same stream again from its beginning" if self.job.name == "-" else "it may only grow"
+                raise CheckpointError(f"{error} ({again}; with --fresh all that comes is new)") from error
         self._mark = self._lines.mark
         self.learner = Learner(self.job.settings, schema, self.job.arms)
         self.learner.load_state_dict(state["learner"])
