@@ -167,8 +167,8 @@ def test_scaled_numbers_may_be_of_any_size(tmp_path: Path) -> None:
 
 
 def test_an_arm_that_diverges_is_said_and_the_others_go_on(tmp_path: Path) -> None:
-    text = "x,y\n" + "".join(f"{(-1) ** i * 10.0 ** (i % 18)},{i % 2}\n" for i in range(300))
-    made, _ = learned(text, tmp_path, arms=("none", "layer"), learning_rate=1.0)
+    text = "x,z,y\n" + "".join(f"{(i * 37) % 1009},{(i * 11) % 503},{(i * 37) % 1009 + 0.5}\n" for i in range(300))
+    made, _ = learned(text, tmp_path, arms=("none", "layer"), learning_rate=0.01)
     assert re.fullmatch(r"diverged: its outputs were not finite at row \d+", made.learner.arms["none"].failed or "")
     assert made.learner.arms["layer"].failed is None
     assert made.learner.tracks["layer"].count == 300 > made.learner.tracks["none"].count
