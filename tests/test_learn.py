@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import random
 import re
 from pathlib import Path
@@ -17,6 +19,7 @@ from streamnorm import attach
 from streamnorm.cli import main
 from streamnorm.learning import prequential, session
 from streamnorm.learning.arms import ARMS
+from streamnorm.learning.figures import sentence
 from streamnorm.learning.network import Drawn, Network
 from streamnorm.learning.prequential import POINTS, Curve, Track
 
@@ -167,12 +170,31 @@ def test_scaled_numbers_may_be_of_any_size(tmp_path: Path) -> None:
 
 
 def test_an_arm_that_diverges_is_said_and_the_others_go_on(tmp_path: Path) -> None:
-    text = "x,z,y\n" + "".join(f"{(i * 37) % 1009},{(i * 11) % 503},{(i * 37) % 1009 + 0.5}\n" for i in range(300))
-    made, _ = learned(text, tmp_path, arms=("none", "layer"), learning_rate=0.01)
-    assert re.fullmatch(r"diverged: its outputs were not finite at row \d+", made.learner.arms["none"].failed or "")
-    assert made.learner.arms["layer"].failed is None
-    assert made.learner.tracks["layer"].count == 300 > made.learner.tracks["none"].count
-    assert made.learner.curve.so_far["none"][-1] is None
+    learned(mixed(300), tmp_path, arms=("none", "layer"), limit=100)
+    stream = io.BytesIO(mixed(300).encode())
+    with session.session(job(arms=("none", "layer")), tmp_path, stream, lambda _: None) as made:
+        with torch.no_grad():
+            made.learner.arms["none"].network.readout.bias.fill_(math.nan)
+        made.run(lambda: None)
+    learner = made.learner
+    assert learner.arms["none"].failed == "diverged: its outputs were not finite at row 101"
+    assert (learner.arms["layer"].failed, learner.failed) == (None, None)
+    assert [learner.tracks[name].count for name in ("none", "layer")] == [100, 300]
+    assert learner.curve.so_far["none"][-20:] == [None] * 20
+    again, _ = learned(mixed(400), tmp_path, arms=("none", "layer"))
+    assert again.learner.tracks["none"].count == 100
+    assert "No normalization diverged at row 101" in sentence(again.record())
+
+
+def test_when_no_arm_learns_any_more_it_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "s.csv"
+    file.write_text("x,y\n" + "".join(f"{i % 7},{i % 5 + 0.5}\n" for i in range(1000)))
+    command = ["learn", str(file), "--target", "y", "--arm", "none", "--learning-rate", "3"]
+    for _ in range(2):
+        assert main([*command, "--out", str(tmp_path / "run")]) == 2
+        said = capsys.readouterr().err
+        assert "no network learns any more: diverged: its outputs were not finite at row " in said
+        assert "try --scale, or a lower --learning-rate" in said
 
 
 def test_the_command_reports_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

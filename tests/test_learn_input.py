@@ -61,7 +61,10 @@ def test_a_header_alone_is_refused_whatever_the_task(task: str, tmp_path: Path) 
 
 def test_fields_are_read_as_they_are_meant() -> None:
     assert cells("\ufeffa,b,y\r\n1, red ,u\r\n\r\n2,,v") == [[1.0, "red", "u"], [2.0, None, "v"]]
-    assert cells('a,b,y\n"1","two\nlines, quoted ""so""",u\n3,4,v\n') == [[1.0, 'two\nlines, quoted "so"', "u"], [3.0, 4.0, "v"]]
+    assert cells('a,b,y\n"1","two\nlines, quoted ""so""",u\n3,4,v\n') == [
+        [1.0, 'two\nlines, quoted "so"', "u"],
+        [3.0, 4.0, "v"],
+    ]
     assert cells("a;b;y\n1,5;2;u\n") == [["1,5", 2.0, "u"]]
     assert cells("a\tb\ty\nNaN\tNA\t1.0\n") == [[None, None, "1"]]
     assert cells("a,b,y\nTrue,1_000,007\n") == [[1.0, "1_000", "7"]]
@@ -171,7 +174,9 @@ def test_many_rows_that_cannot_be_used_are_counted_and_the_first_shown(tmp_path:
 
 def test_strict_stops_at_such_a_row_and_keeps_those_before(tmp_path: Path) -> None:
     text = HEAD + "1,2,u\n" * 7 + "1,2\n" + "1,2,v\n"
-    with pytest.raises(ValueError, match="rows, line 9: 2 fields, and the header has 3; without --strict it is skipped"):
+    with pytest.raises(
+        ValueError, match="rows, line 9: 2 fields, and the header has 3; without --strict it is skipped"
+    ):
         learned(text, tmp_path, strict=True)
     made, _ = learned(text, tmp_path)
     assert (made.resumed, made.learner.rows, made.skipped.count) == (7, 8, 1)
@@ -179,7 +184,9 @@ def test_strict_stops_at_such_a_row_and_keeps_those_before(tmp_path: Path) -> No
 
 def test_more_classes_than_there_may_be_are_refused(tmp_path: Path) -> None:
     text = "x,y\n" + "".join(f"1,c{i}\n" for i in range(12))
-    with pytest.raises(ValueError, match=r"line 12: 'c10' would be class 11, and --max-classes is 10; if the target is"):
+    with pytest.raises(
+        ValueError, match=r"line 12: 'c10' would be class 11, and --max-classes is 10; if the target is"
+    ):
         learned(text, tmp_path, max_classes=10)
     made, _ = learned(text, tmp_path, max_classes=10, limit=10)
     assert made.resumed == 10, "those before are kept"
@@ -205,7 +212,9 @@ def test_what_breaks_off_is_learned_as_far_as_it_goes(tmp_path: Path) -> None:
 
 def test_a_constant_column_does_no_harm(tmp_path: Path) -> None:
     for scale in (False, True):
-        made, _ = learned(HEAD + "1,7,u\n1,7,v\n" * 100, tmp_path / str(scale), arms=("streaming", "layer"), scale=scale)
+        made, _ = learned(
+            HEAD + "1,7,u\n1,7,v\n" * 100, tmp_path / str(scale), arms=("streaming", "layer"), scale=scale
+        )
         assert made.learner.failed is None
 
 
