@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -119,7 +120,7 @@ def test_regression_is_measured_beside_the_last_value_and_the_mean(tmp_path: Pat
     assert (done.learner.schema.task, done.why) == ("regression", "not all whole")
     tracks = done.learner.tracks
     ys = [float(f"{1e5 + 3e4 * u}") for u in x]
-    last = sum(abs(b - a) for a, b in zip(ys, ys[1:], strict=False)) / 1499
+    last = sum(abs(b - a) for a, b in pairwise(ys)) / 1499
     assert tracks["last value"].mean == pytest.approx(last)
     assert tracks["mean so far"].count == 1499, "of the first nothing can be known"
     assert tracks["none"].recent < tracks["mean so far"].recent / 4
@@ -149,7 +150,7 @@ def test_figures_and_curves_take_bounded_memory(monkeypatch: pytest.MonkeyPatch)
         curve.note(i, {"a": track})
     assert len(track._latest) == prequential.WINDOW
     assert POINTS // 2 <= len(curve.rows) == len(curve.so_far["a"]) == len(curve.recent["a"]) <= POINTS
-    assert {b - a for a, b in zip(curve.rows, curve.rows[1:], strict=False)} == {curve.stride}
+    assert {b - a for a, b in pairwise(curve.rows)} == {curve.stride}
 
 
 def test_words_and_columns_take_bounded_memory(tmp_path: Path) -> None:
@@ -181,7 +182,7 @@ def test_an_arm_that_diverges_is_said_and_the_others_go_on(tmp_path: Path) -> No
     assert (learner.arms["layer"].failed, learner.failed) == (None, None)
     assert [learner.tracks[name].count for name in ("none", "layer")] == [100, 300]
     assert learner.curve.so_far["none"][-20:] == [None] * 20
-    again, _ = learned(mixed(400), tmp_path, arms=("none", "layer"))
+    again, _ = learned(mixed(300) + "1,2,red,true,up\n", tmp_path, arms=("none", "layer"))
     assert again.learner.tracks["none"].count == 100
     assert "No normalization diverged at row 101" in sentence(again.record())
 
@@ -245,3 +246,12 @@ def test_nothing_is_left_of_what_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert main(["learn", str(tmp_path / "none.csv"), "--target", "y"]) == 2
     assert "a stream made for trying this out: drift" in capsys.readouterr().err
     assert job().settings.rate == 0.01
+
+
+@pytest.mark.parametrize("command", ["evaluate", "gap", "recalibrate", "sample", "neighbors"])
+def test_other_commands_say_what_it_is(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    learned(mixed(20), tmp_path / "run")
+    assert main([command, str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "holds a learner of a stream" in said
+    assert said.count("\n") == 1
