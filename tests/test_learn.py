@@ -77,7 +77,7 @@ def test_every_arm_learns_by_itself_as_it_does_beside_others(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_a_class_that_comes_late_is_learned_too(optimizer: str, tmp_path: Path) -> None:
-    made, _ = learned(mixed(2500), tmp_path, optimizer=optimizer, arms=("layer",), width=16, scale=True)
+    made, _ = learned(mixed(2200), tmp_path, optimizer=optimizer, arms=("layer",), width=16, scale=True)
     assert [*made.learner.classes][2:] == ["late"]
     arm = made.learner.arms["layer"]
     assert arm.network.readout.weight.shape == (3, 16)
@@ -87,7 +87,7 @@ def test_a_class_that_comes_late_is_learned_too(optimizer: str, tmp_path: Path) 
     for parameter, held in arm.optimizer.state.items():
         assert all(v.shape in (parameter.shape, ()) for v in held.values() if isinstance(v, torch.Tensor))
     tracks = made.learner.tracks
-    assert tracks["layer"].recent > max(tracks[name].recent for name in made.learner.baselines.names) + 0.2
+    assert tracks["layer"].recent > max(tracks[name].recent for name in made.learner.baselines.names) + 0.15
 
 
 def test_growing_leaves_what_was_there() -> None:
