@@ -1,4 +1,5 @@
-# make demo    sets up everything, then trains on scanned digits one sample at a time, with and without normalization
+# make demo    sets up everything, then learns from a stream whose rule changes, row by row, and trains on scanned digits
+#              one sample at a time, with and without normalization
 # make test    sets up everything, then runs all tests
 # make check   linters, types, import contract, docs map
 # make build   compiles the kernels again if their sources changed; without a C++ compiler there are none
@@ -27,6 +28,7 @@ build: .venv/ready
 	$(BIN)/python hatch_build.py
 
 demo: build
+	$(BIN)/streamnorm learn drift --arms none layer streaming --out runs/demo-learn
 	$(BIN)/streamnorm compare --out runs/demo
 
 test: build

@@ -1,6 +1,6 @@
-"""The command line: ``streamnorm compare | train | language | autoencoder | evaluate | recalibrate | gap | sample |
-neighbors | reproduce | bench | doctor``. Flags are derived from dataclasses; nothing is computed here. Needs the extra
-``cli``.
+"""The command line: ``streamnorm learn | compare | train | language | autoencoder | evaluate | recalibrate | gap |
+sample | neighbors | reproduce | bench | doctor``. Flags are derived from dataclasses; nothing is computed here. Needs
+the extra ``cli``.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from streamnorm.commands.autoencoders import Autoencoder, Neighbors, show_neighb
 from streamnorm.commands.classifiers import Compare, Train, compare, train_one
 from streamnorm.commands.evaluation import Evaluate, evaluate_one
 from streamnorm.commands.language import Language, Sample, train_language, write_text
+from streamnorm.commands.learn import Learn, learn
 from streamnorm.commands.recalibration import Gap, Recalibrate, recalibrate_run, show_gap
 from streamnorm.commands.studies import Reproduce, reproduce
 
@@ -56,6 +57,7 @@ def examine(command: Doctor) -> None:
 
 
 COMMANDS: dict[Any, Callable[[Any], None]] = {
+    Learn: learn,
     Compare: compare,
     Train: train_one,
     Language: train_language,
@@ -75,6 +77,7 @@ GOING_ON = {
         (Compare, Train, Language, Autoencoder, Reproduce), "; the same command goes on from the last checkpoint"
     ),
     Bench: "; the same command with --resume goes on",
+    Learn: "; the same command goes on at the next row; standard input has to come from its beginning, or with --fresh",
 }
 """What is said of those that Ctrl-C stops and that keep what they have done."""
 

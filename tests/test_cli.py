@@ -34,6 +34,11 @@ AUTOENCODER_FLAGS = [
     *("--epochs", "--learning-rate", "--warmup", "--train-limit", "--seed"),
 ]
 FLAGS = {
+    "learn": [
+        *("--target", "--ignore", "--arm", "--arms", "--format", "--limit", "--checkpoint-every", "--strict"),
+        *("--fresh", "--out", "--task", "--width", "--depth", "--optimizer", "--learning-rate"),
+        *("--scale", "--words", "--max-classes", "--seed"),
+    ],
     "compare": ["--arms", "--seeds", "--out", "--data-root", *RUN_FLAGS],
     "train": ["--arch", "--out", "--data-root", "--monitor", *RUN_FLAGS, "--arm", "--seed"],
     "language": ["--out", "--data-root", *TEXT_FLAGS],
@@ -184,8 +189,8 @@ def test_an_arm_may_have_its_own_batch() -> None:
         (["compare", "--out", __file__], "test_cli.py is a file, and the run needs a folder"),
         (["train", "--out", __file__], "test_cli.py is a file, and the run needs a folder"),
         (["train", "--arm", "streming"], "unknown arm 'streming'"),
-        ([], "no command was given; the commands are compare, train, "),
-        (["trian"], "unknown command 'trian' (did you mean train?); the commands are compare, train, "),
+        ([], "no command was given; the commands are learn, compare, train, "),
+        (["trian"], "unknown command 'trian' (did you mean train?); the commands are learn, compare, train, "),
         (
             ["train", "--lerning-rate", "1"],
             "train has no --lerning-rate (did you mean --learning-rate?); see",

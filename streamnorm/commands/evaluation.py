@@ -25,11 +25,11 @@ class Evaluate:
 
 def evaluate_one(command: Evaluate) -> None:
     """Test the network of a checkpoint, and in the other ways that were asked for."""
-    from streamnorm.training.keeping import kind, state_at
-    from streamnorm.training.reopen import KINDS, reopen
+    from streamnorm.training.keeping import state_at
+    from streamnorm.training.reopen import KINDS, kind_at, reopen
 
     state = state_at(command.folder)
-    held = kind(state["run"])
+    held = kind_at(command.folder, state)
     flags = {"lengths": command.lengths, "loops": command.loops}
     asked = {flag: values for flag, values in flags.items() if values}
     if not asked.keys() <= KINDS[held].others:

@@ -21,6 +21,7 @@ MADE_BY = {
     "a classifier": "streamnorm train",
     "an auto-encoder": "streamnorm train --arch autoencoder",
     "a language model": "streamnorm train --arch gru",
+    "a learner of a stream": "streamnorm learn",
 }
 """Every kind of run, and a command that makes one."""
 Tell = Callable[[dict[str, Any]], None]
@@ -51,6 +52,8 @@ def recorded(key: str, value: float) -> dict[str, Any]:
 def kind(run: Mapping[str, Any]) -> str:
     """What was trained, from the run that its checkpoint holds."""
     arch = run.get("arch")
+    if arch == "stream":
+        return "a learner of a stream"
     return "a classifier" if arch is None else "an auto-encoder" if arch == "autoencoder" else "a language model"
 
 

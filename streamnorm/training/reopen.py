@@ -80,8 +80,24 @@ def reopen(path: Path, state: dict[str, Any], data_root: Path | None = None) -> 
         CheckpointError: if its weights are not those of its run.
         ValueError: for a run that could not train, or data that are not those of its training.
     """
+    kind_at(path, state)
     expect_trained(state, path)
     return KINDS[kind(state["run"])].open(path, state, data_root)
+
+
+def kind_at(path: Path, state: dict[str, Any]) -> str:
+    """The kind of run in ``KINDS`` that the checkpoint ``state``, which lies at ``path``, is of.
+
+    Raises:
+        ValueError: for what was learned from a stream: each row was a test already, and there are no others.
+    """
+    held = kind(state["run"])
+    if held not in KINDS:
+        raise ValueError(
+            f"{path} holds {held}, which was tested on each row before it learned from it: see report.html there; "
+            "streamnorm learn goes on with it"
+        )
+    return held
 
 
 def _shuffled(n: int, seed: int) -> Tensor:
