@@ -120,7 +120,7 @@ class Evidence(Policy):
     """Streaming normalization with a memory counted in samples (Algorithms 5 and 6 with the F and G of ``Pooled`` and
     ``Residual``): from one sample and one weight update at a time to thousands of rows an update.
 
-    Gain and bias learn with caution: their gradient from m samples counts m / (m + 3). They are the one part of a layer
+    Gain and bias learn with caution: their gradient from m samples counts m / (m + 4). They are the one part of a layer
     whose gradient no regression frees of its mean, and what one sample after another says about them is alike: at a
     rate of .1 they switch off the units of a network that has a stream of similar labels before it.
 
@@ -145,4 +145,4 @@ class Evidence(Policy):
         return Residual(self.memory / 5)
 
     uses_estimate = True
-    caution = 3.0
+    caution = 4.0
