@@ -88,7 +88,7 @@ class Pooled(Rule):
         arrived = torch.ones(g, dtype=torch.bool, device=s.device) if ok is None else ok
         # short_j = short + sum_{i<=j} (s_i - short) m / N_j, the exact mean of all arrivals, as one product.
         counts = state["count"] + self.samples * arrived.cumsum(0)
-        share = (self.samples * arrived / counts.clamp_min(1).unsqueeze(1)).to(s.dtype).tril()
+        share = ((self.samples * arrived).to(s.dtype) / counts.clamp_min(1).unsqueeze(1)).tril()
         surplus = s - old if ok is None else torch.where(column(ok, s), s - old, 0)
         short = torch.addmm(old.reshape(1, -1), share, surplus.flatten(1)).reshape(s.shape)
         long = self._begun(state, s, arrived)
@@ -195,14 +195,14 @@ class Residual(GradientRule):
         m = self.samples
         arrived = torch.ones(len(g), dtype=torch.bool, device=g.device) if ok is None else ok
         before = state["held"] + m * (arrived.cumsum(0) - arrived.long())
-        M = column((before + 1).clamp_max(self.memory).to(g.dtype), g[:, 0])
+        M = column((before + 1).to(g.dtype).clamp_max(self.memory), g[:, 0])
         (mu, sigma), (mu_hat, sigma_hat) = s.to(g.dtype).unbind(1), s_hat.to(g.dtype).unbind(1)
         mean, scale = (mu - mu_hat) / sigma_hat, sigma / sigma_hat
         square = torch.maximum(scale.square(), mean.square())
         b_v, b_u = (-g * sigma_hat.unsqueeze(1)).unbind(1)
         # theta <- P theta + q with P = M D^-1, q = m D^-1 b, D = M I + m A
         d_v, d_u, off = (M + m).expand_as(mean), M + m * square, m * mean
-        det = d_v * d_u - off.square()
+        det = M * (M + m + m * square) + m**2 * (square - mean.square())  # no difference of large products
         P = (M / det) * torch.stack([d_u, -off, -off, d_v])
         q = (m / det) * torch.stack([d_u * b_v - off * b_u, d_v * b_u - off * b_v])
         if ok is not None:
