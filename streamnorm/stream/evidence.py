@@ -129,19 +129,23 @@ class Pooled(Rule):
         }
 
     def merge(self, states: Sequence[State]) -> State:
-        """Short terms weighted by their samples; long terms by the samples they stand for."""
+        """Short terms weighted by their samples; long terms by the samples they stand for, the prior of the first state
+        that has one if none stands for any."""
 
         def mean(name: str, weight: str) -> Tensor:
             total = sum(state[weight] for state in states)
             weighted = sum(state[name] * state[weight].to(state[name].dtype) for state in states)
-            mean = torch.as_tensor(weighted / torch.as_tensor(total).clamp_min(1))
-            return torch.where(torch.as_tensor(total) > 0, mean, states[0][name])
+            return torch.as_tensor(weighted / torch.as_tensor(total).clamp_min(1))
 
+        held = torch.stack([state["held"] for state in states]).amax(0)
+        prior = states[-1]["long"]
+        for state in reversed(states[:-1]):
+            prior = torch.where(state["count"] > 0, state["long"], prior)
         return {
-            "long": mean("long", "held"),
+            "long": torch.where(held > 0, mean("long", "held"), prior),
             "short": mean("short", "count"),
             "count": torch.stack([state["count"] for state in states]).sum(0),
-            "held": torch.stack([state["held"] for state in states]).amax(0),
+            "held": held,
         }
 
     def migrated(self, saved: State) -> State:
@@ -162,6 +166,9 @@ class Residual(GradientRule):
         (M I + m A) theta <- M theta + m b              theta = (v, u), M = min(samples before + 1, memory)
         A = [[1, mean y], [mean y, mean y^2]]           b = (sum of dy, sum of dy y)
         g_hat = -(v, u sigma / sigma_hat) / sigma_hat
+
+    s, s_hat and g tell all of it: ``mean y = (mu - mu_hat) / sigma_hat``, ``b = -sigma_hat g``, and ``mean y^2 =
+    (sigma / sigma_hat)^2``, at least the square of the mean, which is exact for p = 2 about mu_hat (Setting B).
 
     With many samples in a call this is the gradient of batch normalization. With one it is a feedback: theta changes
     by ``1 / M`` of what is handed on, so that the mean and the correlation with y of what is handed on cannot add up
