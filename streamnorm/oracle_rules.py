@@ -1,7 +1,7 @@
 """F and G of policy "evidence", for the oracle: memories counted in samples, in plain loops and float64.
 
-Like the oracle it imports nothing of this package. ``s``, ``s_hat`` and g are ``(2, *slots)``: row 0 belongs to mu, row 1
-to sigma. An arrival of m samples counts as m.
+Like the oracle it imports nothing of this package. ``s``, ``s_hat`` and g are ``(2, *slots)``: row 0 belongs to mu,
+row 1 to sigma. An arrival of m samples counts as m.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ class Regression:
     def arrive(self, g: Tensor, s: Tensor, s_hat: Tensor, samples: int) -> Regression:
         """``(M I + m A) theta <- M theta + m b``, for every statistic by itself.
 
-        ``A = [[1, a], [a, q]]`` with ``a = (mu - mu_hat) / sigma_hat``, the mean of y, and ``q = (sigma / sigma_hat)^2``,
-        the mean of its square, which is not less than that of its mean. ``b = -sigma_hat g``, the sums of dE/dy and of
-        dE/dy y.
+        ``A = [[1, a], [a, q]]`` with ``a = (mu - mu_hat) / sigma_hat``, the mean of y, and
+        ``q = (sigma / sigma_hat)^2``, the mean of its square, which is not less than the square of its mean.
+        ``b = -sigma_hat g``, the sums of dE/dy and of dE/dy y.
         """
         M, m = min(self.held + 1, self.memory), samples
         theta = self.theta.flatten(1).clone()
