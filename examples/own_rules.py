@@ -1,4 +1,4 @@
-"""An F and a G of your own: here plain exponential averages that are renewed at every arrival, folding or not.
+"""An F and a G of your own: exponential averages that are renewed at every arrival, folding or not.
 
 Theirs is all there is to write: what is remembered, and what one arrival does to it. Guarding against what is not
 finite, vectorized cycles, checkpoints and half precision come with the layer.
@@ -7,23 +7,29 @@ finite, vectorized cycles, checkpoints and half precision come with the layer.
 import torch
 from torch import nn
 
-from streamnorm import BA1, Lp, Norm, Policy, Rule, attach
+from streamnorm import BA1, GradientRule, Lp, Norm, Policy, Rule, attach
 
 
-class Average(Rule):
-    def __init__(self, keep: float) -> None:
-        self.keep = keep
-
+class Average(Rule):  # it begins with mean 0 and deviation 1, not with the first arrival
     def empty(self, shape):
-        return {"average": torch.zeros(*shape), "count": torch.zeros((), dtype=torch.int64)}
+        return {"average": torch.stack([torch.zeros(shape[1:]), torch.ones(shape[1:])])}
 
     def step(self, state, s):
-        average = torch.where(state["count"] > 0, self.keep * state["average"] + (1 - self.keep) * s, s)
-        return {"average": average, "count": state["count"] + 1}, average
+        average = 0.9 * state["average"] + 0.1 * s
+        return {"average": average}, average
+
+
+class InUnitsOfY(GradientRule):  # of dE/dy and of dE/dy y: they do not grow when x shrinks
+    def empty(self, shape):
+        return {"average": torch.zeros(*shape)}
+
+    def step(self, state, g, s, s_hat):
+        average = 0.5 * state["average"] + 0.5 * g * s_hat[1]
+        return {"average": average}, torch.stack([average[0], average[1] * s[1] / s_hat[1]]) / s_hat[1]
 
 
 class Averages(Policy):
-    F, G, uses_estimate = Average(0.9), Average(0.5), True
+    F, G, uses_estimate = Average(), InUnitsOfY(), True
 
 
 def main(steps: int = 200) -> tuple[float, float]:

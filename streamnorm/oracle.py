@@ -1,8 +1,9 @@
 """Algorithms 1-6 of "Streaming Normalization" (arXiv 1610.06160, sections 3 to 3.4) in plain loops and float64.
 
 This is the oracle: every fast kernel is compared with it, so it is written to be checked by reading it next to the
-paper, and its speed does not matter. It imports nothing of this package, only the standard library and torch, which
-holds inputs, outputs and the few numbers of a state. Where the paper is silent, the docstring says what was decided.
+paper, and its speed does not matter. It imports nothing of this package but the rules of one policy more, only the
+standard library and torch, which holds inputs, outputs and the few numbers of a state. Where the paper is silent, the
+docstring says what was decided.
 
 Legend: ``n`` samples, ``c`` features, in equal groups; ``place`` = x, y, z, or none for fully connected input.
 ``k = (sample, feature, *place)`` names an activation, ``j = (group, *place)`` a statistic (without place where all
@@ -20,6 +21,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from streamnorm.oracle_rules import Pool, Regression
 
 Index = tuple[int, ...]
 Activations = dict[Index, float]
@@ -95,9 +98,11 @@ class Oracle:
         p, center, eps: ``sigma = (mean |x - c|^p + eps^(p/2))^(1/p)``, c being the mu of the same statistic ("batch",
             Setting A), the running estimate mu-hat ("estimate", Setting B) or 0 ("zero", Setting C).
         subtract_mean: ``N(x, s) = (x - mu) / sigma``, or ``x / sigma`` where it is False.
-        policy: Sample, General Batch or Streaming Normalization (sections 3.1, 3.2, 3.3).
+        policy: Sample, General Batch or Streaming Normalization (sections 3.1, 3.2, 3.3); or "evidence", streaming with
+            the F and G of ``oracle_rules``.
         alpha, beta, kappa: the paper's, in its order; kappa is (alpha1, alpha2, alpha1, alpha2) unless given.
         rate: weight of the newest s in the running estimate of policy "batch".
+        memory: samples that statistics count as by policy "evidence"; their gradients as a fifth of it.
 
     Attributes:
         H1, H2: what is remembered of s and of dE/ds-hat; nothing by policy "sample". Policy "batch" has its running
@@ -117,11 +122,12 @@ class Oracle:
         center: Literal["batch", "estimate", "zero"] = "batch",
         eps: float = 1e-5,
         subtract_mean: bool = True,
-        policy: Literal["sample", "batch", "streaming"] = "streaming",
+        policy: Literal["sample", "batch", "streaming", "evidence"] = "streaming",
         alpha: tuple[float, float] = (0.7, 0.3),
         beta: tuple[float, float, float] = (0.7, 0.3, 0.0),
         kappa: tuple[float, float, float, float] | None = None,
         rate: float = 0.1,
+        memory: float = 100.0,
     ) -> None:
         if place not in ("all", "local", "here") or samples not in ("batch", "one") or window < 1 or window % 2 == 0:
             raise ValueError(f"no reference: place={place!r}, samples={samples!r}, window={window!r} (an odd number)")
@@ -129,15 +135,16 @@ class Oracle:
             raise ValueError(f"no statistics: center={center!r}, p={p!r} (>= 1), eps={eps!r} (>= 0)")
         if (policy, center) == ("sample", "estimate") or (policy, samples) == ("batch", "one"):
             raise ValueError(f"policy={policy!r} does not go with center={center!r} and samples={samples!r}")
-        if policy not in ("sample", "batch", "streaming"):
-            raise ValueError(f'policy is "sample", "batch" or "streaming", got {policy!r}')
+        if policy not in ("sample", "batch", "streaming", "evidence"):
+            raise ValueError(f'policy is "sample", "batch", "streaming" or "evidence", got {policy!r}')
         self.features: Literal["own", "all"] | int = features
         self.place, self.samples, self.reach = place, samples, window // 2
         self.p, self.center, self.eps, self.subtract_mean = p, center, eps, subtract_mean
         self.policy, self.alpha, self.beta, self.kappa = policy, alpha, beta, kappa or (*alpha, *alpha)
         if policy == "batch":  # a stream that folds at every call and reads long alone
             self.alpha, self.kappa = (1.0, 0.0), (1 - rate, rate, 0.0, 0.0)
-        self.H1 = self.H2 = LongShort(zeros((2, 0)), zeros((2, 0)))
+        self.streams, self.memory = policy in ("streaming", "evidence"), memory
+        self._empty((2, 0))
         self.estimate: Tensor | None = None
         self.skipped = 0
         self._calls: list[Call] = []
@@ -154,12 +161,12 @@ class Oracle:
         if self.policy != "sample":
             s = mean_of([block.s for block in blocks])
             finite = is_finite(s)
-            H1, s_hat = self.F(self.H1, s)
+            H1, s_hat = self.F(self.H1, s, shape[0])
             if finite:
                 self.H1, self.estimate = H1, s_hat
             else:
                 self.skipped += 1
-            if self.policy == "streaming":
+            if self.streams:
                 blocks = [replace(block, used=s_hat) for block in blocks]
         self._calls.append(Call(values, shape, blocks, finite))
         return write(self.N(values, shape, blocks), shape)
@@ -176,9 +183,9 @@ class Oracle:
             raise ValueError(f"no forward call waits for a gradient of shape {tuple(dy.shape)}")
         call = self._calls.pop()
         dx, g = self.N_backward(read(dy), call)
-        if self.policy == "streaming":
+        if self.streams:
             g_sum = torch.stack(g).sum(0)
-            H2, g_hat = self.G(self.H2, g_sum)
+            H2, g_hat = self.G(self.H2, g_sum, call)
             if call.finite:
                 self.H2 = H2
             g = [g_hat / len(g)] * len(g)
@@ -187,8 +194,9 @@ class Oracle:
 
     def update(self) -> None:
         """The weights were updated: kappa1, kappa2 fold H1 (section 3.3.1), kappa3, kappa4 fold H2 (3.3.2)."""
-        if self.policy == "streaming":
-            self.H1, self.H2 = self.H1.fold(*self.kappa[:2]), self.H2.fold(*self.kappa[2:])
+        if self.streams:
+            self.H1 = self.H1.fold() if isinstance(self.H1, Pool) else self.H1.fold(*self.kappa[:2])
+            self.H2 = self.H2.fold() if isinstance(self.H2, Regression) else self.H2.fold(*self.kappa[2:])
 
     def evaluate(self, x: Tensor) -> Tensor:
         """Testing: ``y = N(x, s-hat)`` with the last s-hat of training (Algorithms 3, 5), or as in training (1)."""
@@ -201,20 +209,28 @@ class Oracle:
         s_hat = self.estimate
         return write(self.N(values, shape, [Block(range(shape[0]), s_hat[MU], s_hat, used=s_hat)]), shape)
 
-    def F(self, H1: LongShort, s: Tensor) -> tuple[LongShort, Tensor]:
+    def F(self, H1: LongShort | Pool, s: Tensor, samples: int) -> tuple[LongShort | Pool, Tensor]:
         """Algorithm 5: H1 takes in s, then ``s-hat = alpha1 long + alpha2 short`` (Algorithm 3: the running mean).
 
         An s that is not finite is not taken in: s-hat is what H1 knew before; if that was nothing, s stands in
         for it.
         """
+        if isinstance(H1, Pool):
+            H1 = H1.arrive(s, samples) if is_finite(s) else H1
+            return H1, H1.estimate() if H1.knows else s
         if is_finite(s):
             H1 = H1.arrive(s)
             H1 = H1.fold(*self.kappa[:2]) if self.policy == "batch" else H1
         known = H1 if H1.knows else H1.arrive(s)
         return H1, known.mix(*self.alpha)
 
-    def G(self, H2: LongShort, g: Tensor) -> tuple[LongShort, Tensor]:
+    def G(self, H2: LongShort | Regression, g: Tensor, call: Call) -> tuple[LongShort | Regression, Tensor]:
         """Algorithm 6: H2 takes in g, unless it is not finite, then ``g-hat = beta1 long + beta2 short + beta3 g``."""
+        if isinstance(H2, Regression):
+            s, s_hat = mean_of([block.s for block in call.blocks]), call.blocks[0].used
+            learned = call.finite and is_finite(g)
+            H2 = H2.arrive(g, s, s_hat, call.shape[0]) if learned else H2
+            return H2, H2.estimate(s, s_hat)
         b_long, b_short, b_now = self.beta
         if is_finite(g):
             H2 = H2.arrive(g)
@@ -262,7 +278,7 @@ class Oracle:
         c = mu if self.center == "batch" else [torch.zeros_like(m) for m in mu]
         if self.center == "estimate":
             # The rows of a state never meet: whatever stands in the row of sigma, F gives the same mu-hat.
-            _, s_hat = self.F(self.H1, mean_of([torch.stack((m, m)) for m in mu]))
+            _, s_hat = self.F(self.H1, mean_of([torch.stack((m, m)) for m in mu]), shape[0])
             c = [s_hat[MU]] * len(mu)
         s = [torch.stack((m, self.sigma(x, shape, b, c_b))) for m, b, c_b in zip(mu, blocks, c, strict=True)]
         return [Block(*fields, used=fields[-1]) for fields in zip(blocks, c, s, strict=True)]
@@ -338,9 +354,16 @@ class Oracle:
     def _fit(self, shape: Index) -> None:
         shape_of_s = self.shape_of_s(shape)
         if not self.H1.knows:
-            self.H1 = self.H2 = LongShort(zeros(shape_of_s), zeros(shape_of_s))
+            self._empty(shape_of_s)
         if tuple(self.H1.long.shape) != shape_of_s:
             raise ValueError(f"an input of shape {shape} does not fit statistics of {tuple(self.H1.long.shape)}")
+
+    def _empty(self, shape_of_s: Index) -> None:
+        long, short, theta = zeros(shape_of_s), zeros(shape_of_s), zeros(shape_of_s)
+        self.H1: LongShort | Pool = LongShort(long, short)
+        self.H2: LongShort | Regression = LongShort(long, short)
+        if self.policy == "evidence":
+            self.H1, self.H2 = Pool(self.memory, long, short), Regression(self.memory / 5, theta)
 
 
 def indices(shape: Sequence[int]) -> list[Index]:

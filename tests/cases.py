@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import streamnorm as sn
-from streamnorm import Batch, Lp, Norm, NormRef, Policy, Sample, Streaming
+from streamnorm import Batch, Evidence, Lp, Norm, NormRef, Policy, Sample, Streaming
 from streamnorm.normref import REFS
 from streamnorm.oracle import Oracle
 
@@ -19,6 +19,8 @@ ALL_REFS = {
 }
 MOMENTS = [Lp(p, center) for p in (1, 2, 3, 1.5) for center in ("batch", "estimate", "zero")]
 MIXED = Streaming(alpha=(0.6, 0.4), beta=(0.5, 0.3, 0.2), kappa=(0.8, 0.2, 0.9, 0.1))
+SHORT = Evidence(memory=11)
+"""Of the mini-batches that a test gives, the first few are remembered in full and the later ones are not."""
 SHAPES = {"fc": (4, 6), "1d": (3, 6, 5), "2d": (3, 6, 4, 5), "3d": (2, 6, 3, 2, 3)}
 
 
@@ -44,7 +46,7 @@ class Case:
 
     def oracle(self) -> Oracle:
         ref, policy = self.norm_ref, self.policy
-        rules = {}
+        rules = {"memory": policy.memory} if isinstance(policy, Evidence) else {}
         if isinstance(policy, Streaming):
             rules = {"alpha": policy.alpha, "beta": policy.beta, "kappa": policy.kappa}
         return Oracle(
@@ -80,7 +82,7 @@ def policies_for(ref: NormRef, moment: Lp) -> list[Policy]:
     own: list[Policy] = [Sample()] if ref.samples == "one" else [Batch()]
     if moment.center == "estimate" and ref.samples == "one":
         own = []
-    return [*own, MIXED]
+    return [*own, MIXED, SHORT]
 
 
 CASES = [

@@ -88,7 +88,7 @@ class Pooled(Rule):
         arrived = torch.ones(g, dtype=torch.bool, device=s.device) if ok is None else ok
         # short_j = short + sum_{i<=j} (s_i - short) m / N_j, the exact mean of all arrivals, as one product.
         counts = state["count"] + self.samples * arrived.cumsum(0)
-        share = (self.samples * arrived.to(s.dtype) / counts.clamp_min(1).unsqueeze(1)).tril()
+        share = ((self.samples * arrived).to(s.dtype) / counts.clamp_min(1).unsqueeze(1)).tril()
         surplus = s - old if ok is None else torch.where(column(ok, s), s - old, 0)
         short = torch.addmm(old.reshape(1, -1), share, surplus.flatten(1)).reshape(s.shape)
         long = self._begun(state, s, arrived)
@@ -102,7 +102,7 @@ class Pooled(Rule):
         """The share of long in the estimate once short holds ``counts (g,)`` samples, ``(g, rows, 1 ...)``."""
         rows = like.shape[1]
         prior = torch.tensor([0.0, self.prior][:rows], device=like.device, dtype=like.dtype)
-        held = (state["held"].to(like.dtype) + prior).clamp_max(self.memory)
+        held = (state["held"] + prior).clamp_max(self.memory)
         weight = held / (held + counts.unsqueeze(1)).clamp_min(torch.finfo(like.dtype).tiny)
         return weight.reshape(len(counts), rows, *[1] * (like.ndim - 2))
 
@@ -129,19 +129,23 @@ class Pooled(Rule):
         }
 
     def merge(self, states: Sequence[State]) -> State:
-        """Short terms weighted by their samples; long terms by the samples they stand for."""
+        """Short terms weighted by their samples; long terms by the samples they stand for, the prior of the first state
+        that has one if none stands for any."""
 
         def mean(name: str, weight: str) -> Tensor:
             total = sum(state[weight] for state in states)
             weighted = sum(state[name] * state[weight].to(state[name].dtype) for state in states)
-            mean = torch.as_tensor(weighted / torch.as_tensor(total).clamp_min(1))
-            return torch.where(torch.as_tensor(total) > 0, mean, states[0][name])
+            return torch.as_tensor(weighted / torch.as_tensor(total).clamp_min(1))
 
+        held = torch.stack([state["held"] for state in states]).amax(0)
+        prior = states[-1]["long"]
+        for state in reversed(states[:-1]):
+            prior = torch.where(state["count"] > 0, state["long"], prior)
         return {
-            "long": mean("long", "held"),
+            "long": torch.where(held > 0, mean("long", "held"), prior),
             "short": mean("short", "count"),
             "count": torch.stack([state["count"] for state in states]).sum(0),
-            "held": torch.stack([state["held"] for state in states]).amax(0),
+            "held": held,
         }
 
     def migrated(self, saved: State) -> State:
@@ -162,6 +166,9 @@ class Residual(GradientRule):
         (M I + m A) theta <- M theta + m b              theta = (v, u), M = min(samples before + 1, memory)
         A = [[1, mean y], [mean y, mean y^2]]           b = (sum of dy, sum of dy y)
         g_hat = -(v, u sigma / sigma_hat) / sigma_hat
+
+    s, s_hat and g tell all of it: ``mean y = (mu - mu_hat) / sigma_hat``, ``b = -sigma_hat g``, and ``mean y^2 =
+    (sigma / sigma_hat)^2``, at least the square of the mean, which is exact for p = 2 about mu_hat (Setting B).
 
     With many samples in a call this is the gradient of batch normalization. With one it is a feedback: theta changes
     by ``1 / M`` of what is handed on, so that the mean and the correlation with y of what is handed on cannot add up
@@ -202,7 +209,7 @@ class Residual(GradientRule):
         b_v, b_u = (-g * sigma_hat.unsqueeze(1)).unbind(1)
         # theta <- P theta + q with P = M D^-1, q = m D^-1 b, D = M I + m A
         d_v, d_u, off = (M + m).expand_as(mean), M + m * square, m * mean
-        det = d_v * d_u - off.square()
+        det = M * (M + m + m * square) + m**2 * (square - mean.square())  # no difference of large products
         P = (M / det) * torch.stack([d_u, -off, -off, d_v])
         q = (m / det) * torch.stack([d_u * b_v - off * b_u, d_v * b_u - off * b_v])
         if ok is not None:
