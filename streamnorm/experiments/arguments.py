@@ -43,9 +43,7 @@ class Arguments:
         return self.seeds or default
 
 
-def begin(
-    arguments: Arguments, name: str, sizes: Mapping[str, Size], side_by_side: bool = False
-) -> tuple[Size, Path]:
+def begin(arguments: Arguments, name: str, sizes: Mapping[str, Size], side_by_side: bool = False) -> tuple[Size, Path]:
     """The size that was asked for and the folder to keep the study ``name`` in; torch takes as many threads as it may.
     The smallest size says what it is for.
 
