@@ -60,7 +60,9 @@ def heat_map(records: Records, features: str = "raw") -> bytes:
 def _squares(panel: Any, columns: list[str], arms: list[str], table: list[list[float]]) -> None:
     """Each column is colored by how far an arm is behind the best of it."""
     behind = [[(v - max(x for x in column if not math.isnan(x))) for v in column] for column in table]
-    panel.imshow([list(row) for row in zip(*behind, strict=True)], cmap="RdYlGn", vmin=-0.15, vmax=0, aspect="auto")
+    panel.imshow(
+        [list(row) for row in zip(*behind, strict=True)], cmap="RdYlGn", vmin=-0.15, vmax=0, aspect="auto", alpha=0.6
+    )
     for i, column in enumerate(table):
         for j, value in enumerate(column):
             if not math.isnan(value):
