@@ -87,4 +87,4 @@ def test_work_side_by_side_is_all_done(processes: int) -> None:
 
 def test_an_error_of_work_side_by_side_comes_through() -> None:
     with pytest.raises(ValueError, match="factorial"):
-        list(side_by_side(math.factorial, [3, -1], 2))
+        list(side_by_side(math.factorial, [3, -1]))

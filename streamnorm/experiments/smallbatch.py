@@ -1,6 +1,6 @@
 """Training and testing with 1 to 32 samples a batch, and what to normalize with.
 
-    streamnorm reproduce smallbatch --arguments.data-root DATA
+    streamnorm reproduce smallbatch --data-root DATA
 
 Architecture A (three layers of 256, 64 samples an update, 4 epochs of CIFAR-10) and B (convolutional, width 16, 32
 samples an update, 5 epochs of its first 10,000 images), rate .1, momentum .9; the samples of an update are cut into

@@ -1,6 +1,6 @@
 """Learning from streams, one row and one weight update at a time, with and without normalization.
 
-    streamnorm reproduce streams --arguments.data-root DATA
+    streamnorm reproduce streams --data-root DATA
 
 Every row is predicted, then learned (test-then-train). Five real streams and three generators that change, features raw
 and standardized as they come, SGD and Adam at several rates. Arms that only an ordinary loop serves, at a hundred times
