@@ -49,7 +49,7 @@ FLAGS = {
         *("--estimator", "--passes", "--samples-per-batch", "--limit", "--data", "--data-root", "--out"),
     ],
     "gap": ["--samples-per-batch", "--limit", "--data", "--data-root"],
-    "reproduce": ["--tier", "--out", "--data-root", "--seeds", "--threads"],
+    "reproduce": ["--tier", "--out", "--data-root", "--seeds", "--threads", "--processes"],
     "sample": ["--prompt", "--length", "--temperature", "--seed"],
     "bench": ["--groups", "--rounds", "--threads", "--out", "--allocator", "--quick", "--compile", "--resume"],
     "doctor": [],
@@ -238,6 +238,7 @@ def test_an_arm_may_have_its_own_batch() -> None:
         (["reproduce", "onlin"], "unknown study 'onlin'; did you mean 'online'?"),
         (["reproduce", "online", "--seeds"], "a study needs at least one seed"),
         (["reproduce", "online", "--threads", "0"], "threads is a whole number >= 1, got 0"),
+        (["reproduce", "online", "--processes", "2"], "the study online trains one run after another"),
         (["gap", "nowhere", "--samples-per-batch", "0"], "samples_per_batch is a whole number >= 1, got 0"),
     ],
 )

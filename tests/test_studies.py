@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 import streamnorm.experiments
 from streamnorm.experiments.arguments import SMOKE, Arguments, begin
 from streamnorm.experiments.registry import STUDIES, study
+from streamnorm.experiments.sidebyside import side_by_side
 
 ROOM = Path(streamnorm.experiments.__file__).parent
 
@@ -37,7 +39,7 @@ def test_a_study_is_kept_under_its_own_name(name: str, monkeypatch: pytest.Monke
     class BegunError(Exception):
         pass
 
-    def begun(arguments: Arguments, name: str, sizes: dict[str, object]) -> None:
+    def begun(arguments: Arguments, name: str, sizes: dict[str, object], side_by_side: bool = False) -> None:
         raise BegunError(name, *sizes)
 
     main = study(name)
@@ -64,4 +66,25 @@ def test_where_a_study_is_kept_and_with_how_many_threads(tmp_path: Path) -> None
     assert torch.get_num_threads() == 3
     with pytest.raises(ValueError, match="the study mine comes in smoke and reduced, got --tier full"):
         begin(Arguments("full", threads=2), "mine", sizes)
+    with pytest.raises(ValueError, match="the study mine trains one run after another, got --processes 2"):
+        begin(Arguments("smoke", threads=2, processes=2), "mine", sizes)
     assert torch.get_num_threads() == 3, "what is refused changes nothing"
+
+
+def test_seeds_are_those_asked_for_or_the_studys_own() -> None:
+    assert Arguments().seeds_or() == (0, 1, 2)
+    assert Arguments().seeds_or((5,)) == (5,)
+    assert Arguments(seeds=(0,)).seeds_or((5,)) == (0,)
+    for refused in ({"seeds": ()}, {"processes": 0}):
+        with pytest.raises(ValueError, match=r"at least one seed|processes is a whole number >= 1, got 0"):
+            Arguments(**refused)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_work_side_by_side_is_all_done(processes: int) -> None:
+    assert sorted(side_by_side(math.factorial, range(6), processes, 1)) == [1, 1, 2, 6, 24, 120]
+
+
+def test_an_error_of_work_side_by_side_comes_through() -> None:
+    with pytest.raises(ValueError, match="factorial"):
+        list(side_by_side(math.factorial, [3, -1]))

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from toy import small
 
+import streamnorm
 from streamnorm.norm import Affine, Norm
 from streamnorm.normref import REFS
 from streamnorm.normstats import DegenerateReferenceError
-from streamnorm.training.architectures import ARMS, Block, build
+from streamnorm.training.architectures import ARMS, PEERS, Block, build
 
 IMAGE = (1, 8, 8)
 ONE_ACTIVATION = {
@@ -33,8 +34,9 @@ def images(samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return x, torch.randint(3, (samples,), generator=generator)
 
 
-def test_the_arms_are_eight_names_and_every_reference_in_two_forms() -> None:
-    named = {"none", "layer", "instance", "group", "rms", "batch", "tsbn", "streaming"}
+def test_the_arms_are_ten_names_the_peers_there_are_and_every_reference_in_two_forms() -> None:
+    named = {"none", "layer", "instance", "group", "rms", "batch", "tsbn", "streaming", "paper", "default"}
+    named |= {arm for arm, layer in PEERS.items() if hasattr(streamnorm, layer)}
     assert set(ARMS) == named | {f"{ref}-{form}" for ref in REFS for form in "BS"}
 
 
@@ -133,6 +135,8 @@ def norm_of(arm: str, **changes: Any) -> nn.Module:
         ("BA4-B", {"p": 1}, "Norm(16, BA4, Lp(p=1, center='batch', eps=1e-05), Batch(rate=0.1), affine=True)"),
         ("SP3-B", {"center": "zero"}, "Norm(16, SP3, Lp(p=2.0, center='zero', eps=1e-05), Sample(), affine=True)"),
         ("streaming", {}, "Norm(16, BA1, Lp(p=2.0, center='estimate', eps=1e-05), Streaming("),
+        ("paper", {}, "Norm(16, BA1, Lp(p=2.0, center='estimate', eps=1e-05), Streaming("),
+        ("default", {"alpha": (0.5, 0.5)}, "Norm(16, BA1, Lp(p=2.0, center='estimate', eps=1e-05), Evidence("),
         ("SP1-S", {"center": "zero"}, "Norm(16, SP1, Lp(p=2.0, center='zero', eps=1e-05), Streaming("),
         ("streaming", {"alpha": (0.5, 0.5)}, "Streaming(alpha=(0.5, 0.5), beta=(0.7, 0.3, 0.0), kappa=None)"),
         ("BA6-S", {"kappa": (0.9, 0.1, 0.8, 0.2)}, "kappa=(0.9, 0.1, 0.8, 0.2))"),

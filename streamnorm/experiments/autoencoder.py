@@ -353,7 +353,7 @@ def main(arguments: Arguments) -> Path:
     """Train what is missing, check the claims, write the record."""
     tier, out = begin(arguments, "autoencoder", TIERS)
     named = runs(tier)
-    records = carry_out(named, arguments.seeds, arguments.data_root, out)
+    records = carry_out(named, arguments.seeds_or(), arguments.data_root, out)
     documents = load_documents(tier.data, arguments.data_root, vocabulary=tier.vocabulary, train_limit=tier.limit)
     for record in records["batch online"]:
         record["frequencies"] = cost_of_frequencies(documents)

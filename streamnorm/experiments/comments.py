@@ -302,7 +302,7 @@ def main(arguments: Arguments) -> Path:
     named = runs(tier)
     first = named[AFTER]
     data = load(first.data, arguments.data_root, train_limit=first.train_limit, test_limit=first.test_limit)
-    records = carry_out(named, arguments.seeds, data, out, make=partial(trainer_of, tier=tier))
+    records = carry_out(named, arguments.seeds_or(), data, out, make=partial(trainer_of, tier=tier))
     return write_results(records, out, f"Two comments on batch normalization: {data.name}, tier {arguments.tier}")
 
 

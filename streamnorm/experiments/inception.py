@@ -297,7 +297,7 @@ def main(arguments: Arguments) -> Path:
     """Train what is missing, check the claims, write the record."""
     tier, out = begin(arguments, "inception", TIERS)
     data = load(tier.data, arguments.data_root, train_limit=tier.train_limit, test_limit=tier.test_limit)
-    records = carry_out(tier, arguments.seeds, data, out)
+    records = carry_out(tier, arguments.seeds_or(), data, out)
     return write_results(records, out, f"Inception: {data.name}, tier {arguments.tier}")
 
 

@@ -286,7 +286,7 @@ def main(arguments: Arguments) -> Path:
     """Train what is missing, check the claims, write the record."""
     tier, out = begin(arguments, "mnist", TIERS)
     data = load(tier.data, arguments.data_root)
-    records = carry_out(runs(tier), arguments.seeds, data, out, make=partial(SigmoidTrainer, every=tier.every))
+    records = carry_out(runs(tier), arguments.seeds_or(), data, out, make=partial(SigmoidTrainer, every=tier.every))
     return write_results(records, out, f"Sigmoid units: {data.name}, tier {arguments.tier}")
 
 

@@ -154,8 +154,8 @@ def main(arguments: Arguments) -> Path:
     runs = {name: replace(run, **size) for name, run in RUNS.items()}
     base = replace(BASE, **size)
     data = load(base.data, arguments.data_root, train_limit=base.train_limit, test_limit=base.test_limit)
-    records = carry_out(runs, arguments.seeds, data, out)
-    records[DEGENERATE] = degenerate(runs["streaming 1 x 64"], data, arguments.seeds)
+    records = carry_out(runs, arguments.seeds_or(), data, out)
+    records[DEGENERATE] = degenerate(runs["streaming 1 x 64"], data, arguments.seeds_or())
     note = f"sigma of Setting A for one sample, without eps: {own_sigma_of_one_sample(data.train_x)}"
     title = f"Online learning: {data.name}, architecture A, tier {arguments.tier}"
     return write_results(records, CLAIMS, out, title, note)

@@ -299,7 +299,7 @@ def main(arguments: Arguments) -> Path:
 
     tier, out = begin(arguments, "pipeline", TIERS)
     data = load(tier.data, arguments.data_root, train_limit=tier.limit)
-    records = carry_out(runs(tier), arguments.seeds, data, out)
+    records = carry_out(runs(tier), arguments.seeds_or(), data, out)
     for name, of_seeds in records.items():
         for record in of_seeds:
             trainer = Trainer(Run.from_json(record["run"]), data)

@@ -19,6 +19,8 @@ STUDIES = {
     "pipeline": "batch normalization from training to testing: what to test with",
     "mnist": "sigmoid units on MNIST, after the talk of Ioffe (2015)",
     "inception": "a small Inception network: learning rates, sigmoids, an ensemble, after the same talk",
+    "streams": "one row and one weight update at a time on real and drifting streams: what to normalize with",
+    "smallbatch": "training and testing with 1 to 32 samples a batch: what to normalize with",
     "comments": "two comments: gain and bias before a convolution, curvature and over-fitting",
 }
 

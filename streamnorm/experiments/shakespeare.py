@@ -246,7 +246,7 @@ def main(arguments: Arguments) -> Path:
     """Train what is missing, check the claims, write the record."""
     tier, out = begin(arguments, "shakespeare", TIERS)
     text = load_text(tier.data, arguments.data_root, limit=tier.limit)
-    records = carry_out(runs(tier), arguments.seeds, text, tier.lengths, out)
+    records = carry_out(runs(tier), arguments.seeds_or(), text, tier.lengths, out)
     return write_results(records, tier.lengths, out, f"Language models: {text.name}, tier {arguments.tier}")
 
 

@@ -43,7 +43,7 @@ def main(arguments: Arguments) -> Path:
     size, out = begin(arguments, "specialcase", TIERS)
     base = replace(BASE, **size)
     data = load(base.data, arguments.data_root, train_limit=base.train_limit, test_limit=base.test_limit)
-    records = carry_out({name: replace(run, **size) for name, run in RUNS.items()}, arguments.seeds, data, out)
+    records = carry_out({name: replace(run, **size) for name, run in RUNS.items()}, arguments.seeds_or(), data, out)
     title = f"The special case of section 3.3.3: {data.name}, architecture B, tier {arguments.tier}"
     return write_results(records, CLAIMS, out, title)
 

@@ -12,18 +12,22 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+import streamnorm
 from streamnorm.cells import at
 from streamnorm.norm import Affine, Norm
 from streamnorm.normop import Scale
 from streamnorm.normref import BA1, REFS, SP1, SP2, NormRef
 from streamnorm.normstats import Lp
-from streamnorm.policy import Batch, Policy, Sample, Streaming
+from streamnorm.policy import Batch, Evidence, Policy, Sample, Streaming
 from streamnorm.timespecific import TimeSpecific
 from streamnorm.training.run import Run
 
 NormFactory = Callable[[int], nn.Module]
 GROUPS = 8
 """Groups of the arm ``group``."""
+
+PEERS = {"batchrenorm": "BatchRenorm", "onlinenorm": "OnlineNorm"}
+"""Arms that are a layer of streamnorm as it comes, where this version has it."""
 
 ARMS: dict[str, NormRef | None] = {
     "none": None,
@@ -34,13 +38,17 @@ ARMS: dict[str, NormRef | None] = {
     "batch": BA1,
     "tsbn": BA1,
     "streaming": BA1,
+    "paper": BA1,
+    "default": BA1,
+    **{arm: BA1 for arm, layer in PEERS.items() if hasattr(streamnorm, layer)},
     **{f"{name}-{form}": ref for name, ref in REFS.items() for form in "BS"},
 }
 """Every arm by name with its reference.
 
-``-B`` is the batch (or sample) form of a reference, ``-S`` its streaming one. Where a layer is called at several time
-steps, ``batch`` is the paper's original BN, whose running estimate all steps share, and ``tsbn`` keeps an estimate for
-each step under a shared gain and bias."""
+``streaming`` and ``paper`` are the paper's rule with alpha, beta and kappa, ``default`` the one of ``Evidence``, whose
+memory counts samples. ``-B`` is the batch (or sample) form of a reference, ``-S`` its streaming one. Where a layer is
+called at several time steps, ``batch`` is the paper's original BN, whose running estimate all steps share, and ``tsbn``
+keeps an estimate for each step under a shared gain and bias."""
 
 
 def norm_factory(run: Run) -> NormFactory:
@@ -58,10 +66,12 @@ def norm_factory(run: Run) -> NormFactory:
         return Affine
     if run.arm == "rms":
         return lambda c: Norm(c, ref, Lp(2, "zero"), Sample(), affine=True, op=Scale())
-    streams = run.arm == "streaming" or run.arm.endswith("-S")
+    if run.arm in PEERS:
+        return getattr(streamnorm, PEERS[run.arm])
+    streams = run.arm in ("streaming", "paper", "default") or run.arm.endswith("-S")
     policy: Policy = Sample() if ref.samples == "one" else Batch()
     if streams:
-        policy = Streaming(run.alpha, run.beta, run.kappa)
+        policy = Evidence() if run.arm == "default" else Streaming(run.alpha, run.beta, run.kappa)
     moment = Lp(run.p, run.center or ("estimate" if streams else "batch"))
 
     def norm(c: int) -> Norm:
