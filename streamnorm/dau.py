@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from streamnorm.checks import expect_whole, is_whole
 from streamnorm.norm import Norm, norms
+from streamnorm.policy import Streaming
 
 Warmup = int | Literal["auto"]
 AUTO_WARMUP = 4
@@ -30,8 +31,8 @@ TINY = 4
 
 
 def has_tiny_references(layers: Iterable[Norm]) -> bool:
-    """Whether a streaming layer was last called with fewer than ``TINY`` activations in a reference."""
-    sizes = (layer.reference_size for layer in layers if layer.policy.uses_estimate)
+    """Whether a layer of the paper's rule was last called with fewer than ``TINY`` activations in a reference."""
+    sizes = (layer.reference_size for layer in layers if isinstance(layer.policy, Streaming))
     return any(size is not None and size < TINY for size in sizes)
 
 
@@ -149,10 +150,10 @@ def attach(model: nn.Module, optimizer: Optimizer, warmup: Warmup = 0) -> Attach
     Args:
         model: holds the layers; layers added later need another ``attach``.
         optimizer: updates the weights of ``model``.
-        warmup: so many first steps move the statistics and not the weights: their gradients are dropped. A first
-            estimate of sigma from a single activation is nearly 0 and its gradient would throw the weights away.
-            ``"auto"``: 4 if a reference holds fewer than 4 activations (one to three samples a batch on a fully
-            connected layer), otherwise 0.
+        warmup: so many first steps move the statistics and not the weights: their gradients are dropped. For the
+            paper's rule alone, where a first estimate of sigma from a single activation is nearly 0 and its gradient
+            would throw the weights away. ``"auto"``: 4 if a reference of such a layer holds fewer than 4 activations
+            (one to three samples a batch on a fully connected layer), otherwise 0.
 
     Returns:
         The link; its ``state_dict()`` belongs into a checkpoint while a warm-up may be under way.

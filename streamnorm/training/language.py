@@ -50,9 +50,11 @@ ARMS: dict[str, Callable[[TextRun], NormFactory]] = {
     "batch": _batch,
     "tsbn": lambda run: TimeSpecific(_batch(run)),
     "streaming": _streaming,
+    "default": lambda run: partial(StreamingNorm, p=run.p, center=run.center or "estimate"),
 }
 """Every arm: what stands after each matrix of a recurrent layer, with its gain and bias. Gain and bias of ``tsbn`` are
-shared by the time steps; ``batch`` is the paper's original BN, whose running estimate all steps share."""
+shared by the time steps; ``batch`` is the paper's original BN, whose running estimate all steps share; ``streaming`` is
+the paper's rule, ``default`` counts its memory in samples."""
 
 
 class LanguageModel(nn.Module):

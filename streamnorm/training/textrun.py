@@ -26,8 +26,8 @@ class TextRun(Described):
         hidden: units of a recurrent layer.
         layers: recurrent layers.
         nonlinearity: of the new state, in rnn and gru.
-        arm: the normalization: none, layer, batch (statistics shared over time), tsbn (statistics for each time step)
-            or streaming.
+        arm: the normalization: none, layer, batch (statistics shared over time), tsbn (statistics for each time step),
+            streaming (the paper's rule) or default (memory counted in samples).
         p: order of the moment.
         center: batch (Setting A), estimate (B), zero (C); None: estimate for streaming, batch for the others.
         alpha: of streaming.
