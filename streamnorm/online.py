@@ -2,27 +2,32 @@
 
 What a step of a multi-layer perceptron costs at one sample is reading and writing its weights. An ordinary loop does
 that several times over (the gradient of each weight is a matrix of its own); ``kernels/native/online.cpp`` reads them
-once forward, and once backward while it moves them. The model, its buffers and the optimizer stay what they are and
+once backward, and once forward while it moves them. The model, its buffers and the optimizer stay what they are and
 hold the same numbers, so that either kind of step can follow the other. Imports ``dau``, the plan and what stands below
 them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from torch.optim import SGD
 
 from streamnorm.dau import Warmup, attach
 from streamnorm.kernels import library, may_use
 from streamnorm.kernels.cpu import unseen
 from streamnorm.onlineplan import CROSS_ENTROPY, Plan, compiled_steps
+from streamnorm.onlinerates import Served
+from streamnorm.stream import Pooled
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+WHY = ("", "input", "target", "activations", "loss", "gradients")
+"""What of a sample is not finite, in the numbers of the compiled step."""
 
 
 class OnlineTrainer:
@@ -30,23 +35,32 @@ class OnlineTrainer:
 
     A step is, up to rounding, ``loss_fn(model(x), target).backward(); optimizer.step(); optimizer.zero_grad()`` with
     ``attach(model, optimizer, warmup)``, and with the compiled kernels it takes a fraction of the time. It is just that
-    without them, for a sample whose activations are not finite, in eval mode, while parameters are frozen, and while
-    modules have hooks or the optimizer has others than those of ``attach`` (clipping, for instance).
+    without them, in eval mode, while parameters are frozen, and while modules have hooks or the optimizer has others
+    than those of ``attach`` (clipping, for instance).
+
+    A sample is learned if it is finite: its input, its target, all activations, the loss, and all gradients as large as
+    the optimizer needs them (times the rate of SGD, squared for Adam). Nothing of any other sample enters the weights,
+    the optimizer or the statistics.
 
     Args:
         model: ``nn.Sequential`` of ``nn.Linear``, each of them but the last followed, in this order, by a norm
             (``StreamingNorm`` with p = 1 or 2 in Setting B or C, or ``nn.LayerNorm``) and ``nn.ReLU``, or either, or
-            nothing. float32 or float64, on the CPU.
-        optimizer: ``torch.optim.SGD``; its rates, momentum and weight decay are read at each step.
+            nothing. A norm may stand before the first of them, for raw input. float32 or float64, on the CPU.
+        optimizer: ``torch.optim.SGD``, ``Adam`` or ``AdamW``; its rates, averages and weight decay are read at each
+            call.
         loss_fn: ``F.cross_entropy`` for integer targets, ``F.mse_loss`` for targets of the shape of the output, or
             ``nn.CrossEntropyLoss()`` and ``nn.MSELoss()``.
         warmup: as for ``attach``, which is called here: the model needs no other.
+        on_nonfinite: what becomes of a sample that is not finite: ``"skip"``, its loss and output are NaN; or
+            ``"raise"``, it ends the call with an error after the samples before it were learned.
 
     Attributes:
         link: what ``attach`` returned; its ``state_dict()`` belongs into a checkpoint while a warm-up may be under way.
+        skipped: samples that were not finite.
 
     Raises:
         TypeError, ValueError: for what cannot be trained so, with the module and what to do; nothing has changed then.
+        OverflowError: from ``step`` and ``steps``, when parameters are not finite any more.
 
     >>> from streamnorm import StreamingNorm
     >>> model = nn.Sequential(nn.Linear(4, 8, bias=False), StreamingNorm(8), nn.ReLU(), nn.Linear(8, 3))
@@ -59,8 +73,18 @@ class OnlineTrainer:
     torch.Size([20, 3])
     """
 
-    def __init__(self, model: nn.Module, optimizer: SGD, loss_fn: Loss = F.cross_entropy, warmup: Warmup = 0):
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Served,
+        loss_fn: Loss = F.cross_entropy,
+        warmup: Warmup = 0,
+        on_nonfinite: Literal["skip", "raise"] = "skip",
+    ) -> None:
+        if on_nonfinite not in ("skip", "raise"):
+            raise ValueError(f'on_nonfinite is "skip" or "raise", got {on_nonfinite!r}')
         self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
+        self.on_nonfinite, self.skipped = on_nonfinite, 0
         self._plan = Plan(model, optimizer, loss_fn)
         self.link = attach(model, optimizer, warmup)
         self._own = [hook.id for hook in self.link.hooks]
@@ -74,6 +98,7 @@ class OnlineTrainer:
 
         Raises:
             ValueError: for another shape or dtype, or a class that the model does not know; nothing has changed then.
+                With ``on_nonfinite="raise"`` for a sample that is not finite.
         """
         lead = (1,) if x.ndim == 2 else ()
         self._check(x, target, lead)
@@ -90,7 +115,7 @@ class OnlineTrainer:
             The losses ``(n,)`` and the outputs ``(n, c)``, each from before its own update, detached.
 
         Raises:
-            ValueError: as for ``step``, before the first sample.
+            ValueError: as for ``step``, before the first sample; for one that is not finite after those before it.
         """
         lead = (*x.shape[:1],)
         self._check(x, targets, lead)
@@ -133,17 +158,19 @@ class OnlineTrainer:
         done = 0
         while done < n:
             served = self._is_served()
-            warming = not self.link._warm and self.link.warming_up
+            warming = self._is_warming()
             many = 1 if warming else n - done
-            did = self._compiled(x, targets, n, done, many, warming, losses, outputs) if served else 0
-            done += did
-            if did < many:
+            if not (served and self._compiled(x, targets, n, done, many, warming, losses, outputs)):
+                many = 1
                 samples, wanted = x.detach().reshape(n, -1), targets.detach().reshape(n, *targets.shape[x.ndim - 1 :])
-                loss, output = self._ordinary(samples[done : done + 1], wanted[done : done + 1])
-                losses.view(n)[done], outputs.view(n, -1)[done] = loss, output[0]
-                done += 1
+                result = self._ordinary(samples[done : done + 1], wanted[done : done + 1], done)
+                losses.view(n)[done], outputs.view(n, -1)[done] = result
+            done += many
             if done < n:
                 self._renew()
+
+    def _is_warming(self) -> bool:
+        return not self.link._warm and self.link.warming_up
 
     def _is_served(self) -> bool:
         """Whether the next step may be a compiled one."""
@@ -160,39 +187,131 @@ class OnlineTrainer:
         ):
             return False
         for norm in plan.norms:
-            if not norm.training:
+            begins = isinstance(norm.H1.rule, Pooled) and norm.H1.rule.prior and not norm.H1.known
+            if begins or not norm.training:  # the first estimate of a layer is made of all its features
                 return False
             norm._calls.reference_size = 1
         return True
 
     def _compiled(
         self, x: Tensor, targets: Tensor, n: int, start: int, many: int, warming: bool, losses: Tensor, outputs: Tensor
-    ) -> int:
-        """Train on ``many`` of n samples from ``start`` in one call; returns how many: the next is not finite."""
+    ) -> bool:
+        """Train on ``many`` of n samples from ``start`` in one call. False: that cannot be, and nothing has changed."""
         plan = self._plan
         if not plan.reads(moving=not warming):
-            return 0
+            return False
         addresses = [tensor.data_ptr() for tensor in (x, targets, losses, outputs)]
         if start:
             sizes = [t.numel() // n * t.element_size() for t in (x, targets, losses, outputs)]
             addresses = [address + start * size for address, size in zip(addresses, sizes, strict=True)]
+        net = plan.net
+        net.raises = self.on_nonfinite == "raise"
         done = compiled_steps()(plan.address, *addresses, many, plan.dtype is torch.float64, not warming)
-        if done:
+        self.skipped += net.skipped
+        if net.learned:
             plan.written(moved=not warming)
             for norm in plan.norms:
                 norm._calls.unfolded = 0
                 if warming and norm.H2 is not None:
                     norm.H2.clear()
-            self.link._steps += done
-            self.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask whether it stepped
-        return done
+            self.link._steps += net.learned
+            self.optimizer._opt_called = True  # type: ignore[union-attr]  # schedulers ask whether it stepped
+        if net.broken >= 0:
+            raise _lost(plan.names[net.broken], start + net.latest if net.latest >= 0 else None)
+        if net.why:
+            raise _refused(start + done, WHY[net.why])
+        return True
+
+    def _ordinary(self, x: Tensor, target: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """The same step in torch's own code."""
+        why, loss, output = self._try(x, target)
+        if not why:
+            for name, module in self.model._modules.items():
+                if not all(p.isfinite().all() for p in module.parameters()):  # type: ignore[union-attr]
+                    raise _lost(name, number)
+            return loss, output[0]
+        if self.on_nonfinite == "raise":
+            raise _refused(number, why)
+        self.skipped += 1
+        nothing = x.new_tensor(float("nan"))
+        return nothing, nothing.expand(self._plan.outputs)
 
     @torch.enable_grad()
-    def _ordinary(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _try(self, x: Tensor, target: Tensor) -> tuple[str, Tensor, Tensor]:
+        """An ordinary step, or what of the sample is not finite, and then everything is as it was."""
+        if not x.isfinite().all():
+            return "input", x, x
+        if not target.isfinite().all():
+            return "target", x, x
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        calls = [(norm._calls, norm._calls.unfolded) for norm in self._plan.norms]
+        refusals = self._refusals()
         self.optimizer.zero_grad()
-        output = self.model(x)
-        loss = self.loss_fn(output, targets)
-        loss.backward()
-        self.optimizer.step()
+        with _watching(self.model) as strange:
+            output = self.model(x)
+        loss, why = self.loss_fn(output, target), ""
+        if strange or self._refusals() != refusals:
+            why = "activations"
+        elif not loss.isfinite():
+            why = "loss"
+        else:
+            loss.backward()
+            if not self._is_warming() and (self._refusals() != refusals or not self._fits()):
+                why = "gradients"
+        if not why:
+            self.optimizer.step()
+        else:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+            for call, unfolded in calls:
+                call.unfolded = unfolded
         self.optimizer.zero_grad()
-        return loss.detach(), output.detach()
+        return why, loss.detach(), output.detach()
+
+    def _refusals(self) -> list[int]:
+        """Arrivals that the memories of norms have refused."""
+        memories = [memory for norm in self._plan.norms for memory in (norm.H1, norm.H2)]
+        return [int(memory.skipped) for memory in memories if memory is not None]
+
+    def _fits(self) -> bool:
+        """Whether the optimizer can take all gradients."""
+        for group in self.optimizer.param_groups:
+            for grad in [p.grad for p in group["params"] if p.grad is not None]:
+                most = grad.abs().max()
+                if not (most.isfinite() and (most * (most if self._plan.rates.of_adam else group["lr"])).isfinite()):
+                    return False
+        return True
+
+
+@contextmanager
+def _watching(model: nn.Module) -> Iterator[list[Any]]:
+    """Inside, modules of ``model`` whose output is not finite are gathered, and layer norms of what has no variance."""
+    strange: list[Any] = []
+
+    def look(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        no_variance = isinstance(module, nn.LayerNorm) and not inputs[0].var(correction=0).isfinite()
+        if no_variance or not output.isfinite().all():
+            strange.append(module)
+
+    handles = [module.register_forward_hook(look) for module in model._modules.values()]  # type: ignore[union-attr]
+    try:
+        yield strange
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _refused(number: int, why: str) -> ValueError:
+    return ValueError(
+        f"sample {number} of this call is not finite in its {why}; the {number} before it were learned, it and those "
+        'after it were not. Mend or leave it out, or take on_nonfinite="skip"'
+    )
+
+
+def _lost(name: str, number: int | None) -> OverflowError:
+    when = "were not when the call began" if number is None else f"are not any more after the update by sample {number}"
+    return OverflowError(
+        f"parameters of module {name!r} have to be finite and {when} of this call; go back to a checkpoint, with a "
+        "smaller lr or more weight_decay"
+    )

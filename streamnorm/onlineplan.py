@@ -1,6 +1,6 @@
 """What the compiled step of ``online`` is told about a model: which can be served, and where everything of it lies.
 
-Imports ``layers`` and what stands below them.
+Imports ``layers`` and what stands below them, and ``onlinerates``.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from ctypes import c_double, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
-from operator import is_, itemgetter
+from operator import is_
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD
 
 from streamnorm.fused import numbers_of
 from streamnorm.kernels import library
@@ -26,6 +25,7 @@ from streamnorm.layers import StreamingNorm
 from streamnorm.norm import Affine, Norm
 from streamnorm.normop import Standardize
 from streamnorm.normstats import Lp
+from streamnorm.onlinerates import CParam, Rates, Served, structure
 from streamnorm.policy import Evidence, Streaming
 from streamnorm.stream import LongShort, Memory
 
@@ -34,10 +34,17 @@ from streamnorm.stream import LongShort, Memory
 
 @dataclass
 class _Layer:
-    linear: nn.Linear
+    linear: nn.Linear | None  # None: a norm of the model's input
     norm: Norm | nn.LayerNorm | None = None
     affine: Affine | None = None
     relu: bool = False
+    name: str = ""  # of its first module
+
+    @property
+    def width(self) -> int:
+        if self.linear is not None:
+            return self.linear.out_features
+        return self.norm.num_features if isinstance(self.norm, Norm) else self.norm.normalized_shape[-1]  # type: ignore[union-attr]
 
 
 def _layers(model: nn.Module) -> list[_Layer]:
@@ -47,23 +54,22 @@ def _layers(model: nn.Module) -> list[_Layer]:
     layers: list[_Layer] = []
     for name, module in model._modules.items():
         last = layers[-1] if layers else None
-        width = last.linear.out_features if last else None
         wrong = _why_not(module, last)
-        if wrong is None and isinstance(module, nn.Linear) and width not in (None, module.in_features):
-            wrong = f"it takes {module.in_features} features and gets {width}"
         if wrong is not None:
             raise ValueError(f"module {name!r}, {module}, cannot be trained so: {wrong}. Use attach and a loop")
         match module:
             case nn.Linear():
-                layers.append(_Layer(module))
+                layers.append(_Layer(module, name=name))
             case nn.ReLU() if last:
                 last.relu = True
             case Affine() if last:
                 last.affine = module
-            case Norm() | nn.LayerNorm() if last:
+            case Norm() | nn.LayerNorm():
+                if last is None:
+                    layers.append(last := _Layer(None, name=name))
                 last.norm = module
                 last.affine = module.affine if isinstance(module, Norm) else None
-    if not layers or layers[-1] != _Layer(layers[-1].linear):
+    if not layers or (last := layers[-1]) != _Layer(last.linear, name=last.name) or last.linear is None:
         raise ValueError("the last module of the model has to be an nn.Linear. Use attach and a loop")
     if len({id(layer.linear) for layer in layers}) < len(layers):
         raise ValueError("a module stands twice in the model. Use attach and a loop")
@@ -75,19 +81,27 @@ def _why_not(module: nn.Module, last: _Layer | None) -> str | None:
     kind = type(module)
     if "forward" in module.__dict__:
         return "its forward method was replaced"
-    if kind is nn.Linear:
-        return None
+    width = last.width if last else None
+    if isinstance(module, nn.Linear) and kind is nn.Linear:
+        return (
+            None if width in (None, module.in_features) else f"it takes {module.in_features} features and gets {width}"
+        )
     if kind not in (nn.ReLU, nn.LayerNorm, Norm, StreamingNorm, Affine):
         return "it is none of nn.Linear, StreamingNorm, Norm, Affine, nn.LayerNorm and nn.ReLU"
-    if last is None or last.relu or (last.norm is not None and kind not in (nn.ReLU, Affine)):
+    if last is None:
+        if kind in (nn.ReLU, Affine):
+            return "the order is a norm or none, then nn.Linear"
+    elif last.relu or (last.norm is not None and kind not in (nn.ReLU, Affine)):
         return "the order is nn.Linear, then a norm or none, then nn.ReLU or none"
-    width = last.linear.out_features
-    if isinstance(module, Affine) and (last.norm is None or isinstance(last.norm, nn.LayerNorm) or last.affine):
+    elif last.linear is None and kind is nn.ReLU:
+        return "the order is a norm of the input, then nn.Linear"
+    if isinstance(module, Affine) and (last is None or not isinstance(last.norm, Norm) or last.affine):
         return "it has to follow a norm that has no gain and bias"
     if isinstance(module, nn.LayerNorm):
-        fits = tuple(module.normalized_shape) == (width,)
+        shape = tuple(module.normalized_shape)
+        fits = shape == (width,) if last else len(shape) == 1
         return None if fits else f"it takes {module.normalized_shape} features and gets {width}"
-    if isinstance(module, (Norm, Affine)) and module.num_features != width:
+    if isinstance(module, (Norm, Affine)) and width not in (None, module.num_features):
         return f"it takes {module.num_features} features and gets {width}"
     if not isinstance(module, Norm):
         return None
@@ -126,27 +140,21 @@ def _hooks(module: nn.Module) -> Iterator[dict[int, Any]]:
 # The structures of kernels/native/online.cpp
 
 
-def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
-    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
-
-
-_settings = itemgetter("lr", "weight_decay", "momentum", "dampening", "nesterov", "maximize")
 _POINTERS = ("long", "short", "estimate", "count", "updates", "seen", "skipped")
-_CRates = _structure("_CRates", **dict.fromkeys(("lr", "decay", "momentum", "dampening", "nesterov"), c_double))
-_CParam = _structure("_CParam", at=c_void_p, average=c_void_p, group=c_int64, fresh=c_int64)
-_CStream = _structure("_CStream", **dict.fromkeys(_POINTERS, c_void_p), rule=RuleNumbers, keep=c_double * 2)
-_CLayer = _structure(
+_CStream = structure("_CStream", **dict.fromkeys(_POINTERS, c_void_p), rule=RuleNumbers, keep=c_double * 2)
+_CLayer = structure(
     "_CLayer",
     **dict.fromkeys(("inputs", "outputs", "kind", "p", "about_zero", "relu"), c_int64),
     **dict.fromkeys(("eps", "trust"), c_double),
-    **dict.fromkeys(("weight", "bias", "gain", "shift"), _CParam),
+    **dict.fromkeys(("weight", "bias", "gain", "shift"), CParam),
     **dict.fromkeys(("F", "G"), _CStream),
+    **dict.fromkeys(("pending", "proven", "back"), c_int64),
 )
-_CNet = _structure(
+_CNet = structure(
     "_CNet",
     **dict.fromkeys(("depth", "loss"), c_int64),
     **dict.fromkeys(("layers", "rates", "scratch"), c_void_p),
-    threads=c_int64,
+    **dict.fromkeys(("threads", "raises", "learned", "skipped", "why", "latest", "broken"), c_int64),
 )
 
 
@@ -167,47 +175,43 @@ class Plan:
     What the constructor finds that cannot be served it raises.
     """
 
-    def __init__(self, model: nn.Module, optimizer: SGD, loss_fn: Any) -> None:
+    def __init__(self, model: nn.Module, optimizer: Served, loss_fn: Any) -> None:
         layers = _layers(model)
-        if type(optimizer) is not SGD:
-            raise TypeError(f"optimizer is a torch.optim.SGD, got {type(optimizer).__name__}; use attach and a loop")
-        self.loss = _kind_of_loss(loss_fn, layers[-1].linear.out_features)
+        linears = [layer.linear for layer in layers if layer.linear is not None]
+        like = linears[0].weight
+        self.rates = Rates(optimizer, like.dtype)
+        self.loss = _kind_of_loss(loss_fn, linears[-1].out_features)
+        self.names = [layer.name for layer in layers]
         self.norms = [layer.norm for layer in layers if isinstance(layer.norm, Norm)]
         self.hooks = [hooks for module in model.modules() for hooks in _hooks(module)]
-        like = layers[0].linear.weight
-        self.dtype, self.inputs, self.outputs = like.dtype, like.shape[1], layers[-1].linear.weight.shape[0]
+        self.dtype, self.inputs, self.outputs = like.dtype, like.shape[1], linears[-1].weight.shape[0]
         if not like.is_cpu or self.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"the model has to be float32 or float64 on the CPU; {_words('weight', like)}")
-        self.optimizer = optimizer
-        self._groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self._owners: list[dict[str, Any]] = [m._modules for m in (model, *self.norms)]  # and those of tensors
         self._watched: list[Tensor] = []  # those whose data may be put elsewhere
         self._kept: list[Tensor] = []  # what addresses point to, so that nothing else can come to lie there
         self.params: list[Tensor] = []
-        self._told: list[tuple[Tensor, Any]] = []  # parameters and what C knows of them
-        self._new: list[tuple[Tensor, Tensor]] = []  # momentum buffers that the optimizer does not have yet
-        self._settings: list[tuple[Any, ...]] = []  # of the optimizer, as they were told last
         self._layers = (_CLayer * len(layers))()
-        self._rates = (_CRates * len(optimizer.param_groups))()
         for layer, c in zip(layers, self._layers, strict=True):
             self._fill(layer, c)
         if len({p.data_ptr() for p in self.params}) < len(self.params):
             raise ValueError("parameters share their memory, and each would move them. Use attach and a loop")
         self._owned = [owned for owner in self._owners for owned in owner.values()]
-        self.all_move = all(p.requires_grad and id(p) in self._groups for p in self.params)
+        self.all_move = all(map(self.rates.moves, self.params))
         self._where = [*map(Tensor.data_ptr, self._watched)]
         self._require = [parameter.requires_grad for parameter in self.params]
-        self._net: Any = _CNet(len(layers), self.loss, ctypes.addressof(self._layers), ctypes.addressof(self._rates))
-        self.address = ctypes.addressof(self._net)
+        self.net: Any = _CNet(len(layers), self.loss, ctypes.addressof(self._layers), self.rates.address)
+        self.address = ctypes.addressof(self.net)
         if library.library() is not None:
             self._kept.append(like.new_empty(_scratch()(self.address), requires_grad=False))
-            self._net.scratch = self._kept[-1].data_ptr()
+            self.net.scratch = self._kept[-1].data_ptr()
 
     def _fill(self, layer: _Layer, c: Any) -> None:
         linear, norm, affine = layer.linear, layer.norm, layer.affine
-        c.outputs, c.inputs = linear.weight.shape
+        c.outputs, c.inputs = (layer.width, layer.width) if linear is None else linear.weight.shape
         c.relu, c.trust = layer.relu, 1.0
-        self._parameters(linear, c.weight, c.bias)
+        if linear is not None:
+            self._parameters(linear, c.weight, c.bias)
         if isinstance(norm, nn.LayerNorm):
             c.kind, c.eps = 2, norm.eps
             self._parameters(norm, c.gain, c.shift)
@@ -224,10 +228,10 @@ class Plan:
         for name, c in zip(("weight", "bias"), to, strict=True):
             parameter = module._parameters[name]
             if parameter is not None:
-                c.at, c.group = self._address(name, parameter), self._groups.get(id(parameter), -1)
+                c.at = self._address(name, parameter)
                 self.params.append(parameter)
                 self._watched.append(parameter)
-                self._told.append((parameter, c))
+                self.rates.add(parameter, c)
 
     def _memory(self, memory: Memory | None, c: Any) -> None:
         assert memory is not None
@@ -253,43 +257,19 @@ class Plan:
             all(map(is_, chain.from_iterable(map(dict.values, self._owners)), self._owned))
             and [*map(Tensor.data_ptr, self._watched)] == self._where
             and [parameter.requires_grad for parameter in self.params] == self._require
-            and len(self.optimizer.param_groups) == len(self._rates)
+            and self.rates.holds()
         )
 
     def reads(self, moving: bool) -> bool:
-        """Read what the optimizer says now and, while weights are moving, where its momentum buffers are. False: not
-        in a way that is served."""
-        groups = self.optimizer.param_groups
-        settings = [_settings(group) for group in groups]
-        if settings != self._settings:
-            self._settings = []
-            if any(group["maximize"] for group in groups):
-                return False
-            for c, values in zip(self._rates, settings, strict=True):
-                c.lr, c.decay, c.momentum, c.dampening, c.nesterov = map(float, values[:-1])
-            if not any(isinstance(value, Tensor) for values in settings for value in values):
-                self._settings = settings  # and a tensor may change as it stands
-        self._new = []
-        self._net.threads = torch.get_num_threads()
-        return not moving or all(
-            self._reads_average(parameter, c) for parameter, c in self._told if groups[c.group]["momentum"]
-        )
-
-    def _reads_average(self, parameter: Tensor, c: Any) -> bool:
-        average = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
-        c.fresh = average is None
-        if average is None:
-            average = torch.zeros_like(parameter, requires_grad=False)
-            self._new.append((parameter, average))
-        c.average = average.data_ptr()
-        return average.dtype is self.dtype and average.is_cpu and average.is_contiguous()
+        """Read what may have changed since the last call. False: a compiled step cannot serve it."""
+        self.net.threads = torch.get_num_threads()
+        return self.rates.reads(moving)
 
     def written(self, moved: bool) -> None:
-        """Tell torch what a compiled step has changed: autograd its versions, the optimizer its new averages."""
+        """Tell torch what a compiled step has changed: autograd its versions, the optimizer its new state."""
         if moved:
             torch.autograd.graph.increment_version(self.params)
-            for parameter, average in self._new:
-                self.optimizer.state[parameter]["momentum_buffer"] = average
+            self.rates.written()
 
 
 def _words(name: str, tensor: Tensor) -> str:

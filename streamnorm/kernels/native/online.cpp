@@ -1,14 +1,18 @@
-// A whole training step of a multi-layer perceptron for one sample after another: forward, loss, backward, SGD, fold.
+// A whole training step of a multi-layer perceptron for one sample after another: forward, loss, backward, SGD or Adam,
+// fold.
 //
+//     [streaming or layer norm -> gain and bias, or nothing] of the input, then
 //     [linear -> streaming or layer norm or nothing -> gain and bias -> ReLU or nothing] x L,  the last of them linear
 //
-// What such a step costs is the memory traffic of the weights, so they are touched as seldom as can be: a pass forward
-// (rows times the layer's input), and one backward that gives the layer below its gradient and moves the weights in
-// place. Nobody wants a gradient of the first layer's input; its pass makes the next sample's products instead, with
-// each row of weights that it has just moved: in a run of samples the first layer is read and written once for each.
+// What such a step costs is the memory traffic of the weights, so they are touched as seldom as can be: twice a sample,
+// and those of the first layer once. A pass backward reads them and gives the layer below its gradient. A pass forward
+// moves them by the gradients of the sample before, which has been learned by then, and makes the products of the new
+// one with each row that it has just moved.
 //
-// Nothing has changed when a forward pass turns out not to be finite: `online_steps` says at which sample, and its
-// caller takes that one the ordinary way. Backward, a norm refuses gradients that are not finite as `Memory.take` does.
+// That weights move only at the next pass forward leaves everything as it was until all gradients of a sample are known.
+// A sample is learned if its input, target, activations, loss and gradients are finite, and otherwise nothing of it is:
+// it is skipped, or the run ends before it. Weights that are no longer finite end a run as well; they show for nothing,
+// since then no product of a finite input is.
 //
 // A thread has rows of its own of a large layer, always the same, which stay in its core's cache from step to step: two
 // threads pass 3 MB of weights in half the time of one. Nothing that is computed depends on how many there are.
@@ -21,29 +25,34 @@
 
 namespace {
 
-// --- The network, mirrored by the structures of streamnorm/online.py ---
+// --- The network, mirrored by the structures of streamnorm/onlineplan.py and onlinerates.py ---
 
+enum Kind_of_optimizer { SGD, ADAM_L2, ADAM_W };
 struct Rates {             // of an optimizer's group of parameters
-    double lr, decay, momentum, dampening, nesterov;
+    int64_t kind;
+    double lr, decay, momentum, dampening, nesterov;  // Adam's beta1 is `momentum`
+    double beta2, eps;
 };
-struct Param {             // a parameter of T, or null
-    void *at, *average;    // `average`: the momentum buffer
-    int64_t group, fresh;  // the group of its rates; whether the average holds nothing yet
+struct Param {                       // a parameter of T, or null
+    void *at, *average, *square;     // `average`: momentum buffer or first moment; `square`: second moment
+    void *count;                     // Adam's steps, a float or, where `wide_count`, a double
+    int64_t group, fresh, wide_count;  // the group of its rates; whether the average holds nothing yet
 };
 struct Stream {            // H1 with F, or H2 with G: tables (2, out) of T
     void *long_, *short_, *estimate;
     int64_t *count, *updates, *seen, *skipped;
     sn_rule rule;
     double keep[2];
-
-    bool begins() const { return rule.kind == POOLED && rule.a[1] > 0 && *count == 0 && *updates == 0; }
 };
 enum Kind { NONE, STREAMING, LAYER };
 struct Layer {
     int64_t in, out, kind, p, about_zero, relu;
     double eps, trust;         // `trust`: what gradients of gain and shift are multiplied by
-    Param weight, bias, gain, shift;
+    Param weight, bias, gain, shift;  // without a weight: a norm of the input, `in` is `out`
     Stream F, G;
+    int64_t pending, proven, back;  // weights wait to be moved; are known to be finite; where their next pass starts
+
+    bool learns() const { return weight.at || gain.at || shift.at; }
 };
 enum Loss { CROSS_ENTROPY, SQUARED_ERROR };
 struct Net {
@@ -52,22 +61,28 @@ struct Net {
     Rates *rates;
     void *scratch;
     int64_t threads;
+    int64_t raises;                  // a sample that is not finite ends the run
+    int64_t learned, skipped;        // samples
+    int64_t why, latest, broken;     // why the run ended; the last sample learned; the layer of WEIGHTS
 };
+enum Why { FINE, INPUT, TARGET, ACTIVATIONS, LOSS, GRADIENT, WEIGHTS };
 constexpr int64_t SERIAL = 1 << 18;  // weights that one thread has passed before a second one has begun
 
-// --- Scratch: what a forward pass leaves for the backward pass ---
+// --- Scratch: what a forward pass leaves for the backward pass, and that for the next one ---
 
 template <class T> struct Room {
-    T *s, *s_hat, *g, *g_hat;  // (2, out): row 0 the mean, row 1 sigma. For a layer norm, s_hat holds y
-    T *out, *grad;             // (out,): what goes to the layer above and what comes from it
+    T *s, *s_hat, *g, *g_hat;   // (2, out): row 0 the mean, row 1 sigma. For a layer norm, s_hat holds y
+    T *out;                     // (out,): what goes to the layer above, one for each `side`
+    T *grad, *by_gain, *by_shift;  // (out,): what comes from the layer above, then of the products; of gain and shift
 
-    static int64_t size(const Layer &l) { return 10 * padded(l.out); }
+    static int64_t size(const Layer &l) { return 13 * padded(l.out); }
     static int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
-    Room(const Net &net, int64_t k) {
+    Room(const Net &net, int64_t k, int side) {
         T *at = (T *)net.scratch;
         for (int64_t i = 0; i < k; i++) at += size(net.layers[i]);
         int64_t n = padded(net.layers[k].out);
-        s = at, s_hat = at + 2 * n, g = at + 4 * n, g_hat = at + 6 * n, out = at + 8 * n, grad = at + 9 * n;
+        s = at, s_hat = at + 2 * n, g = at + 4 * n, g_hat = at + 6 * n, out = at + (8 + side) * n;
+        grad = at + 10 * n, by_gain = at + 11 * n, by_shift = at + 12 * n;
     }
 };
 
@@ -76,6 +91,21 @@ template <class T> bool finite(const T *v, int64_t n) {
     int bad = 0;
     for (int64_t i = 0; i < n; i++) bad |= !(fabs(v[i]) <= largest<T>());
     return !bad;
+}
+template <class T> struct bits_of { typedef int32_t type; };
+template <> struct bits_of<double> { typedef int64_t type; };
+template <class T> T peak(const T *v, int64_t n) {  // the largest magnitude; NaN is larger than infinity
+    typedef typename bits_of<T>::type Bits;
+    Bits most = 0;
+    for (int64_t i = 0; i < n; i++) {
+        T a = fabs(v[i]);
+        Bits now;
+        memcpy(&now, &a, sizeof a);
+        most = now > most ? now : most;
+    }
+    T top;
+    memcpy(&top, &most, sizeof top);
+    return top;
 }
 template <class T> SN_INLINE T sum_of(vec<T> v) {  // in pairs: a row has one, so that it should not be a chain
     T part[lanes<T>::W];
@@ -146,64 +176,123 @@ template <class T> struct Arrival {
     }
 };
 
-// G as the residual of a regression over the stream, for one sample (`regress` of slots.h).
-template <class T> void regress(const Stream &m, const T *s, const T *s_hat, const T *g, T *g_hat, int64_t n, bool ok) {
-    T *v = (T *)m.long_, *u = v + n;
+// G as the residual of a regression over the stream, for one sample (`regress` of slots.h): what is handed on, and in the
+// place of g the coefficients that it makes.
+template <class T> void regress(const Stream &m, const T *s, const T *s_hat, T *g, T *g_hat, int64_t n) {
+    const T *v = (const T *)m.long_, *u = v + n;
     const double held = (double)*m.count + 1;
-    const T M = (T)(held < m.rule.a[0] ? held : m.rule.a[0]);
+    const T M = (T)(held < m.rule.a[0] ? held : m.rule.a[0]), d_v = M + 1;
     for (int64_t i = 0; i < n; i++) {
         const T inverse = 1 / s_hat[n + i], mean = (s[i] - s_hat[i]) * inverse, scale = s[n + i] * inverse;
-        if (ok) {
-            const T over = scale * scale, under = mean * mean, square = over < under ? under : over;
-            const T e_v = -g[i] * s_hat[n + i] - v[i] - mean * u[i];
-            const T e_u = -g[n + i] * s_hat[n + i] - mean * v[i] - square * u[i];
-            const T d_v = M + 1, d_u = M + square, per = 1 / (d_v * d_u - under);
-            v[i] += (d_u * e_v - mean * e_u) * per, u[i] += (d_v * e_u - mean * e_v) * per;
-        }
-        g_hat[i] = -v[i] * inverse, g_hat[n + i] = -u[i] * scale * inverse;
+        const T over = scale * scale, under = mean * mean, square = over < under ? under : over;
+        const T e_v = -g[i] * s_hat[n + i] - v[i] - mean * u[i];
+        const T e_u = -g[n + i] * s_hat[n + i] - mean * v[i] - square * u[i];
+        const T d_u = M + square, per = 1 / (d_v * d_u - under);
+        const T new_v = v[i] + (d_u * e_v - mean * e_u) * per, new_u = u[i] + (d_v * e_u - mean * e_v) * per;
+        g[i] = new_v, g[n + i] = new_u;
+        g_hat[i] = -new_v * inverse, g_hat[n + i] = -new_u * scale * inverse;
     }
-    if (ok || finite(g_hat, 2 * n)) memcpy(m.estimate, g_hat, 2 * n * sizeof(T));
-    *(ok ? m.seen : m.skipped) += 1;
-    *m.count += ok;
+}
+template <class T> void remember_coefficients(const Stream &m, const T *theta, const T *g_hat, int64_t n) {
+    memcpy(m.long_, theta, n * sizeof(T));
+    memcpy(m.estimate, g_hat, n * sizeof(T));
+    *m.seen += 1, *m.count += 1;
 }
 
-// --- Small parameters ---
+// --- What an optimizer does ---
 
-template <class T> struct Move {  // what SGD does to a parameter
-    T lr, decay, momentum, gain;  // `gain`: of the gradient in the average
-    bool nesterov;
+enum How { HOLD, PLAIN, DECAY, HEAVY, ADAM };  // nothing, SGD, SGD with decay, with decay and momentum, Adam
 
-    Move(const Net &net, const Param &p) {
-        const Rates &r = net.rates[p.group];
-        lr = (T)r.lr, decay = (T)r.decay, momentum = (T)r.momentum;
-        gain = (T)(p.fresh ? 1 : 1 - r.dampening), nesterov = r.nesterov != 0;
+SN_INLINE float root_of(float v) { return sqrtf(v); }
+SN_INLINE double root_of(double v) { return sqrt(v); }
+template <class V> SN_INLINE V root_of(V v) {
+    typedef decltype(v[0] + v[0]) T;
+    return root<T>(v);
+}
+
+template <class T> struct Move {  // one step of a parameter
+    How how = HOLD;
+    bool nesterov = false;
+    T lr = 0, decay = 0, momentum = 0, gain = 0;   // `gain`: of the gradient in the average
+    T keep = 1, beta2 = 0, gain2 = 0, scale = 0, eps = 0;  // of w; of squares and their root, which is corrected
+
+    Move() {}
+    Move(const Rates &r, const Param &p) : nesterov(r.nesterov != 0), momentum((T)r.momentum) {
+        lr = (T)r.lr, decay = (T)r.decay, gain = (T)(p.fresh ? 1 : 1 - r.dampening);
+        how = r.momentum != 0 ? HEAVY : r.decay != 0 ? DECAY : PLAIN;
+        if (r.kind == SGD) return;
+        double count = (p.wide_count ? *(double *)p.count : *(float *)p.count) + 1;
+        how = ADAM;
+        if (r.kind == ADAM_W) decay = 0, keep = (T)(1 - r.lr * r.decay);
+        gain = (T)(1 - r.momentum), beta2 = (T)r.beta2, gain2 = (T)(1 - r.beta2), eps = (T)r.eps;
+        lr = (T)(r.lr / (1 - pow(r.momentum, count))), scale = (T)(1 / sqrt(1 - pow(r.beta2, count)));
+    }
+    // w by its gradient g, with its average a and its square b; numbers or vectors of them.
+    template <int how, class V> __attribute__((always_inline)) void step(V g, V &w, V &a, V &b) const {
+        if (how == PLAIN) w -= lr * g;
+        if (how == DECAY) w -= lr * (g + decay * w);
+        if (how == HEAVY) {
+            g += decay * w;
+            a = momentum * a + gain * g;
+            w -= lr * (nesterov ? g + momentum * a : a);
+        }
+        if (how == ADAM) {
+            g += decay * w;
+            a += gain * (g - a);
+            b = beta2 * b + gain2 * g * g;
+            w = keep * w - lr * a / (scale * root_of(b) + eps);
+        }
     }
 };
 
-template <class T> void move(const Net &net, Param &p, const T *grad, int64_t n) {
-    Move<T> m(net, p);
-    T *w = (T *)p.at, *average = (T *)p.average;
-    if (!w) return;
-    if (m.momentum == 0) {
-        for (int64_t i = 0; i < n; i++) w[i] -= m.lr * (m.decay == 0 ? grad[i] : grad[i] + m.decay * w[i]);
-        return;
-    }
-    for (int64_t i = 0; i < n; i++) {
-        T g = m.decay == 0 ? grad[i] : grad[i] + m.decay * w[i], a = m.momentum * average[i] + m.gain * g;
-        average[i] = a;
-        w[i] -= m.lr * (m.nesterov ? g + m.momentum * a : a);
-    }
+// The next step of a parameter, which is counted.
+template <class T> Move<T> next_move(const Net &net, Param &p) {
+    const Rates &rates = net.rates[p.group];
+    Move<T> move(rates, p);
     p.fresh = 0;
+    if (rates.kind != SGD && p.wide_count) *(double *)p.count += 1;
+    if (rates.kind != SGD && !p.wide_count) *(float *)p.count += 1;
+    return move;
+}
+
+// body(how) with a constant.
+template <int how> struct constant { constexpr operator int() const { return how; } };
+template <class Body> SN_INLINE void by_constant(How how, const Body &body) {
+    if (how == HOLD) body(constant<HOLD>{});
+    if (how == PLAIN) body(constant<PLAIN>{});
+    if (how == DECAY) body(constant<DECAY>{});
+    if (how == HEAVY) body(constant<HEAVY>{});
+    if (how == ADAM) body(constant<ADAM>{});
+}
+
+// Whether the optimizer can take gradients of at most this magnitude: the step of SGD has to be finite, Adam's square.
+template <class T> bool fits(const Net &net, const Param &p, T most) {
+    if (!p.at) return true;
+    const Rates &r = net.rates[p.group];
+    return most <= largest<T>() && most * (r.kind == SGD ? (T)fabs(r.lr) : most) <= largest<T>();
+}
+
+template <class T> bool finite(const Param &p, int64_t n) { return !p.at || finite((const T *)p.at, n); }
+
+// A parameter of n values, at once. False: it is not finite any more.
+template <class T> bool move(const Net &net, Param &p, const T *grad, int64_t n) {
+    if (!p.at) return true;
+    const Move<T> m = next_move<T>(net, p);
+    T *w = (T *)p.at, *average = (T *)p.average, *square = (T *)p.square, none = 0;
+    by_constant(m.how, [&](auto how) {
+        for (int64_t i = 0; i < n; i++)
+            m.template step<how>(grad[i], w[i], how >= HEAVY ? average[i] : none, how == ADAM ? square[i] : none);
+    });
+    return finite(w, n);
 }
 
 // --- Weights ---
 
-enum How { HOLD, PLAIN, DECAY, HEAVY };  // weights stay, move, move with decay, move with decay and momentum
-enum What { MOVE, BELOW, AHEAD };        // and besides: the gradient to the layer below, or the next input's products
+enum What { AHEAD, BELOW };  // a pass forward, that may move weights, or a pass backward
 
 template <class T> struct Pass {
-    T *w, *average;
-    const T *g, *x;     // the gradients of the products (out,), and the input (in,)
+    T *w, *average, *square;
+    const T *g, *x;     // the gradients of the products (out,), and the input (in,) that they belong to
     T *below;           // W^T g, (in,), is added to it
     const T *ahead;     // the next input, (in,)
     T *products;        // W ahead, (out,), with the bias
@@ -214,45 +303,41 @@ template <class T> struct Pass {
 template <class T, int n, int how, int what> void pass_rows(const Pass<T> &p, const Move<T> &m, int64_t i, int64_t in) {
     constexpr int W = lanes<T>::W;
     const T *x = p.x, *ahead = p.ahead;  // copies, which no store can change
-    const T lr = m.lr, decay = m.decay, momentum = m.momentum, gain = m.gain;
-    const bool nesterov = m.nesterov;
-    T *w[n], *average[n] = {}, *below = p.below;
+    const Move<T> move = m;
+    T *w[n], *average[n] = {}, *square[n] = {}, *below = p.below;
     vec<T> g[n] = {}, rate[n] = {}, sum[n] = {};
     for (int r = 0; r < n; r++) {
         w[r] = p.w + (i + r) * in;
-        if (how == HEAVY) average[r] = p.average + (i + r) * in;
-        if (how != HOLD) g[r] = all(p.g[i + r]), rate[r] = lr * g[r];
+        if (how >= HEAVY) average[r] = p.average + (i + r) * in;
+        if (how == ADAM) square[r] = p.square + (i + r) * in;
+        if (how != HOLD || what == BELOW) g[r] = all(p.g[i + r]), rate[r] = move.lr * g[r];
     }
-    auto step = [=, &sum](int64_t j, auto get, auto put) {
-        vec<T> v[n], a[n] = {}, xj{}, sum_below{}, next{};
+    auto step = [=, &sum](int64_t j, int k, auto get, auto put) {
+        vec<T> v[n], a[n] = {}, b[n] = {}, xj{}, sum_below{}, next{};
         if (how != HOLD) xj = get(x + j);
         if (what == BELOW) sum_below = get(below + j);
         if (what == AHEAD) next = get(ahead + j);
         for (int r = 0; r < n; r++) {  // all rows are loaded before one is stored: no load waits for a store
             v[r] = get(w[r] + j);
-            if (how == HEAVY) a[r] = get(average[r] + j);
+            if (how >= HEAVY) a[r] = get(average[r] + j);
+            if (how == ADAM) b[r] = get(square[r] + j);
             if (what == BELOW) sum_below += g[r] * v[r];
             if (how == PLAIN) v[r] -= rate[r] * xj;  // fewer operations a line of the cache than the next, and faster
-            if (how == DECAY || how == HEAVY) {
-                vec<T> d = g[r] * xj + decay * v[r];
-                if (how == HEAVY) {
-                    a[r] = momentum * a[r] + gain * d;
-                    d = nesterov ? d + momentum * a[r] : a[r];
-                }
-                v[r] -= lr * d;
-            }
+            if (how > PLAIN) move.template step<how>(g[r] * xj, v[r], a[r], b[r]);
+            if (how == ADAM && k < W) v[r] = choose<T>(before<T>(k), v[r], vec<T>{});  // with an eps of 0, 0 / 0
             if (what == AHEAD) sum[r] += v[r] * next;
         }
         for (int r = 0; r < n; r++) {
             if (how != HOLD) put(w[r] + j, v[r]);
-            if (how == HEAVY) put(average[r] + j, a[r]);
+            if (how >= HEAVY) put(average[r] + j, a[r]);
+            if (how == ADAM) put(square[r] + j, b[r]);
         }
         if (what == BELOW) put(below + j, sum_below);
     };
     int64_t j = 0;
-    for (; j + W <= in; j += W) step(j, [](const T *a) { return load(a); }, [](T *a, vec<T> v) { store(a, v); });
+    for (; j + W <= in; j += W) step(j, W, [](const T *a) { return load(a); }, [](T *a, vec<T> v) { store(a, v); });
     if (int k = (int)(in - j); k > 0)
-        step(j, [k](const T *a) { return load_part(a, k); }, [k](T *a, vec<T> v) { store_part(a, k, v); });
+        step(j, k, [k](const T *a) { return load_part(a, k); }, [k](T *a, vec<T> v) { store_part(a, k, v); });
     if (what == AHEAD)
         for (int r = 0; r < n; r++) p.products[i + r] = sum_of<T>(sum[r]) + (p.bias ? p.bias[i + r] : 0);
 }
@@ -282,18 +367,6 @@ void pass_all(const Net &net, const Layer &l, const Pass<T> &p, const Move<T> &m
     });
 }
 
-template <class T, int what> void move_weights(const Net &net, Layer &l, const Pass<T> &p, bool back) {
-    Move<T> m(net, l.weight);
-    if (m.momentum == 0 && m.decay == 0)
-        pass_all<T, PLAIN, what>(net, l, p, m, back);
-    else if (m.momentum == 0)
-        pass_all<T, DECAY, what>(net, l, p, m, back);
-    else {
-        pass_all<T, HEAVY, what>(net, l, p, m, back);
-        l.weight.fresh = 0;
-    }
-}
-
 // --- The norms, on the products a = s[0 ... out) of a layer ---
 
 template <class T> bool forward_norm(const Layer &l, const Room<T> &at) {
@@ -302,7 +375,6 @@ template <class T> bool forward_norm(const Layer &l, const Room<T> &at) {
     const T *gain = (const T *)l.gain.at, *shift = (const T *)l.shift.at;
     if (!finite(a, n)) return false;
     if (l.kind == STREAMING) {
-        if (l.F.begins()) return false;
         Arrival<T>(l.F, true).estimate(at.s, at.s_hat, 0, n);
         T floor = (T)sqrt(l.eps), eps = (T)l.eps;
         for (int64_t i = 0; i < n; i++) {
@@ -327,51 +399,54 @@ template <class T> bool forward_norm(const Layer &l, const Room<T> &at) {
         for (int64_t i = 0; i < n; i++) y[i] *= gain[i];
     if (shift)
         for (int64_t i = 0; i < n; i++) y[i] += shift[i];
+    if (!finite(y, n)) return false;
     if (l.relu)
-        for (int64_t i = 0; i < n; i++) y[i] = y[i] < 0 ? 0 : y[i];  // NaN stays
+        for (int64_t i = 0; i < n; i++) y[i] = y[i] < 0 ? 0 : y[i];
     return true;
 }
 
-// `grad` from the layer above becomes the gradient of the products; gain, shift and what the norm remembers move on.
-template <class T> void backward_norm(const Net &net, Layer &l, const Room<T> &at) {
+// `grad` from the layer above becomes the gradient of the products, with those of gain and shift beside it. False: what
+// the norm would remember is not finite.
+template <class T> bool backward_norm(const Layer &l, const Room<T> &at) {
     int64_t n = l.out;
     T *grad = at.grad, *out = at.out, *a = at.s, *sigma = at.s + n, *sigma_hat = at.s_hat + n;
-    T *g_mu = at.g, *g_sigma = at.g + n, *for_gain = at.g_hat;
+    T *g_mu = at.g, *g_sigma = at.g + n;
     const T *gain = (const T *)l.gain.at;
     if (l.relu)
         for (int64_t i = 0; i < n; i++) grad[i] = out[i] <= 0 ? 0 : grad[i];
-    if (l.kind == NONE) return;
+    if (l.kind == NONE) return true;
     if (l.kind == STREAMING)
-        for (int64_t i = 0; i < n; i++) for_gain[i] = grad[i] * ((a[i] - at.s_hat[i]) / sigma_hat[i]);
+        for (int64_t i = 0; i < n; i++) at.by_gain[i] = grad[i] * ((a[i] - at.s_hat[i]) / sigma_hat[i]);
     else
-        for (int64_t i = 0; i < n; i++) for_gain[i] = grad[i] * at.s_hat[i];
+        for (int64_t i = 0; i < n; i++) at.by_gain[i] = grad[i] * at.s_hat[i];
     const T trust = (T)l.trust;
-    for (int64_t i = 0; i < n; i++) for_gain[i] *= trust, out[i] = trust * grad[i];  // the latter of the shift
+    for (int64_t i = 0; i < n; i++) at.by_gain[i] *= trust, at.by_shift[i] = trust * grad[i];
+    if (!l.weight.at) return true;  // nobody wants the gradient of the input
     if (gain)
         for (int64_t i = 0; i < n; i++) grad[i] *= gain[i];
-    move(net, l.gain, for_gain, n);
-    move(net, l.shift, out, n);
     if (l.kind == LAYER) {
         double mean = 0, slope = 0, sd = sigma[0];
         for (int64_t i = 0; i < n; i++) mean += grad[i], slope += (double)grad[i] * at.s_hat[i];
         mean /= (double)n, slope /= (double)n;
         for (int64_t i = 0; i < n; i++) grad[i] = (T)((grad[i] - mean - at.s_hat[i] * slope) / sd);
-        return;
+        return true;
     }
     for (int64_t i = 0; i < n; i++) {
         g_mu[i] = -grad[i] / sigma_hat[i];
         g_sigma[i] = -((a[i] - at.s_hat[i]) * grad[i]) / (sigma_hat[i] * sigma_hat[i]);
     }
-    const bool ok = finite(at.g, 2 * n), regresses = l.G.rule.kind == RESIDUAL;
-    const Arrival<T> arrival(l.G, ok);
-    if (regresses) regress(l.G, at.s, at.s_hat, at.g, at.g_hat, n, ok);
-    else arrival.estimate(at.g, at.g_hat, 0, 2 * n);
+    if (!finite(at.g, 2 * n)) return false;
+    if (l.G.rule.kind == RESIDUAL) {
+        regress(l.G, at.s, at.s_hat, at.g, at.g_hat, n);
+        if (!finite(at.g, 2 * n)) return false;
+    } else
+        Arrival<T>(l.G, true).estimate(at.g, at.g_hat, 0, 2 * n);
     for (int64_t i = 0; i < n; i++) {
         T d = l.about_zero ? a[i] : a[i] - at.s_hat[i], to_mu = at.g_hat[i], to_sigma = at.g_hat[n + i];
         T slope = l.p == 2 ? d * (to_sigma / sigma[i]) : to_sigma * (T)((d > 0) - (d < 0));
         grad[i] = grad[i] / sigma_hat[i] + to_mu + slope;
     }
-    if (!regresses) arrival.remember_and_fold(at.g, at.g_hat, 2 * n);
+    return true;
 }
 
 // --- The loss of one sample, its mean over classes or outputs as torch takes it, and its gradient ---
@@ -397,59 +472,130 @@ template <class T> double loss_of(const Net &net, const T *out, int64_t n, const
 
 // --- Steps ---
 
-template <class T> Pass<T> of(const Layer &l) {
-    Pass<T> pass{};
-    pass.w = (T *)l.weight.at, pass.average = (T *)l.weight.average, pass.bias = (const T *)l.bias.at;
-    return pass;
-}
-
-template <class T>
-int64_t steps(Net &net, const T *x, const char *targets, int64_t samples, bool moves, T *outputs, T *losses) {
+template <class T> struct Run {
+    Net &net;
     Layer *layers = net.layers, &top = layers[net.depth - 1];
-    int64_t target_size = net.loss == SQUARED_ERROR ? top.out * (int64_t)sizeof(T) : (int64_t)sizeof(int64_t);
-    bool carried = false, back = false;  // the first layer's products are made already; where its next pass starts
-    for (int64_t t = 0; t < samples; t++, x += layers[0].in, targets += target_size) {
-        const T *input = x;
+    int side = 0;                // where the outputs of the sample in hand go; the last one learned keeps the other
+    const T *learned = nullptr;  // the input of that one, whose gradients weights wait for
+
+    Room<T> room(int64_t k) { return Room<T>(net, k, side); }
+    const T *input(int64_t k, const T *x, int of) { return k ? Room<T>(net, k - 1, of).out : x; }
+    bool has_below(int64_t k) { return k && layers[k - 1].learns(); }
+
+    // Weights that wait are moved; then the products of an input.
+    void forward_products(int64_t k, const T *ahead) {
+        Layer &l = layers[k];
+        Room<T> at = room(k);
+        Pass<T> pass{};
+        pass.w = (T *)l.weight.at, pass.average = (T *)l.weight.average, pass.square = (T *)l.weight.square;
+        pass.bias = (const T *)l.bias.at, pass.ahead = ahead, pass.products = at.s;
+        Move<T> m;
+        if (l.pending) {
+            m = next_move<T>(net, l.weight);
+            pass.g = at.grad, pass.x = input(k, learned, !side);
+            l.pending = l.proven = false;
+        }
+        by_constant(m.how, [&](auto how) { pass_all<T, how, AHEAD>(net, l, pass, m, l.back); });
+        l.back = !has_below(k) && !l.back;
+    }
+
+    bool broken(int64_t k) {  // a layer whose activations are not finite may have lost its parameters
+        Layer &l = layers[k];
+        if (!l.proven) l.proven = finite<T>(l.weight, l.in * l.out);
+        if (l.proven && finite<T>(l.bias, l.out) && finite<T>(l.gain, l.out) && finite<T>(l.shift, l.out)) return false;
+        net.broken = k;
+        return true;
+    }
+
+    Why forward(const T *x) {
+        for (int64_t k = 0; k < net.depth; k++) {
+            if (layers[k].weight.at)
+                forward_products(k, input(k, x, side));
+            else
+                memcpy(room(k).s, x, layers[k].out * sizeof(T));
+            if (!forward_norm(layers[k], room(k))) return broken(k) ? WEIGHTS : ACTIVATIONS;
+        }
+        return FINE;
+    }
+
+    Why backward(const T *x) {
+        for (int64_t k = net.depth - 1; k >= 0 && layers[k].learns(); k--) {
+            const Layer &l = layers[k];
+            Room<T> at = room(k);
+            bool ok = backward_norm(l, at) && fits(net, l.gain, peak(at.by_gain, l.gain.at ? l.out : 0)) &&
+                      fits(net, l.shift, peak(at.by_shift, l.shift.at ? l.out : 0));
+            if (!l.weight.at) return ok ? FINE : GRADIENT;
+            T most = peak(at.grad, l.out);
+            ok = ok && most <= largest<T>() && fits(net, l.bias, most);
+            if (!ok || !fits(net, l.weight, most * peak(input(k, x, side), l.in))) return GRADIENT;
+            if (!has_below(k)) continue;
+            Pass<T> pass{};
+            pass.w = (T *)l.weight.at, pass.g = at.grad, pass.below = room(k - 1).grad;
+            memset(pass.below, 0, l.in * sizeof(T));
+            pass_all<T, HOLD, BELOW>(net, l, pass, Move<T>(), true);
+        }
+        return FINE;
+    }
+
+    // A sample enters what norms remember, and the parameters. Weights move later.
+    Why learn(const T *x, int64_t number, bool moves) {
+        Why why = FINE;
         for (int64_t k = 0; k < net.depth; k++) {
             Layer &l = layers[k];
-            Room<T> at(net, k);
-            if (k || !carried) {
-                Pass<T> pass = of<T>(l);
-                pass.ahead = input, pass.products = at.s;
-                pass_all<T, HOLD, AHEAD>(net, l, pass, Move<T>(net, l.weight), k == 0 && back);
-                if (k == 0) back = !back;
-            }
-            if (!forward_norm(l, at)) return t;
-            input = at.out;
-        }
-        Room<T> last(net, net.depth - 1);
-        memcpy(outputs + t * top.out, last.out, top.out * sizeof(T));
-        losses[t] = (T)loss_of(net, last.out, top.out, targets, last.grad);
-        for (int64_t k = net.depth - 1; k >= 0; k--) {
-            Layer &l = layers[k];
-            Room<T> at(net, k);
+            Room<T> at = room(k);
             if (l.kind == STREAMING) Arrival<T>(l.F, true).remember_and_fold(at.s, at.s_hat, 2 * l.out);
-            if (!moves) continue;
-            backward_norm(net, l, at);
-            move(net, l.bias, at.grad, l.out);
-            Pass<T> pass = of<T>(l);
-            pass.g = at.grad, pass.x = x;
-            if (k) {
-                Room<T> under(net, k - 1);
-                memset(under.grad, 0, l.in * sizeof(T));
-                pass.x = under.out, pass.below = under.grad;
-                move_weights<T, BELOW>(net, l, pass, true);
-            } else if (t + 1 < samples) {
-                carried = true;
-                pass.ahead = x + l.in, pass.products = at.s;
-                move_weights<T, AHEAD>(net, l, pass, back);
-            } else
-                move_weights<T, MOVE>(net, l, pass, back);
-            if (k == 0) back = !back;
+            if (!moves || !l.learns()) continue;
+            if (l.kind != STREAMING || !l.weight.at) continue;
+            if (l.G.rule.kind == RESIDUAL) remember_coefficients(l.G, at.g, at.g_hat, 2 * l.out);
+            else Arrival<T>(l.G, true).remember_and_fold(at.g, at.g_hat, 2 * l.out);
+            bool ok = move(net, l.gain, at.by_gain, l.out);
+            ok = move(net, l.shift, at.by_shift, l.out) && ok;
+            ok = move(net, l.bias, at.grad, l.out) && ok;
+            if (!ok) net.broken = k, why = WEIGHTS;
+            l.pending = l.weight.at != nullptr;
         }
+        net.learned += 1, net.latest = number, learned = x, side = !side;
+        return why;
     }
-    return samples;
-}
+
+    // Whatever still waits is moved.
+    Why finish(Why why) {
+        for (int64_t k = 0; k < net.depth; k++) {
+            if (!layers[k].pending) continue;
+            forward_products(k, input(k, learned, !side));
+            if (why != WEIGHTS && !finite(room(k).s, layers[k].out) && broken(k)) why = WEIGHTS;
+        }
+        return why;
+    }
+
+    int64_t steps(const T *x, const char *targets, int64_t samples, bool moves, T *outputs, T *losses) {
+        int64_t target_size = net.loss == SQUARED_ERROR ? top.out * (int64_t)sizeof(T) : (int64_t)sizeof(int64_t);
+        net.learned = net.skipped = 0, net.latest = -1, net.broken = -1;
+        for (int64_t k = 0; k < net.depth; k++) layers[k].pending = layers[k].proven = layers[k].back = 0;
+        Why why = FINE;
+        int64_t t = 0;
+        for (; t < samples; t++, x += layers[0].in, targets += target_size) {
+            bool has_target = net.loss != SQUARED_ERROR || finite((const T *)targets, top.out);
+            why = !finite(x, layers[0].in) ? INPUT : !has_target ? TARGET : forward(x);
+            T *out = outputs + t * top.out;
+            if (why == FINE) {
+                Room<T> last = room(net.depth - 1);
+                memcpy(out, last.out, top.out * sizeof(T));
+                losses[t] = (T)loss_of(net, last.out, top.out, targets, last.grad);
+                why = !finite(losses + t, 1) ? LOSS : moves ? backward(x) : FINE;
+            }
+            if (why == FINE)
+                why = learn(x, t, moves);
+            else if (why != WEIGHTS && !net.raises) {
+                losses[t] = (T)NAN, net.skipped += 1, why = FINE;
+                for (int64_t i = 0; i < top.out; i++) out[i] = (T)NAN;
+            }
+            if (why != FINE) break;
+        }
+        net.why = finish(why);
+        return t;
+    }
+};
 
 }  // namespace
 
@@ -462,12 +608,13 @@ SN_EXPORT(int64_t, online_scratch)(const void *network) {
 }
 
 // Trains on `samples` samples in their order, x (samples, in), targets (samples,) int64 or (samples, out), and writes
-// their losses (samples,) and outputs (samples, out), each of float, or of double where `wide`. Unless `moves`, only
-// what norms remember of statistics changes (a warm-up). Returns how many were finite: the next one changed nothing.
+// their losses (samples,) and outputs (samples, out), each of float, or of double where `wide`; NaN for those skipped.
+// Unless `moves`, only what norms remember of statistics changes (a warm-up). Returns before which sample it ended.
 SN_EXPORT(int64_t, online_steps)(void *network, const void *x, const void *targets, void *losses, void *outputs,
                                  int64_t samples, int wide, int moves) {
     Net &net = *(Net *)network;
     const char *target = (const char *)targets;
-    if (wide) return steps(net, (const double *)x, target, samples, moves, (double *)outputs, (double *)losses);
-    return steps(net, (const float *)x, target, samples, moves, (float *)outputs, (float *)losses);
+    if (wide)
+        return Run<double>{net}.steps((const double *)x, target, samples, moves, (double *)outputs, (double *)losses);
+    return Run<float>{net}.steps((const float *)x, target, samples, moves, (float *)outputs, (float *)losses);
 }
