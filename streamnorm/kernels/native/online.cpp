@@ -205,10 +205,8 @@ enum How { HOLD, PLAIN, DECAY, HEAVY, ADAM };  // nothing, SGD, SGD with decay, 
 
 SN_INLINE float root_of(float v) { return sqrtf(v); }
 SN_INLINE double root_of(double v) { return sqrt(v); }
-template <class V> SN_INLINE V root_of(V v) {
-    typedef decltype(v[0] + v[0]) T;
-    return root<T>(v);
-}
+SN_INLINE vec<float> root_of(vec<float> v) { return root<float>(v); }
+SN_INLINE vec<double> root_of(vec<double> v) { return root<double>(v); }
 
 template <class T> struct Move {  // one step of a parameter
     How how = HOLD;
@@ -545,9 +543,10 @@ template <class T> struct Run {
             Room<T> at = room(k);
             if (l.kind == STREAMING) Arrival<T>(l.F, true).remember_and_fold(at.s, at.s_hat, 2 * l.out);
             if (!moves || !l.learns()) continue;
-            if (l.kind != STREAMING || !l.weight.at) continue;
-            if (l.G.rule.kind == RESIDUAL) remember_coefficients(l.G, at.g, at.g_hat, 2 * l.out);
-            else Arrival<T>(l.G, true).remember_and_fold(at.g, at.g_hat, 2 * l.out);
+            if (l.kind == STREAMING && l.weight.at) {
+                if (l.G.rule.kind == RESIDUAL) remember_coefficients(l.G, at.g, at.g_hat, 2 * l.out);
+                else Arrival<T>(l.G, true).remember_and_fold(at.g, at.g_hat, 2 * l.out);
+            }
             bool ok = move(net, l.gain, at.by_gain, l.out);
             ok = move(net, l.shift, at.by_shift, l.out) && ok;
             ok = move(net, l.bias, at.grad, l.out) && ok;
