@@ -62,7 +62,7 @@ class StreamingNorm(Norm):
     def __repr__(self) -> str:
         policy = self.policy
         assert isinstance(policy, Streaming)
-        return _call(
+        return call_of(
             self,
             ref=(self.ref, BA1),
             p=(self.moment.p, 2),
@@ -109,7 +109,7 @@ class BatchNorm(Norm):
     def __repr__(self) -> str:
         policy = self.policy
         assert isinstance(policy, Batch)
-        return _call(
+        return call_of(
             self,
             ref=(self.ref, BA1),
             p=(self.moment.p, 2),
@@ -150,7 +150,7 @@ class SampleNorm(Norm):
         super().__init__(num_features, ref, Lp(p, center, eps), Sample(), affine, device=device, dtype=dtype)
 
     def __repr__(self) -> str:
-        return _call(
+        return call_of(
             self,
             ref=(self.ref, SP2),
             p=(self.moment.p, 2),
@@ -160,7 +160,7 @@ class SampleNorm(Norm):
         )
 
 
-def _call(layer: Norm, **arguments: tuple[Any, Any]) -> str:
+def call_of(layer: Norm, **arguments: tuple[Any, Any]) -> str:
     """The constructor call that makes ``layer``: every argument whose value is not its default."""
     given = [f"{name}={value!r}" for name, (value, default) in arguments.items() if value != default]
     return f"{type(layer).__name__}({', '.join([str(layer.num_features), *given])})"
