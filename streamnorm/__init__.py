@@ -39,6 +39,8 @@ from streamnorm.policy import Streaming as Streaming
 from streamnorm.recurrent import NormGRU as NormGRU
 from streamnorm.recurrent import NormLSTM as NormLSTM
 from streamnorm.recurrent import NormRNN as NormRNN
+from streamnorm.rivals import BatchRenorm as BatchRenorm
+from streamnorm.rivals import OnlineNorm as OnlineNorm
 from streamnorm.stream import Exponential as Exponential
 from streamnorm.stream import GradientRule as GradientRule
 from streamnorm.stream import LongShort as LongShort

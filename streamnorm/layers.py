@@ -82,7 +82,7 @@ class StreamingNorm(Norm):
             rule = {"alpha": (policy.alpha, None), "beta": (policy.beta, BETA), "kappa": (policy.kappa, None)}
         elif isinstance(policy, Evidence):
             rule = {"memory": (policy.memory, Evidence().memory)}
-        return _call(
+        return call_of(
             self,
             ref=(self.ref, BA1),
             p=(self.moment.p, 2),
@@ -127,7 +127,7 @@ class BatchNorm(Norm):
     def __repr__(self) -> str:
         policy = self.policy
         assert isinstance(policy, Batch)
-        return _call(
+        return call_of(
             self,
             ref=(self.ref, BA1),
             p=(self.moment.p, 2),
@@ -168,7 +168,7 @@ class SampleNorm(Norm):
         super().__init__(num_features, ref, Lp(p, center, eps), Sample(), affine, device=device, dtype=dtype)
 
     def __repr__(self) -> str:
-        return _call(
+        return call_of(
             self,
             ref=(self.ref, SP2),
             p=(self.moment.p, 2),
@@ -200,7 +200,7 @@ def streaming_policy(
     return Streaming(**{"alpha": ALPHA, "beta": BETA, **given})
 
 
-def _call(layer: Norm, **arguments: tuple[Any, Any]) -> str:
+def call_of(layer: Norm, **arguments: tuple[Any, Any]) -> str:
     """The constructor call that makes ``layer``: every argument whose value is not its default."""
     given = [f"{name}={value!r}" for name, (value, default) in arguments.items() if value != default]
     return f"{type(layer).__name__}({', '.join([str(layer.num_features), *given])})"

@@ -9,7 +9,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from streamnorm.stream import Exponential, GradientRule, LongShort, Pooled, Residual, Rule
+from streamnorm.stream import (
+    Controlled,
+    Exponential,
+    GradientRule,
+    Lagging,
+    LongShort,
+    Pooled,
+    Renorm,
+    RenormGradient,
+    Residual,
+    Rule,
+)
 
 
 class Policy:
@@ -146,3 +157,64 @@ class Evidence(Policy):
 
     uses_estimate = True
     caution = 4.0
+
+
+@dataclass(frozen=True)
+class OnlineNormalization(Policy):
+    """Online Normalization (Chiley et al. 2019), for comparison: ``Lagging`` and ``Controlled``, with
+    ``Lp(2, "estimate")``.
+
+    An arrival is a mini-batch here, and all its samples are normalized with what was known before it. Theirs is a
+    sample: ``OnlineNorm`` is the layer that takes a mini-batch apart.
+
+    Args:
+        alpha_forward: what an arrival leaves of the averages of mean and variance.
+        alpha_backward: ``1 - alpha_backward`` is the share of the accumulated errors that is taken off a gradient.
+    """
+
+    alpha_forward: float = 0.999
+    alpha_backward: float = 0.99
+
+    def __post_init__(self) -> None:
+        Lagging(self.alpha_forward)
+        Controlled(self.alpha_backward)
+
+    @property
+    def F(self) -> Rule:  # type: ignore[override]
+        return Lagging(self.alpha_forward)
+
+    @property
+    def G(self) -> GradientRule:  # type: ignore[override]
+        return Controlled(self.alpha_backward)
+
+    uses_estimate = True
+
+
+@dataclass(frozen=True)
+class BatchRenormalization(Policy):
+    """Batch Renormalization (Ioffe 2017), for comparison: ``Renorm`` and ``RenormGradient``, in Setting A or C.
+
+    Args:
+        rate: weight of the newest mini-batch in the running averages.
+        r_max, d_max, begin, r_end, d_end: of ``Renorm``, in weight updates.
+    """
+
+    rate: float = 0.01
+    r_max: float = 3.0
+    d_max: float = 5.0
+    begin: int = 5_000
+    r_end: int = 40_000
+    d_end: int = 25_000
+
+    def __post_init__(self) -> None:
+        Renorm(self.rate, self.r_max, self.d_max, self.begin, self.r_end, self.d_end)
+
+    @property
+    def F(self) -> Rule:  # type: ignore[override]
+        return Renorm(self.rate, self.r_max, self.d_max, self.begin, self.r_end, self.d_end)
+
+    @property
+    def G(self) -> GradientRule:  # type: ignore[override]
+        return RenormGradient()
+
+    uses_estimate = True

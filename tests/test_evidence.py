@@ -302,6 +302,21 @@ def test_what_is_handed_on_sums_to_the_change_of_the_coefficients() -> None:
     assert on.mean(0).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("shape", [(5, 3), (2, 3, 4)], ids=str)
+def test_of_many_activations_their_sum_is_the_change(shape: tuple[int, ...]) -> None:
+    """``M (theta_T - theta_{T-1}) = m sum of what is handed on``, and likewise with y."""
+    norm = layer(memory=10, moment=FEEDBACK)
+    for step in range(4):
+        start = norm.H2.theta.clone()
+        y, dx = call(norm, draw(shape, step), draw(shape, 10 + step))
+        on = dx * norm.H1.estimate[1].reshape(3, *[1] * (len(shape) - 2))
+        M, m = (1, 2)[step > 0], shape[0]
+        for j, sums in enumerate((on, on * y)):
+            total = sums.sum([0, *range(2, len(shape))])
+            assert_close("change", M * (norm.H2.theta - start)[j], m * total, 64)
+        norm.fold()
+
+
 def feed_back(rule: sn.Residual, state: dict[str, Tensor], y: Tensor, dy: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """One sample with mu_hat = 0 and sigma_hat = 1: the new state, and what is handed on."""
     s_hat = torch.stack([torch.zeros_like(y), torch.ones_like(y)])

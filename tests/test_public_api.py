@@ -30,7 +30,7 @@ NAMES = {
         "Standardize",
         "Streaming",
     ),
-    *("Evidence", "GradientRule", "Pooled", "Residual"),
+    *("Evidence", "GradientRule", "Pooled", "Residual", "BatchRenorm", "OnlineNorm"),
     *("StreamingNorm", "TimeSpecific", "attach", "monitor", "recalibrate", "vectorized"),
     *(f"SP{i}" for i in range(1, 6)),
     *(f"BA{i}" for i in range(1, 7)),

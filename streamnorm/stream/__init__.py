@@ -3,12 +3,16 @@
 A rule says what happens to a state, a memory holds it. Imports torch and the checks alone.
 """
 
+from streamnorm.stream.controlled import Controlled as Controlled
+from streamnorm.stream.controlled import Lagging as Lagging
 from streamnorm.stream.evidence import Pooled as Pooled
 from streamnorm.stream.evidence import Residual as Residual
 from streamnorm.stream.exponential import Exponential as Exponential
 from streamnorm.stream.longshort import LongShort as LongShort
 from streamnorm.stream.memory import Memory as Memory
 from streamnorm.stream.memory import finite as finite
+from streamnorm.stream.renorm import Renorm as Renorm
+from streamnorm.stream.renorm import RenormGradient as RenormGradient
 from streamnorm.stream.rule import CHUNK as CHUNK
 from streamnorm.stream.rule import GradientRule as GradientRule
 from streamnorm.stream.rule import Rule as Rule

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from streamnorm.checks import expect_finite, expect_whole
-from streamnorm.stream.rule import CHUNK, GradientRule, Rule, State, column, in_chunks
+from streamnorm.stream.rule import CHUNK, GradientRule, Rule, State, affine_scan, column, in_chunks
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class Residual(GradientRule):
             stays = torch.tensor([1.0, 0.0, 0.0, 1.0], device=g.device, dtype=g.dtype)
             P = torch.where(column(ok, mean), P, stays.reshape(4, *[1] * mean.ndim))
             q = torch.where(column(ok, mean), q, 0)
-        theta = _affine_scan(P, q, state["theta"].to(g.dtype))
+        theta = affine_scan(P, q, state["theta"].to(g.dtype))
         estimate = -torch.stack([theta[0], theta[1] * scale], 1) / sigma_hat.unsqueeze(1)
         return {"theta": theta[:, -1], "held": state["held"] + m * arrived.sum()}, estimate
 
@@ -233,19 +233,3 @@ class Residual(GradientRule):
             return saved
         counter = torch.zeros((), dtype=torch.int64)
         return {"theta": torch.zeros_like(saved["long"]), "held": counter}
-
-
-def _affine_scan(P: Tensor, q: Tensor, theta: Tensor) -> Tensor:
-    """``theta_j = P_j theta_{j-1} + q_j`` for all j, ``P (4, g, ...)`` in rows, ``q (2, g, ...)``, ``theta (2, ...)``.
-
-    The maps up to j are composed in pairs, then in fours, and so on: log2(g) steps, and no division.
-    """
-    step = 1
-    while step < P.shape[1]:
-        (a, b, c, d), (x, y) = P[:, step:], q[:, step:]
-        (e, f, g, h), (u, v) = P[:, :-step], q[:, :-step]
-        q = torch.cat([q[:, :step], torch.stack([a * u + b * v + x, c * u + d * v + y])], 1)
-        P = torch.cat([P[:, :step], torch.stack([a * e + b * g, a * f + b * h, c * e + d * g, c * f + d * h])], 1)
-        step *= 2
-    (a, b, c, d), (u, v) = P, theta
-    return q + torch.stack([a * u + b * v, c * u + d * v])

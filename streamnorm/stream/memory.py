@@ -76,13 +76,13 @@ class Memory(nn.Module):
         self._write(new)
         if ok is None:
             self.seen.add_(len(s))
-            self.estimate.copy_(estimates[-1])
+            self.estimate.copy_(self.rule.for_testing(new, estimates[-1]))
         else:
             arrived = ok.sum()
             self.seen.add_(arrived)
             self.skipped.add_(len(ok) - arrived)
             last = ok.cumsum(0).argmax()  # the first place where all have arrived: the last arrival of all
-            latest = estimates.index_select(0, last.reshape(1)).squeeze(0)
+            latest = self.rule.for_testing(new, estimates.index_select(0, last.reshape(1)).squeeze(0))
             self.estimate.copy_(torch.where((arrived > 0) & latest.isfinite().all(), latest, self.estimate))
         return estimates
 

@@ -35,6 +35,10 @@ class Remembering(ABC):
         """What a weight update does to the state."""
         return state
 
+    def for_testing(self, state: State, latest: Tensor) -> Tensor:
+        """What testing normalizes with after an arrival: the estimate that was the ``latest`` (Algorithm 5)."""
+        return latest
+
     def merge(self, states: Sequence[State]) -> State:
         """The state that has seen what all of ``states`` have seen."""
         raise NotImplementedError(f"{type(self).__name__} does not say how its states merge; define merge(states)")
@@ -115,3 +119,19 @@ def in_chunks(rule: Rule, state: State, s: Tensor, ok: Tensor | None) -> tuple[S
 def column(per_step: Tensor, like: Tensor) -> Tensor:
     """``per_step (g,)`` shaped to broadcast against ``like (g, ...)``."""
     return per_step.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def affine_scan(P: Tensor, q: Tensor, theta: Tensor) -> Tensor:
+    """``theta_j = P_j theta_{j-1} + q_j`` for all j, ``P (4, g, ...)`` in rows, ``q (2, g, ...)``, ``theta (2, ...)``.
+
+    The maps up to j are composed in pairs, then in fours, and so on: log2(g) steps, and no division.
+    """
+    step = 1
+    while step < P.shape[1]:
+        (a, b, c, d), (x, y) = P[:, step:], q[:, step:]
+        (e, f, g, h), (u, v) = P[:, :-step], q[:, :-step]
+        q = torch.cat([q[:, :step], torch.stack([a * u + b * v + x, c * u + d * v + y])], 1)
+        P = torch.cat([P[:, :step], torch.stack([a * e + b * g, a * f + b * h, c * e + d * g, c * f + d * h])], 1)
+        step *= 2
+    (a, b, c, d), (u, v) = P, theta
+    return q + torch.stack([a * u + b * v, c * u + d * v])
