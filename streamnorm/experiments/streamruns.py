@@ -202,7 +202,7 @@ class Source:
     made_up: int | None = None
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)
 def _stream(name: str, source: Source, seed: int) -> Stream:
     if source.made_up:
         return streamdata.made_up(name, seed, source.made_up)
