@@ -198,6 +198,7 @@ def kept(name: str, run: Run, out: Path) -> Record | None:
     path = path_of(name, run, out)
     if not path.is_file():
         return None
+    record: Record = {}
     try:
         record = json.loads(path.read_text())
         same = {**Run.defaults(), **record["run"]} == run.to_json()

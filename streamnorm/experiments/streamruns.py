@@ -229,6 +229,7 @@ def kept(run: StreamRun, out: Path) -> dict[str, Any] | None:
     path = path_of(run, out)
     if not path.is_file():
         return None
+    record: dict[str, Any] = {}
     try:
         record = json.loads(path.read_text())
         same = {key: record[key] for key in run.to_json()} == run.to_json()
