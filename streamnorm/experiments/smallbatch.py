@@ -86,10 +86,10 @@ TIERS = {
         seeds=(0,),
     ),
     "reduced": Tier(
-        whole={"A": _WHOLE["A"], "B": {**_WHOLE["B"], "test_limit": 5000}},
+        whole={"A": {**_WHOLE["A"], "train_limit": 25_000}, "B": {**_WHOLE["B"], "test_limit": 5000}},
         short={
-            "A": {**_WHOLE["A"], "epochs": 2, "train_limit": 10_000, "test_limit": 2000},
-            "B": {**_WHOLE["B"], "width": 8, "epochs": 3, "train_limit": 2000, "test_limit": 2000},
+            "A": {**_WHOLE["A"], "epochs": 2, "train_limit": 8000, "test_limit": 2000},
+            "B": {**_WHOLE["B"], "width": 8, "epochs": 2, "train_limit": 2000, "test_limit": 2000},
         },
         many=_MANY,
     ),
@@ -107,7 +107,7 @@ def name_of(architecture: str, arm: str, m: int) -> str:
 
 
 KEYS = {
-    "A": (("batch", 64), ("layer", 64), ("paper", 1), ("default", 1)),
+    "A": (("batch", 64), ("layer", 64), ("default", 1)),
     "B": (("batch", 32), ("group", 32), ("default", 1)),
 }
 """The arms and samples a batch that claims stand on."""
@@ -198,6 +198,7 @@ def kept(name: str, run: Run, out: Path) -> Record | None:
     path = path_of(name, run, out)
     if not path.is_file():
         return None
+    record: Record = {}
     try:
         record = json.loads(path.read_text())
         same = {**Run.defaults(), **record["run"]} == run.to_json()

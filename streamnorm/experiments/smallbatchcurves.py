@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from streamnorm.drawing import PALETTE, draw_columns, finish, png
 
 ORDER = ("batch", "layer", "default", "paper", "group", "instance", "batchrenorm", "onlinenorm")
-COLOR = dict(zip(ORDER, ("#0072B2", "#009E73", "#D55E00", *PALETTE[:4], "#7f8793"), strict=True))
+COLOR: dict[str, str] = dict(zip(ORDER, ("#0072B2", "#009E73", "#D55E00", *PALETTE[:4], "#7f8793"), strict=True))
 
 Errors = Mapping[int, tuple[Sequence[float], Sequence[float]]]
 """Samples a batch -> the errors of each seed in testing mode and in training mode."""

@@ -202,7 +202,7 @@ class Source:
     made_up: int | None = None
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)
 def _stream(name: str, source: Source, seed: int) -> Stream:
     if source.made_up:
         return streamdata.made_up(name, seed, source.made_up)
@@ -229,6 +229,7 @@ def kept(run: StreamRun, out: Path) -> dict[str, Any] | None:
     path = path_of(run, out)
     if not path.is_file():
         return None
+    record: dict[str, Any] = {}
     try:
         record = json.loads(path.read_text())
         same = {key: record[key] for key in run.to_json()} == run.to_json()
