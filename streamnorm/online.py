@@ -187,7 +187,8 @@ class OnlineTrainer:
         ):
             return False
         for norm in plan.norms:
-            begins = isinstance(norm.H1.rule, Pooled) and norm.H1.rule.prior and not norm.H1.known
+            H1 = norm.H1
+            begins = H1 is not None and isinstance(H1.rule, Pooled) and H1.rule.prior and not H1.known
             if begins or not norm.training:  # the first estimate of a layer is made of all its features
                 return False
             norm._calls.reference_size = 1

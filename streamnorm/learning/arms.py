@@ -11,6 +11,7 @@ from collections.abc import Callable
 from torch import nn
 
 from streamnorm.layers import StreamingNorm
+from streamnorm.rivals import OnlineNorm
 
 ARMS: dict[str, Callable[[int], nn.Module]] = {
     "none": nn.Identity,  # the linear layer has a bias then
@@ -18,6 +19,7 @@ ARMS: dict[str, Callable[[int], nn.Module]] = {
     "rms": lambda c: nn.RMSNorm(c, eps=1e-5),
     "streaming": StreamingNorm,
     "paper": lambda c: StreamingNorm(c, alpha=(0.7, 0.3), beta=(0.7, 0.3, 0.0)),
+    "onlinenorm": OnlineNorm,
 }
 """Every arm, ``c -> layer`` with its gain and bias."""
 
@@ -30,7 +32,7 @@ def norm_of(arm: str) -> Callable[[int], nn.Module]:
 
     >>> norm_of("streming")
     Traceback (most recent call last):
-    ValueError: unknown arm 'streming'; did you mean 'streaming'? the arms are none, layer, rms, streaming, paper
+    ValueError: unknown arm 'streming'; did you mean 'streaming'? the arms are none, layer, rms, streaming, paper, onlinenorm
     """
     if arm not in ARMS:
         near = difflib.get_close_matches(arm, ARMS, 1)
