@@ -425,8 +425,15 @@ def gains_of(affine: nn.Module | None) -> tuple[Tensor, Tensor] | None:
 
 
 def trusting(affine: nn.Module, trust: float) -> Callable[[Tensor], Tensor]:
-    """What follows a layer, with the gradients of its gain and bias multiplied by ``trust``."""
-    return affine if trust == 1 or not isinstance(affine, Affine) else partial(affine, trust=trust)
+    """What follows a layer, with the gradients of its gain and bias multiplied by ``trust``; a forward of its own knows
+    nothing of that and is called as it is."""
+    return affine if trust == 1 else partial(_trusted, affine, trust)
+
+
+def _trusted(affine: nn.Module, trust: float, y: Tensor) -> Tensor:
+    # Asked at every call: the forward of what follows may be replaced between two.
+    takes_trust = isinstance(affine, Affine) and type(affine).forward is Affine.forward and "forward" not in vars(affine)
+    return affine(y, trust=trust) if takes_trust else affine(y)
 
 
 def _recomputing() -> bool:

@@ -313,7 +313,7 @@ class NormRNN(_WithNonlinearity):
     >>> output.shape, h_n.shape
     (torch.Size([7, 8, 3]), torch.Size([1, 8, 3]))
     >>> net.cells["l0"].norm_hh["h"].H1.count
-    tensor(7)
+    tensor(56)
     """
 
     cell = NormRNNCell

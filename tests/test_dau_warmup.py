@@ -9,16 +9,40 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import CLASSES, FEATURES, assert_equal, batch, dau, everything, memories, moved, net, sgd, take_steps, weights
+from nets import (
+    CLASSES,
+    FEATURES,
+    MakeNorm,
+    assert_equal,
+    batch,
+    dau,
+    everything,
+    memories,
+    moved,
+    net,
+    sgd,
+    streaming,
+    take_steps,
+    weights,
+)
 from torch import nn
 
 import streamnorm as sn
 from streamnorm.dau import AUTO_WARMUP
+from streamnorm.norm import Norm
+
+
+def paper(c: int) -> Norm:
+    """The paper's rule, which may need a warm-up."""
+    return sn.StreamingNorm(c, alpha=(0.7, 0.3))
+
+
+RULES = pytest.mark.parametrize("norm", [streaming, paper], ids=lambda f: f.__name__)
 
 
 @pytest.mark.parametrize("vectorize", [True, False])
 def test_a_warm_up_cycle_moves_h1_alone(vectorize: bool) -> None:
-    model = net("FC")
+    model = net("FC", paper)
     cycle = dau(model, 2, 3, vectorize=vectorize)
     before = weights(model)
     cycle.warm_up(batch("FC", 6, 0)[0])
@@ -27,6 +51,19 @@ def test_a_warm_up_cycle_moves_h1_alone(vectorize: bool) -> None:
     for layer in memories(model):
         assert (layer.H1.seen, layer.H1.updates, layer.H1.count) == (3, 1, 0)
         assert (layer.H2.seen, layer.H2.updates, layer.H2.count) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_a_warm_up_cycle_moves_h1_alone_where_memory_counts_samples(vectorize: bool) -> None:
+    model = net("FC")
+    cycle = dau(model, 2, 3, vectorize=vectorize)
+    before = weights(model)
+    cycle.warm_up(batch("FC", 6, 0)[0])
+    assert not moved(before, model)
+    for layer in memories(model):
+        assert (layer.H1.seen, layer.H1.held, layer.H1.count) == (3, 6, 0)
+        assert (layer.H2.seen, layer.H2.held) == (0, 0)
+        assert not layer.H2.theta.any()
 
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
@@ -39,7 +76,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_warm_up_folds_statistics_and_leaves_weights_and_gradient_memory_alone(steps: int, make: Any) -> None:
-    model = net("FC")
+    model = net("FC", paper)
     optimizer = make(model)
     link = sn.attach(model, optimizer, warmup=steps)
     before = weights(model)
@@ -64,8 +101,9 @@ def test_a_warm_up_folds_statistics_and_leaves_weights_and_gradient_memory_alone
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_a_warm_up_leaves_the_weights_alone_when_step_is_given_a_closure() -> None:
-    model = net("FC")
+@RULES
+def test_a_warm_up_leaves_the_weights_alone_when_step_is_given_a_closure(norm: MakeNorm) -> None:
+    model = net("FC", norm)
     optimizer = sgd(model)
     sn.attach(model, optimizer, warmup=2)
     before = weights(model)
@@ -84,7 +122,7 @@ def test_a_warm_up_leaves_the_weights_alone_when_step_is_given_a_closure() -> No
 def deep_convolutional() -> nn.Module:
     """A normalized layer with a map of 8x8."""
     torch.manual_seed(0)
-    norm = sn.StreamingNorm(FEATURES)
+    norm = paper(FEATURES)
     return nn.Sequential(
         nn.Upsample(scale_factor=2),
         nn.Conv2d(2, FEATURES, 3, padding=1, bias=False),
@@ -96,9 +134,9 @@ def deep_convolutional() -> nn.Module:
 
 
 def test_auto_warms_up_for_one_sample_a_batch_of_a_connected_layer() -> None:
-    model = net("FC")
+    model = net("FC", paper)
     optimizer = sgd(model)
-    sn.attach(model, optimizer)
+    sn.attach(model, optimizer, "auto")
     before = weights(model)
     take_steps(model, optimizer, "FC", 1, range(AUTO_WARMUP))
     assert not moved(before, model)
@@ -111,20 +149,32 @@ def test_auto_warms_up_for_one_sample_a_batch_of_a_connected_layer() -> None:
     [
         pytest.param(deep_convolutional, "conv", id="a convolutional layer"),
         pytest.param(lambda: net("FC", sn.SampleNorm), "FC", id="nothing streams"),
+        pytest.param(lambda: net("FC"), "FC", id="memory in samples"),
     ],
 )
 def test_auto_does_not_warm_up_for_one_sample_a_batch(make: Callable[[], nn.Module], kind: str) -> None:
     model = make()
     optimizer = sgd(model)
-    sn.attach(model, optimizer)
+    sn.attach(model, optimizer, "auto")
     before = weights(model)
     take_steps(model, optimizer, kind, 1, range(1))
     assert moved(before, model)
 
 
+@RULES
+def test_nothing_warms_up_unasked(norm: MakeNorm) -> None:
+    model = net("FC", norm)
+    optimizer = sgd(model)
+    link = sn.attach(model, optimizer)
+    before = weights(model)
+    take_steps(model, optimizer, "FC", 1, range(1))
+    assert moved(before, model)
+    assert not link.warming_up
+
+
 def test_dau_warms_up_by_itself_in_one_call_and_in_the_loop() -> None:
     for vectorize in (True, False):
-        model = net("FC")
+        model = net("FC", paper)
         cycle = dau(model, 1, 3, warmup="auto", vectorize=vectorize)
         before = weights(model)
         for step in range(AUTO_WARMUP):
@@ -143,19 +193,20 @@ def test_a_warmup_that_is_no_number_of_steps_is_refused(warmup: Any) -> None:
 
 @pytest.mark.parametrize("warmup", [3, "auto"])
 @pytest.mark.parametrize("stop", [1, 2, 5])
-def test_a_run_goes_on_in_the_middle_of_a_warm_up(stop: int, warmup: Any) -> None:
-    through = net("FC")
+@RULES
+def test_a_run_goes_on_in_the_middle_of_a_warm_up(stop: int, warmup: Any, norm: MakeNorm) -> None:
+    through = net("FC", norm)
     optimizer = sgd(through)
     sn.attach(through, optimizer, warmup)
     take_steps(through, optimizer, "FC", 1, range(7))
 
-    stopped = net("FC")
+    stopped = net("FC", norm)
     optimizer = sgd(stopped)
     link = sn.attach(stopped, optimizer, warmup)
     take_steps(stopped, optimizer, "FC", 1, range(stop))
     kept = pickle.dumps((stopped.state_dict(), optimizer.state_dict(), link.state_dict()))
 
-    resumed = net("FC", seed=1)
+    resumed = net("FC", norm, seed=1)
     optimizer = sgd(resumed)
     link = sn.attach(resumed, optimizer, warmup)
     states = pickle.loads(kept)

@@ -412,7 +412,7 @@ def test_resumed_in_the_middle_of_a_cycle_bit_for_bit() -> None:
 
 @pytest.mark.parametrize("ref", [sn.BA1, sn.BA6], ids=repr)
 def test_a_checkpoint_of_the_long_and_short_rule_goes_on(ref: sn.NormRef) -> None:
-    old = sn.StreamingNorm(3, ref, affine=False).double()
+    old = sn.StreamingNorm(3, ref, alpha=(0.7, 0.3), affine=False).double()
     for step in range(3):
         call(old, draw((4, 3, 2), step), draw((4, 3, 2), 10 + step))
         old.fold()
@@ -431,7 +431,7 @@ def test_a_checkpoint_of_the_long_and_short_rule_goes_on(ref: sn.NormRef) -> Non
 
 
 def test_a_checkpoint_of_the_long_and_short_rule_in_its_first_cycle() -> None:
-    old, new = sn.StreamingNorm(3, affine=False).double(), layer()
+    old, new = sn.StreamingNorm(3, alpha=(0.7, 0.3), affine=False).double(), layer()
     call(old, draw((4, 3), 0), draw((4, 3), 1))
     new.load_state_dict(old.state_dict(), strict=True)
     assert new.H1.held == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,10 +23,18 @@ if library.library() is None:
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "mixed": lambda c: sn.StreamingNorm(c, alpha=(0.6, 0.4), beta=(0.5, 0.3, 0.2), kappa=(0.8, 0.2, 0.9, 0.1)),
     "onepass": lambda c: sn.StreamingNorm(c, alpha=(1, 0), beta=(1, 0, 0), kappa=(0.9, 0.1, 0.9, 0.1)),
-    "l1": lambda c: sn.StreamingNorm(c, p=1, center="zero"),
-    "without gain": lambda c: sn.StreamingNorm(c, affine=False),
+    "l1": lambda c: sn.StreamingNorm(c, p=1, center="zero", alpha=(0.7, 0.3)),
+    "without gain": lambda c: sn.StreamingNorm(c, affine=False, alpha=(0.7, 0.3)),
     "batch": sn.BatchNorm,
+    "evidence": lambda c: sn.StreamingNorm(c, memory=11),
+    "evidence l1": lambda c: sn.StreamingNorm(c, p=1, center="zero"),
+    "evidence without gain": lambda c: sn.StreamingNorm(c, affine=False),
 }
+
+
+def pools(norm: str) -> bool:
+    """Whether the first call takes all features together and is left to the loop."""
+    return norm.startswith("evidence")
 
 
 def train(model: nn.Module, x: Tensor, h0: Tensor, dy: Tensor, dh: Tensor) -> dict[str, Tensor]:
@@ -68,19 +77,20 @@ def test_equals_the_loop(net: Any, norm: str, nonlinearity: str, dtype: torch.dt
             worst = (value.double() - want[name]).abs().max().item()
             assert worst <= bound, f"update {update} {name}: off by {worst:.1e}, rounding allows {bound:.1e}"
         fold(fast, slow)
-    assert taken == ([True] * 4 + [False] * 4) * 3
+    assert taken == [not pools(norm)] * 4 + [False] * 4 + ([True] * 4 + [False] * 4) * 2
 
 
 @pytest.mark.parametrize(
     ("H", "n", "threads"), [(130, 70, 1), (130, 70, 2), (130, 70, 3), (15, 4700, 7), (30, 1200, 5)]
 )
+@pytest.mark.parametrize("norm", ["mixed", "evidence"])
 @pytest.mark.parametrize("net", [sn.NormRNN, sn.NormGRU])
-def test_units_shared_out_to_threads(net: Any, H: int, n: int, threads: int) -> None:
+def test_units_shared_out_to_threads(net: Any, norm: str, H: int, n: int, threads: int) -> None:
     """Products so large that threads take a range of the units each, or some of them none; in one call the gradient is
     not finite."""
     torch.manual_seed(3)
     T = 5 if n < 100 else 2
-    fast = net(7, H, norm=NORMS["mixed"]).double()
+    fast = net(7, H, norm=NORMS[norm]).double()
     slow = copy.deepcopy(fast)
     before = torch.get_num_threads()
     for call in range(3):
@@ -103,16 +113,17 @@ def test_units_shared_out_to_threads(net: Any, H: int, n: int, threads: int) -> 
             assert (value - want[name])[finite].abs().max() <= bound if finite.any() else True, f"call {call} {name}"
 
 
+@pytest.mark.parametrize("norm", ["mixed", "evidence"])
 @pytest.mark.parametrize("net", [sn.NormRNN, sn.NormGRU])
-def test_blocks_are_not_threads(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_not_threads(net: Any, norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread may have several blocks of the units or none, and another number of threads may go back."""
     monkeypatch.setattr(fusedscan, "BLOCK", 20)
     monkeypatch.setattr(fusedscan, "MANY", 1)
     torch.manual_seed(6)
-    fast = net(5, 70).double()
+    fast = net(5, 70, norm=NORMS[norm]).double()
     slow = copy.deepcopy(fast)
     before = torch.get_num_threads()
-    for there, back in ((1, 3), (3, 1), (2, 7)):
+    for there, back in ((1, 1), (1, 3), (3, 1), (2, 7)):
         x = torch.randn(9, 3, 5).double()
         try:
             torch.set_num_threads(there)
@@ -130,20 +141,21 @@ def test_blocks_are_not_threads(net: Any, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 INPUTS: dict[str, dict[str, Any]] = {
-    "none": {"norm": None, "norm_h": sn.StreamingNorm},
-    "per sample": {"norm": sn.SampleNorm, "norm_h": sn.StreamingNorm},
-    "of its own rules": {"norm": sn.BatchNorm, "norm_h": sn.StreamingNorm},
+    "none": {"norm": None},
+    "per sample": {"norm": sn.SampleNorm},
+    "of its own rules": {"norm": sn.BatchNorm},
     "watched": {},
     "shared by the gates": {},
 }
 
 
 @pytest.mark.parametrize("which", INPUTS)
+@pytest.mark.parametrize("norm", ["mixed", "evidence"])
 @pytest.mark.parametrize("learns", [True, False])
-def test_what_normalizes_the_input(which: str, learns: bool, taken: list[bool]) -> None:
+def test_what_normalizes_the_input(which: str, norm: str, learns: bool, taken: list[bool]) -> None:
     """Inside the pass or before it, and H2 sees a gradient only where something is to be learned from it."""
     torch.manual_seed(7)
-    fast, calls = sn.NormGRU(5, 7, **INPUTS[which]).double(), []
+    fast, calls = sn.NormGRU(5, 7, **{"norm": NORMS[norm], "norm_h": NORMS[norm], **INPUTS[which]}).double(), []
     cell = fast.cells["l0"]
     if which == "shared by the gates":
         cell.norm_ih["z"] = cell.norm_ih["r"]
@@ -155,12 +167,12 @@ def test_what_normalizes_the_input(which: str, learns: bool, taken: list[bool]) 
     slow = copy.deepcopy(fast)
     for _ in range(3):
         compare(fast, slow, torch.randn(4, 6, 5).double(), torch.randn(4, 6, 7).double())
-    assert taken == [True, False] * 3
+    assert taken == [not pools(norm), False] + [True, False] * 2
     assert len(calls) == (6 if which == "watched" else 0)
 
 
 @pytest.mark.parametrize("bad", [None, 0, 3])
-@pytest.mark.parametrize("norm", ["mixed", "l1", "batch"])
+@pytest.mark.parametrize("norm", ["mixed", "l1", "batch", "evidence"])
 @pytest.mark.parametrize("net", [sn.NormRNN, sn.NormGRU])
 def test_sequences_of_many_lengths(net: Any, norm: str, bad: int | None, taken: list[bool]) -> None:
     """A compiled pass for all time steps of one size, and the loop for those where something is not finite."""
@@ -190,7 +202,9 @@ def test_sequences_of_many_lengths(net: Any, norm: str, bad: int | None, taken: 
             torch.testing.assert_close(a.grad, b.grad, msg=name, equal_nan=True)
     runs = 4  # of 6, 5, 3 and 2 sequences
     assert len(taken) == 3 * 2 * 2 * runs
-    assert taken[: 2 * runs] == [True] * 2 * runs
+    first = taken[: 2 * runs]
+    assert first[0] == first[runs] == (not pools(norm))
+    assert all(first[1:runs] + first[runs + 1 :])
     assert [norm._calls.unfolded for norm in fast.modules() if isinstance(norm, sn.Norm)] == [0] * (
         4 * len(fast.cells["l0"].gates)
     )
@@ -200,8 +214,8 @@ def test_a_sequence_is_one_call_whatever_its_lengths() -> None:
     """For the question whether a layer was forgotten."""
     x = nn.utils.rnn.pack_sequence([torch.randn(k, 5) for k in (9, 5, 2)])
     for backend in ("cpu", "eager"):
-        for norms in ({}, {"norm": sn.SampleNorm, "norm_h": sn.StreamingNorm}):
-            net = sn.NormGRU(5, 7, **norms)
+        for hidden, alone in itertools.product((NORMS["mixed"], sn.StreamingNorm), (False, True)):
+            net = sn.NormGRU(5, 7, norm=sn.SampleNorm if alone else hidden, norm_h=hidden)
             with using(backend):
                 net(x)
                 net(x)
@@ -210,11 +224,16 @@ def test_a_sequence_is_one_call_whatever_its_lengths() -> None:
 
 
 @pytest.mark.parametrize("H", [100, 130])
+@pytest.mark.parametrize("norm", ["mixed", "evidence"])
 @pytest.mark.parametrize("net", [sn.NormRNN, sn.NormGRU])
-def test_a_pass_does_not_depend_on_the_number_of_threads(net: Any, H: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_does_not_depend_on_the_number_of_threads(
+    net: Any, norm: str, H: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A unit's sums have one order, whoever takes them, in however many blocks."""
     torch.manual_seed(3)
-    layer, x = net(7, H, norm=NORMS["mixed"]), torch.randn(6, 70, 7)
+    layer, x = net(7, H, norm=NORMS[norm]), torch.randn(6, 70, 7)
+    if pools(norm):  # a pass before it, which is left to the loop
+        layer(x)[0].sum().backward()
     before, made = torch.get_num_threads(), []
     monkeypatch.setattr(fusedscan, "BLOCK", 33)
     for threads in (1, 2, 3):

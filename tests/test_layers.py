@@ -190,18 +190,27 @@ def overflowing(shape: tuple[int, ...]) -> torch.Tensor:
     return x
 
 
-def test_h2_learns_only_from_calls_that_h1_learned_from() -> None:
-    layer = trained(sn.StreamingNorm(4), 2, 4)
+@pytest.mark.parametrize(("rules", "members"), [({}, ["theta"]), ({"alpha": (0.7, 0.3)}, ["long", "short"])])
+def test_h2_learns_only_from_calls_that_h1_learned_from(rules: dict[str, Any], members: list[str]) -> None:
+    layer = trained(sn.StreamingNorm(4, **rules), 2, 4)
     x = overflowing((2, 4)).requires_grad_()
     layer(x).sum().backward()
     assert layer.H1.skipped == 1
     assert layer.H2.seen == 0
-    assert torch.equal(layer.H2.short, torch.zeros(2, 4))
+    for member in members:
+        assert torch.equal(layer.H2.get_buffer(member), torch.zeros(2, 4))
+
+
+RULES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "the paper's": {"alpha": (0.7, 0.3)},
+    "own": {"alpha": (0.6, 0.4), "beta": (0.5, 0.3, 0.2)},
+}
 
 
 @pytest.mark.parametrize("center", ["batch", "estimate", "zero"])
 @pytest.mark.parametrize("bad", [(3,), (0, 3, 4), (4, 5)])
-@pytest.mark.parametrize("rules", [{}, {"alpha": (0.6, 0.4), "beta": (0.5, 0.3, 0.2)}], ids=["default", "own"])
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 def test_a_refused_mini_batch_does_not_touch_the_rest_of_its_cycle(
     center: str, bad: tuple[int, ...], rules: dict[str, Any]
 ) -> None:

@@ -7,6 +7,7 @@ import pickle
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -83,13 +84,15 @@ def test_a_second_derivative_is_refused() -> None:
         torch.autograd.grad(y.square().sum(), x, create_graph=True)
 
 
-def test_no_grad_training_calls_observe_and_frozen_input_is_fine() -> None:
-    layer = sn.StreamingNorm(3)
+@pytest.mark.parametrize(("rules", "per_call"), [({}, 4), ({"alpha": (0.7, 0.3)}, 1)], ids=["default", "the paper's"])
+def test_no_grad_training_calls_observe_and_frozen_input_is_fine(rules: dict[str, Any], per_call: int) -> None:
+    layer = sn.StreamingNorm(3, **rules)
     with torch.no_grad():
         layer(torch.randn(4, 3))
     layer(torch.randn(4, 3)).sum().backward()
-    assert layer.H1.count == 2
-    assert layer.H2.count == 0
+    assert layer.H1.count == 2 * per_call
+    assert layer.H1.seen == 2
+    assert layer.H2.seen == 0
     assert layer.weight.grad is not None
 
 
@@ -205,18 +208,20 @@ def test_the_state_of_a_batch_normalization_of_torch_is_recognized_and_what_is_s
 # Devices and dtypes
 
 
-def test_statistics_are_wide_under_a_narrow_default() -> None:
+@pytest.mark.parametrize("rules", [{}, {"alpha": (0.7, 0.3)}], ids=["default", "the paper's"])
+def test_statistics_are_wide_under_a_narrow_default(rules: dict[str, Any]) -> None:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        layer = sn.StreamingNorm(4)
+        layer = sn.StreamingNorm(4, **rules)
     finally:
         torch.set_default_dtype(before)
-    narrow = {k: v.bfloat16() if v.is_floating_point() else v for k, v in sn.StreamingNorm(4).state_dict().items()}
-    other = sn.StreamingNorm(4)
+    narrow = {k: v.bfloat16() if v.is_floating_point() else v for k, v in sn.StreamingNorm(4, **rules).state_dict().items()}
+    other = sn.StreamingNorm(4, **rules)
     other.load_state_dict(narrow, assign=True)
     for one in (layer, other):
-        assert {m.dtype for m in (one.H1.long, one.H1.estimate, one.H2.short)} == {torch.float32}
+        assert {b.dtype for b in one.buffers() if b.is_floating_point()} == {torch.float32}
+        assert sum(b.is_floating_point() for b in one.H1.buffers()) == 3
 
 
 def test_a_layer_made_on_meta_can_be_given_memory() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import MIXED
+from cases import MIXED, SHORT
 from close import assert_close
 from test_oracle_agreement import compare_state
 from torch import Tensor
@@ -27,7 +27,9 @@ POLICIES: dict[str, dict[str, Any]] = {
     "Batch": {"policy": "batch", "center": "batch"},
     "TimeSpecific-Batch": {"policy": "batch", "center": "batch"},
     "Streaming": {"center": "estimate", "alpha": MIXED.alpha, "beta": MIXED.beta, "kappa": MIXED.kappa},
+    "Evidence": {"center": "estimate", "policy": "evidence", "memory": SHORT.memory},
 }
+STREAMS = ("Streaming", "Evidence")
 
 
 class Latest(Oracle):
@@ -68,6 +70,8 @@ class Loop:
         if key not in self.oracles:
             self.oracles[key] = self.make(p=self.p, **POLICIES[self.kind])
         gain, bias = (self.parameters[f"norm_{path}.{gate}.affine.{name}"] for name in ("weight", "bias"))
+        if self.kind == "Evidence":
+            gain, bias = (trust * q + (1 - trust) * q.detach() for q, trust in ((q, SHORT.trust(len(a))) for q in (gain, bias)))
         return Through.apply(a, self.oracles[key]) * gain + bias
 
     def evaluated(self, path: str, gate: str, a: Tensor, t: int) -> Tensor:
@@ -107,6 +111,7 @@ def factory(kind: str, p: float) -> Any:
         "Batch": lambda c: sn.BatchNorm(c, p=p),
         "TimeSpecific-Batch": sn.TimeSpecific(lambda c: sn.BatchNorm(c, p=p)),
         "Streaming": lambda c: sn.StreamingNorm(c, p=p, alpha=MIXED.alpha, beta=MIXED.beta, kappa=MIXED.kappa),
+        "Evidence": lambda c: sn.StreamingNorm(c, p=p, memory=SHORT.memory),
     }[kind]
 
 
@@ -159,18 +164,20 @@ def test_equals_a_loop_with_oracles(make: Any, nonlinearity: str, kind: str, p: 
 
 
 @pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("kind", STREAMS)
 @pytest.mark.parametrize("make", [sn.NormRNN, sn.NormGRU])
-def test_going_back_with_the_latest_estimate(make: Any, p: int) -> None:
-    net = make(2, 3, norm=factory("Streaming", p), backward_stats="latest").double()
-    follow(net, Loop(net, "Streaming", p, latest=True))
+def test_going_back_with_the_latest_estimate(make: Any, kind: str, p: int) -> None:
+    net = make(2, 3, norm=factory(kind, p), backward_stats="latest").double()
+    follow(net, Loop(net, kind, p, latest=True))
 
 
-def test_saved_and_latest_differ_by_little_once_there_is_a_long_memory() -> None:
+@pytest.mark.parametrize("kind", STREAMS)
+def test_saved_and_latest_differ_by_little_once_there_is_a_long_memory(kind: str) -> None:
     """The caveat's point: the estimates that a sequence ends with are near those of its steps, and not equal."""
     gradients = []
     for stats in ("saved", "latest"):
         torch.manual_seed(0)
-        net = sn.NormRNN(4, 8, norm=factory("Streaming", 2), backward_stats=stats).double()
+        net = sn.NormRNN(4, 8, norm=factory(kind, 2), backward_stats=stats).double()
         start = torch.randn(1, 16, 8, dtype=torch.float64)
         for _ in range(20):
             net(torch.randn(10, 16, 4, dtype=torch.float64), start)[0].square().sum().backward()

@@ -16,14 +16,21 @@ import streamnorm as sn
 from streamnorm.norm import norms
 
 
+EVERY = {"evidence": sn.StreamingNorm, **NORMS}
+
+
 @pytest.mark.parametrize("name", NETS)
-def test_one_state_for_all_time_steps(name: str) -> None:
-    net = NETS[name](4, 3, 2, bidirectional=True)
+@pytest.mark.parametrize("norm", ["evidence", "streaming"])
+def test_one_state_for_all_time_steps(name: str, norm: str) -> None:
+    net = NETS[name](4, 3, 2, bidirectional=True, norm=EVERY[norm])
     output, _ = net(torch.randn(7, 5, 4))
     output.sum().backward()
-    for norm in norms(net):
-        assert norm.H1.count == 7
-        assert norm.H2.count == 7
+    for one in norms(net):
+        assert one.H1.seen == one.H2.seen == 7
+        if norm == "evidence":  # it counts the 5 samples of each
+            assert one.H1.count == one.H2.held == 7 * 5
+        else:
+            assert one.H1.count == one.H2.count == 7
     net.eval()
     before = state_of(net)
     assert net(torch.randn(40, 5, 4))[0].isfinite().all()  # a length that training has not seen
@@ -31,12 +38,12 @@ def test_one_state_for_all_time_steps(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", EVERY)
 @pytest.mark.parametrize("lengths", [(6,) * 5, (6, 6, 3, 2)], ids=["equal", "packed"])
 @pytest.mark.parametrize("backwards", [False, True], ids=["forwards", "backwards"])
 def test_the_layer_is_a_loop_over_its_cell(name: str, norm: str, lengths: tuple[int, ...], backwards: bool) -> None:
     """The projection of all time steps at once with its norm changes nothing, neither going back nor in the state."""
-    net = NETS[name](4, 3, norm=NORMS[norm], bidirectional=backwards).double()
+    net = NETS[name](4, 3, norm=EVERY[norm], bidirectional=backwards).double()
     ours = net.cells["l0_reverse" if backwards else "l0"]
     theirs = copy.deepcopy(ours)
     for step in range(4):
@@ -98,9 +105,9 @@ def test_packed_sequences_are_single_ones_where_samples_stand_alone(name: str) -
             assert_close(f"{i} state", a[:, i].detach(), b.detach(), STEPS)
 
 
-@pytest.mark.parametrize("norm", ["batch", "streaming", "time-specific"])
+@pytest.mark.parametrize("norm", ["batch", "streaming", "evidence", "time-specific"])
 def test_testing_looks_at_each_sequence_by_itself(norm: str) -> None:
-    net = sn.NormGRU(4, 3, norm=NORMS[norm]).double()
+    net = sn.NormGRU(4, 3, norm=EVERY[norm]).double()
     net(torch.randn(6, 5, 4, dtype=torch.float64))
     net.eval()
     parts = sequences()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from typing import Any
 
@@ -16,16 +17,19 @@ from torch.utils.checkpoint import checkpoint
 import streamnorm as sn
 from streamnorm.norm import norms
 
+PAPER = functools.partial(sn.StreamingNorm, alpha=(0.7, 0.3))
+EVERY = {"evidence": sn.StreamingNorm, **NORMS}
+
 
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", EVERY)
 def test_training_remembers_a_symbol(name: str, norm: str) -> None:
     """The first of four symbols is to be told at the end."""
-    net, readout = NETS[name](4, 16, norm=NORMS[norm]), nn.Linear(16, 4)
+    net, readout = NETS[name](4, 16, norm=EVERY[norm]), nn.Linear(16, 4)
     model = nn.ModuleList([net, readout])
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     losses = []
-    with sn.attach(model, optimizer):
+    with sn.attach(model, optimizer, warmup="auto"):
         for _ in range(60):
             symbols = torch.randint(4, (4, 32))
             output, _ = net(nn.functional.one_hot(symbols, 4).float())
@@ -42,8 +46,8 @@ def test_a_state_of_zeros_calls_for_a_warm_up(name: str) -> None:
     """W_h h_0 = 0 has no sigma: what H2 would learn of it, divided by sqrt(eps), can keep a net from learning."""
 
     def warms_up(*starts: Any) -> bool:
-        net = NETS[name](4, 3).double()
-        link = sn.attach(net, torch.optim.SGD(net.parameters(), lr=0.1))
+        net = NETS[name](4, 3, norm=PAPER).double()
+        link = sn.attach(net, torch.optim.SGD(net.parameters(), lr=0.1), warmup="auto")
         for start in starts:
             net(torch.randn(6, 5, 4, dtype=torch.float64), start)
         return link.warming_up
@@ -68,7 +72,7 @@ class Last(nn.Module):
 
 
 def test_mini_batches_of_different_lengths_in_one_update_cycle() -> None:
-    model = Last(sn.NormGRU(4, 3, batch_first=True)).double()
+    model = Last(sn.NormGRU(4, 3, batch_first=True, norm=PAPER)).double()
     by_hand = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     cycle = sn.DAU(
@@ -133,15 +137,15 @@ def test_autocast() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", EVERY)
 def test_checkpointing_repeats_a_sequence_or_says_that_it_cannot(norm: str) -> None:
     """A norm that is called at every step remembers its latest call alone; one per step, or none, can be repeated."""
-    net = sn.NormGRU(4, 3, norm=NORMS[norm]).double()
+    net = sn.NormGRU(4, 3, norm=EVERY[norm]).double()
     plain = copy.deepcopy(net)
     xs = [torch.randn(6, 5, 4, dtype=torch.float64).requires_grad_() for _ in range(2)]
     xs[1].data.copy_(xs[0].data)
     output, _ = checkpoint(net, xs[0], use_reentrant=False)
-    if norm in ("streaming", "batch"):
+    if norm in ("evidence", "streaming", "batch"):
         with pytest.raises(RuntimeError, match="called once more since"):
             output.sum().backward()
         return
@@ -155,7 +159,7 @@ def test_checkpointing_repeats_a_sequence_or_says_that_it_cannot(norm: str) -> N
 
 
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", EVERY)
 def test_round_trips(name: str, norm: str) -> None:
     def step(net: nn.Module, seed: int) -> Tensor:
         x = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(seed))
@@ -163,12 +167,12 @@ def test_round_trips(name: str, norm: str) -> None:
         y.square().sum().backward()
         return y
 
-    net = NETS[name](4, 3, 2, norm=NORMS[norm])
+    net = NETS[name](4, 3, 2, norm=EVERY[norm])
     step(net, 0)
     for one in norms(net):
         one.fold()
     step(net, 1)
-    fresh = NETS[name](4, 3, 2, norm=NORMS[norm])
+    fresh = NETS[name](4, 3, 2, norm=EVERY[norm])
     fresh.load_state_dict(net.state_dict())
     copies = [fresh, copy.deepcopy(net), pickle.loads(pickle.dumps(net))]
     want = step(net, 2)

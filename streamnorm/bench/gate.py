@@ -19,7 +19,8 @@ from torch import Tensor
 from streamnorm import kernels
 from streamnorm.bench.case import WrongError
 from streamnorm.norm import Norm
-from streamnorm.oracle import Oracle
+from streamnorm.oracle import LongShort, Oracle
+from streamnorm.oracle_rules import Pool, Regression
 
 MakeLayer = Callable[[int], Norm]
 Found = dict[str, Tensor]
@@ -29,6 +30,12 @@ LARGE = 1 << 23
 """Elements above which a smaller batch stands for the whole one in the comparison in float64."""
 FIRST_BATCH = 64
 """Samples of the first mini-batch where single activations are timed: the first sigma of one would be 0."""
+MEMBERS: dict[type, tuple[str, ...]] = {
+    LongShort: ("long", "short", "count", "updates"),
+    Pool: ("long", "short", "count", "held"),
+    Regression: ("theta", "held"),
+}
+"""What the memories of the oracle hold."""
 
 
 def using(backend: str | None) -> AbstractContextManager[Any]:
@@ -183,7 +190,8 @@ class ByOracle:
 
     def __init__(self, layer: Norm) -> None:
         ref, moment, policy = layer.ref, layer.moment, layer.policy
-        rules = {name: getattr(policy, name) for name in ("alpha", "beta", "kappa", "rate") if hasattr(policy, name)}
+        names = ("alpha", "beta", "kappa", "rate", "memory")
+        rules = {name: getattr(policy, name) for name in names if hasattr(policy, name)}
         self.oracle = Oracle(
             features=ref.features,
             place=ref.place,
@@ -198,7 +206,7 @@ class ByOracle:
         ones, zeros = torch.ones(layer.num_features), torch.zeros(layer.num_features)
         self.weight = (ones if layer.weight is None else layer.weight.detach()).double()
         self.bias = (zeros if layer.bias is None else layer.bias.detach()).double()
-        self.streams = layer.H2 is not None
+        self.policy = policy
 
     def step(self, x: Tensor, dy: Tensor) -> Found:
         shape, dims = (-1, *[1] * (x.ndim - 2)), [d for d in range(x.ndim) if d != 1]
@@ -206,12 +214,12 @@ class ByOracle:
         normalized = self.oracle.forward(x.double())
         grad = dy.double()
         found = {"y": weight * normalized + bias, "dx": self.oracle.backward(weight * grad)}
-        found |= {"dweight": (grad * normalized).sum(dims), "dbias": grad.sum(dims)}
+        trust = self.policy.trust(len(x))
+        found |= {"dweight": trust * (grad * normalized).sum(dims), "dbias": trust * grad.sum(dims)}
         if self.oracle.estimate is not None:
             found["H1.estimate"] = self.oracle.estimate
-        for which, H in (("H1", self.oracle.H1), ("H2", self.oracle.H2)) if self.streams else ():
-            found |= {f"{which}.long": H.long, f"{which}.short": H.short}
-            found |= {f"{which}.count": torch.tensor(H.count), f"{which}.updates": torch.tensor(H.updates)}
+        for which, H in (("H1", self.oracle.H1), ("H2", self.oracle.H2)) if self.oracle.streams else ():
+            found |= {f"{which}.{name}": torch.as_tensor(getattr(H, name)) for name in MEMBERS[type(H)]}
         return found
 
     def fold(self) -> None:
