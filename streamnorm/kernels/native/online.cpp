@@ -165,10 +165,8 @@ enum How { HOLD, PLAIN, DECAY, HEAVY, ADAM };  // nothing, SGD, SGD with decay, 
 
 SN_INLINE float root_of(float v) { return sqrtf(v); }
 SN_INLINE double root_of(double v) { return sqrt(v); }
-template <class V> SN_INLINE V root_of(V v) {
-    typedef decltype(v[0] + v[0]) T;
-    return root<T>(v);
-}
+SN_INLINE vec<float> root_of(vec<float> v) { return root<float>(v); }
+SN_INLINE vec<double> root_of(vec<double> v) { return root<double>(v); }
 
 template <class T> struct Move {  // one step of a parameter
     How how = HOLD;
