@@ -218,7 +218,7 @@ class OnlineTrainer:
             self.link._steps += net.learned
             self.optimizer._opt_called = True  # type: ignore[union-attr]  # schedulers ask whether it stepped
         if net.broken >= 0:
-            raise _lost(plan.names[net.broken], start + net.latest if net.latest >= 0 else None)
+            raise self._lost(start + net.latest if net.latest >= 0 else None)
         if net.why:
             raise _refused(start + done, WHY[net.why])
         return True
@@ -226,10 +226,9 @@ class OnlineTrainer:
     def _ordinary(self, x: Tensor, target: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """The same step in torch's own code."""
         why, loss, output = self._try(x, target)
+        if why not in ("input", "target") and not all(p.isfinite().all() for p in self._plan.params):
+            raise self._lost(None if why else number)
         if not why:
-            for name, module in self.model._modules.items():
-                if not all(p.isfinite().all() for p in module.parameters()):  # type: ignore[union-attr]
-                    raise _lost(name, number)
             return loss, output[0]
         if self.on_nonfinite == "raise":
             raise _refused(number, why)
@@ -284,6 +283,13 @@ class OnlineTrainer:
                     return False
         return True
 
+    def _lost(self, number: int | None) -> OverflowError:
+        names = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
+        when = "before the call" if number is None else f"after the update by sample {number} of this call"
+        return OverflowError(
+            f"parameters are not finite any more {when}: {', '.join(names)}. Go back to a checkpoint, with a smaller lr"
+        )
+
 
 @contextmanager
 def _watching(model: nn.Module) -> Iterator[list[Any]]:
@@ -307,12 +313,4 @@ def _refused(number: int, why: str) -> ValueError:
     return ValueError(
         f"sample {number} of this call is not finite in its {why}; the {number} before it were learned, it and those "
         'after it were not. Mend or leave it out, or take on_nonfinite="skip"'
-    )
-
-
-def _lost(name: str, number: int | None) -> OverflowError:
-    when = "were not when the call began" if number is None else f"are not any more after the update by sample {number}"
-    return OverflowError(
-        f"parameters of module {name!r} have to be finite and {when} of this call; go back to a checkpoint, with a "
-        "smaller lr or more weight_decay"
     )

@@ -38,7 +38,6 @@ class _Layer:
     norm: Norm | nn.LayerNorm | None = None
     affine: Affine | None = None
     relu: bool = False
-    name: str = ""  # of its first module
 
     @property
     def width(self) -> int:
@@ -59,17 +58,17 @@ def _layers(model: nn.Module) -> list[_Layer]:
             raise ValueError(f"module {name!r}, {module}, cannot be trained so: {wrong}. Use attach and a loop")
         match module:
             case nn.Linear():
-                layers.append(_Layer(module, name=name))
+                layers.append(_Layer(module))
             case nn.ReLU() if last:
                 last.relu = True
             case Affine() if last:
                 last.affine = module
             case Norm() | nn.LayerNorm():
                 if last is None:
-                    layers.append(last := _Layer(None, name=name))
+                    layers.append(last := _Layer(None))
                 last.norm = module
                 last.affine = module.affine if isinstance(module, Norm) else None
-    if not layers or (last := layers[-1]) != _Layer(last.linear, name=last.name) or last.linear is None:
+    if not layers or (last := layers[-1]) != _Layer(last.linear) or last.linear is None:
         raise ValueError("the last module of the model has to be an nn.Linear. Use attach and a loop")
     if len({id(layer.linear) for layer in layers}) < len(layers):
         raise ValueError("a module stands twice in the model. Use attach and a loop")
@@ -181,7 +180,6 @@ class Plan:
         like = linears[0].weight
         self.rates = Rates(optimizer, like.dtype)
         self.loss = _kind_of_loss(loss_fn, linears[-1].out_features)
-        self.names = [layer.name for layer in layers]
         self.norms = [layer.norm for layer in layers if isinstance(layer.norm, Norm)]
         self.hooks = [hooks for module in model.modules() for hooks in _hooks(module)]
         self.dtype, self.inputs, self.outputs = like.dtype, like.shape[1], linears[-1].weight.shape[0]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from twins import NORMS, RATES, STEPS, TERMS, WIDTHS, Pair, close, compiled, mlp, online, samples
+from twins import MIXED, NORMS, RATES, STEPS, TERMS, WIDTHS, Pair, close, compiled, mlp, online, samples
 
 from streamnorm import Affine, StreamingNorm, kernels
 from streamnorm import online as module
@@ -24,7 +24,8 @@ def test_equals_the_ordinary_loop(norm: str, rates: str, compiled_steps: None) -
 @pytest.mark.parametrize("norm", NORMS)
 def test_equals_the_ordinary_loop_in_float32(norm: str, compiled_steps: None) -> None:
     x, y = samples()
-    Pair(mlp(NORMS[norm]), RATES["momentum"]).compare(x.float(), y, TERMS)
+    for rates in ("momentum", "adam", "adamw"):
+        Pair(mlp(NORMS[norm]), RATES[rates]).compare(x.float(), y, TERMS)
 
 
 @pytest.mark.parametrize("isa", library.ISAS)
@@ -42,7 +43,7 @@ def test_every_instruction_set(
     monkeypatch.setattr(module, "compiled_steps", lambda: step)
     x, y = samples(widths=widths)
     for dtype in (torch.float64, torch.float32):
-        for rates in ("decay", "nesterov"):
+        for rates in ("decay", "nesterov", "adam"):
             Pair(mlp(NORMS["mixed"], widths).to(dtype), RATES[rates]).compare(x.to(dtype), y, STEPS * max(widths))
 
 
@@ -52,9 +53,10 @@ def test_squared_error(norm: str, compiled_steps: None) -> None:
 
 
 @compiled
-def test_many_steps_are_the_same_steps() -> None:
+@pytest.mark.parametrize("rates", ["decay", "adam"])
+def test_many_steps_are_the_same_steps(rates: str) -> None:
     x, y = samples()
-    one, many = (online(mlp(NORMS["mixed"]), RATES["decay"]) for _ in range(2))
+    one, many = (online(mlp(NORMS["mixed"]), RATES[rates]) for _ in range(2))
     many.model.load_state_dict(one.model.state_dict())
     x = x.float()
     results = [one.step(a, b) for a, b in zip(x, y, strict=True)]
@@ -114,9 +116,30 @@ def test_without_norms_there_is_no_warm_up(compiled_steps: None) -> None:
     assert not pair.trainer.link.warming_up
 
 
+FRONTS = {
+    "plain": lambda c: [StreamingNorm(c, affine=False, **MIXED)],
+    "gain": lambda c: [StreamingNorm(c, **MIXED)],
+    "p1": lambda c: [StreamingNorm(c, p=1, center="zero")],
+    "affine": lambda c: [StreamingNorm(c, affine=False), Affine(c)],
+    "layer": lambda c: [nn.LayerNorm(c)],
+    "bare layer": lambda c: [nn.LayerNorm(c, elementwise_affine=False)],
+}
+
+
+@pytest.mark.parametrize("rates", ["momentum", "adam"])
+@pytest.mark.parametrize("front", FRONTS)
+def test_a_norm_of_the_input(front: str, rates: str, compiled_steps: None) -> None:
+    x, y = samples()
+    for dtype in (torch.float64, torch.float32):
+        for rest in (mlp(NORMS["mixed"]), mlp(None, (19, 3))):
+            model = nn.Sequential(*FRONTS[front](19), *rest).to(dtype)
+            Pair(model, RATES[rates]).compare((5 * x + 100).to(dtype), y, 100 * TERMS)
+
+
 @compiled
-def test_steps_of_both_kinds_may_follow_each_other() -> None:
-    pair = Pair(mlp(NORMS["mixed"]).double(), RATES["momentum"])
+@pytest.mark.parametrize("rates", ["momentum", "adam"])
+def test_steps_of_both_kinds_may_follow_each_other(rates: str) -> None:
+    pair = Pair(mlp(NORMS["mixed"]).double(), RATES[rates])
     x, y = samples()
     for i in range(0, STEPS, 3):
         pair.compare(x[i : i + 2], y[i : i + 2], TERMS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -90,8 +91,9 @@ def test_results_are_where_the_model_is() -> None:
     assert outputs.isfinite().all()
 
 
-def test_rates_are_read_at_each_step(compiled_steps: None) -> None:
-    pair = Pair(mlp(NORMS["mixed"]).double(), RATES["momentum"])
+@pytest.mark.parametrize("rates", ["momentum", "adam", "adamw"])
+def test_rates_are_read_at_each_step(rates: str, compiled_steps: None) -> None:
+    pair = Pair(mlp(NORMS["mixed"]).double(), RATES[rates])
     optimizers = (pair.trainer.optimizer, pair.optimizer)
     schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.8) for optimizer in optimizers]
     x, y = samples(12)
@@ -101,33 +103,33 @@ def test_rates_are_read_at_each_step(compiled_steps: None) -> None:
             scheduler.step()
     for optimizer in optimizers:
         optimizer.param_groups[0]["weight_decay"] = 0.2
-        optimizer.param_groups[0]["lr"] = torch.tensor(0.01)
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.01, dtype=torch.float64)
     pair.compare(x, y, TERMS)
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] *= 0.5
     pair.compare(x, y, TERMS)
 
 
-def test_groups_of_parameters() -> None:
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_groups_of_parameters(kind: Any) -> None:
+    own = {"momentum": 0.9} if kind is torch.optim.SGD else {"betas": (0.5, 0.6), "eps": 1e-2}
     model = mlp(NORMS["mixed"]).double()
     twin = copy.deepcopy(model)
     pair = Pair(model, RATES["plain"])
     pair.twin = twin
 
-    def grouped(m: nn.Sequential) -> torch.optim.SGD:
-        rest = [p for name, p in m.named_parameters() if name not in ("0.weight", "3.weight")]
-        return torch.optim.SGD(
-            [
-                {"params": [m[0].weight], "weight_decay": 0.1},
-                {"params": rest, "lr": 0.005, "momentum": 0.9},
-            ],
-            lr=0.01,
-        )  # the second weight is in no group
+    def grouped(m: nn.Sequential, left_out: tuple[str, ...]) -> Any:
+        rest = [p for name, p in m.named_parameters() if name not in ("0.weight", *left_out)]
+        groups = [{"params": [m[0].weight], "weight_decay": 0.1}, {"params": rest, "lr": 0.005, **own}]
+        return kind(groups, lr=0.01)
 
-    pair.trainer = OnlineTrainer(model, grouped(model))
-    pair.optimizer = grouped(twin)
-    pair.link = attach(twin, pair.optimizer)
-    pair.compare(*samples(), TERMS)
+    for left_out in ((), ("3.weight",)):
+        pair.trainer.link.remove(), pair.link.remove()
+        pair.trainer = OnlineTrainer(model, grouped(model, left_out))
+        pair.optimizer = grouped(twin, left_out)
+        pair.link = attach(twin, pair.optimizer)
+        pair.compare(*samples(), TERMS)
+        twin.zero_grad(), model.zero_grad()
 
 
 @pytest.mark.parametrize("name", ["0.weight", "3.weight", "1.affine.weight", "6.bias"])
@@ -188,6 +190,21 @@ def test_autograd_knows_that_weights_changed() -> None:
     trainer.steps(x, y)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@compiled
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}])
+def test_an_adam_goes_on_from_its_state(options: dict[str, Any], compiled_steps: None) -> None:
+    """A state that torch began, saved, and loaded into another trainer; and one that was begun here."""
+    rates = {**RATES["adam"], **options}
+    pair = Pair(mlp(NORMS["layer"]).double(), rates)
+    x, y = samples(12)
+    pair.compare(x[:4], y[:4], TERMS)
+    other = Pair(copy.deepcopy(pair.trainer.model), rates)
+    other.trainer.optimizer.load_state_dict(copy.deepcopy(pair.optimizer.state_dict()))
+    other.optimizer.load_state_dict(copy.deepcopy(pair.trainer.optimizer.state_dict()))
+    other.trainer.link.load_state_dict(pair.link.state_dict()), other.link.load_state_dict(pair.link.state_dict())
+    other.compare(x[4:], y[4:], TERMS)
 
 
 def test_maximize_is_the_ordinary_step() -> None:

@@ -1,74 +1,164 @@
-"""Online steps on what is tiny, huge or not finite are the ordinary steps, with refusals and their counts."""
+"""Online steps on what is tiny or huge, and samples that are not finite, which leave no trace."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-from twins import NORMS, RATES, TERMS, Pair, compiled, mlp, online, samples
+from torch import Tensor, nn
+from twins import NORMS, RATES, TERMS, Pair, close, compiled, mlp, online, samples
+
+from streamnorm import OnlineTrainer, kernels
+
+INF, NAN = float("inf"), float("nan")
 
 
 @compiled
 @pytest.mark.parametrize("norm", ["p1-zero", "p2-zero", "p2-estimate", "layer", "none"])
 @pytest.mark.parametrize("scale", [1e-45, 1e-30, 1e10, 1e18, 1e30])
 def test_tiny_and_huge_inputs(norm: str, scale: float) -> None:
+    """Compiled steps and ordinary ones learn and skip the same."""
     x, y = samples(8)
-    pair = Pair(mlp(NORMS[norm]), {"lr": 1e-3})
     x = x.float()
     x[5] = (x[5].double() * scale).float()
-    if scale < 1:
-        pair.compare(x, y, TERMS)
-    else:  # what follows an explosion is a matter of its last digit
-        pair.compare(x[:6], y[:6], TERMS)
+    n = 8 if scale < 1 else 6  # what follows an explosion is a matter of its last digit
+    a = online(mlp(NORMS[norm]), {"lr": 1e-3})
+    b = online(copy.deepcopy(a.model), {"lr": 1e-3})
+    got = a.steps(x[:n], y[:n])
+    with kernels.using("generic"):
+        want = b.steps(x[:n], y[:n])
+    assert a.skipped == b.skipped
+    assert scale > 1 or not a.skipped
+    for one, other in zip([*got, *a.model.state_dict().values()], [*want, *b.model.state_dict().values()], strict=True):
+        close("state", one, other, TERMS)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def spoil_input(x: Tensor, y: Tensor, at: int) -> None:
+    x[at, 3] = (NAN, INF, -INF)[at % 3]
+
+
+def spoil_target(x: Tensor, y: Tensor, at: int) -> None:
+    y[at, 1] = (NAN, INF, -INF)[at % 3]
+
+
+def spoil_activations(x: Tensor, y: Tensor, at: int) -> None:
+    x[at] = 1e308
+
+
+def spoil_loss(x: Tensor, y: Tensor, at: int) -> None:
+    y[at, 0] = 1e200
+
+
+@pytest.fixture(params=[pytest.param("compiled", marks=compiled), "ordinary"])
+def path(request: Any) -> Iterator[None]:
+    if request.param == "compiled":
+        request.getfixturevalue("compiled_steps")
+    with kernels.using("generic" if request.param == "ordinary" else None):
+        yield
+
+
+SPOILERS = {"input": spoil_input, "target": spoil_target, "activations": spoil_activations, "loss": spoil_loss}
+BAD = (0, 2, 3, 8, 11)
+
+
+@pytest.mark.parametrize("rates", ["momentum", "adam"])
 @pytest.mark.parametrize("norm", ["mixed", "p1-zero", "layer", "none"])
-def test_a_sample_that_is_not_finite(norm: str, value: float) -> None:
-    """Weights and state are what the ordinary path makes of it, in a warm-up and after it."""
-    x, y = samples(12)
-    for at in (2, 8):
-        bad = x.clone()
-        bad[at, 3] = value
-        pair = Pair(mlp(NORMS[norm]).double(), RATES["momentum"])
-        pair.compare(bad, y, TERMS)
-        if norm == "mixed":
-            assert pair.trainer.model[1].H1.skipped == (1 if at == 2 else 4)
+@pytest.mark.parametrize("what", SPOILERS)
+def test_a_sample_that_is_not_finite_is_skipped(what: str, norm: str, rates: str, path: None) -> None:
+    """In a warm-up and after it, with what was to be learned before it still on its way."""
+    x, y = samples(12, loss=F.mse_loss)
+    for at in BAD:
+        SPOILERS[what](x, y, at)
+    model = mlp(NORMS[norm]).double()
+    with torch.no_grad():
+        model[0].weight *= 4  # type: ignore[operator]
+    pair = Pair(model, {**RATES[rates], "lr": 1e-3}, F.mse_loss)
+    pair.compare(x, y, TERMS, BAD)
+    assert pair.trainer.link.updates == 12 - len(BAD)
 
 
-@compiled
-def test_a_refused_sample_is_found_before_anything_changed() -> None:
-    x, y = samples(1)
-    trainer = online(mlp(NORMS["mixed"]).double(), RATES["momentum"], warmup=0)
-    before = copy.deepcopy(trainer.model.state_dict())
-    x[0, 0] = float("inf")
-    loss, output = torch.empty(1).double(), torch.empty(1, 3).double()
-    assert trainer._is_served()
-    assert trainer._compiled(x, y, 1, 0, 1, False, loss, output) == 0
-    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
-    assert not trainer.optimizer.state_dict()["state"]
-    assert trainer.link.updates == 0
-
-
-@pytest.mark.parametrize("norm", ["mixed", "own", "layer", "none"])
-@pytest.mark.parametrize("target", [float("nan"), float("inf"), 1e38])
-def test_gradients_that_are_not_finite(norm: str, target: float, compiled_steps: None) -> None:
-    """The forward pass is finite: H1 learns, H2 refuses."""
-    x, y = samples(6, loss=F.mse_loss)
-    y[5, 0] = target
-    pair = Pair(mlp(NORMS[norm]), {"lr": 1e-3}, F.mse_loss, warmup=2)
-    pair.compare(x.float(), y.float(), TERMS)
-
-
-@compiled
-def test_an_empty_memory_refuses_too() -> None:
-    x, y = samples(1, loss=F.mse_loss)
+@pytest.mark.parametrize("what", SPOILERS)
+def test_or_it_is_refused(what: str, path: None) -> None:
+    x, y = samples(12, loss=F.mse_loss)
+    SPOILERS[what](x, y, 7)
     model = mlp(NORMS["mixed"]).double()
-    for parameter in model.parameters():  # at the first sample every y is 0, and ReLU would stop what comes back
-        nn.init.normal_(parameter)
-    pair = Pair(model, {"lr": 1e-3}, F.mse_loss, warmup=0)
-    pair.compare(x, y * float("inf"), TERMS)
-    assert pair.trainer.model[1].H2.skipped == 1
+    with torch.no_grad():
+        model[0].weight *= 4  # type: ignore[operator]
+    pair = Pair(model, {"lr": 1e-3}, F.mse_loss)
+    pair.trainer.on_nonfinite = "raise"
+    message = f"sample 7 of this call is not finite in its {what}; the 7 before it were learned"
+    with pytest.raises(ValueError, match=message):
+        pair.trainer.steps(x, y)
+    pair.ordinary(x[:7], y[:7])
+    for name, value in pair.twin.state_dict().items():
+        close(name, pair.trainer.model.state_dict()[name], value, TERMS)
+    assert pair.trainer.link.updates == 7
+    assert pair.trainer.skipped == 0
+    pair.compare(x[8:], y[8:], TERMS)
+
+
+def overflowing(kind: str) -> tuple[nn.Sequential, Tensor, Tensor]:
+    """A model and a sample with a finite loss whose gradients overflow only in the lowest layer, and 3 samples more."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3), nn.Linear(3, 2))
+    x, y = torch.randn(4, 4), torch.randn(4, 2)
+    with torch.no_grad():
+        if kind == "sum":  # of W^T g
+            model[1].weight[:, 0] = 1e30
+            model[0].weight[0], model[0].bias[0] = 0, 0
+            y[1] = 1e12
+        else:  # of a weight
+            x[1], model[0].weight[:] = 1e25, 1e-25
+            y[1] = 1e15
+    return model, x, y
+
+
+@pytest.mark.parametrize("kind", ["sum", "weight"])
+@pytest.mark.parametrize("rates", ["momentum", "adam"])
+def test_gradients_that_overflow_move_no_layer(kind: str, rates: str, path: None) -> None:
+    model, x, y = overflowing(kind)
+    trainer = online(model, {**RATES[rates], "lr": 1e-30}, F.mse_loss)
+    before = copy.deepcopy(model.state_dict())
+    loss, output = trainer.step(x[1], y[1])
+    assert trainer.skipped == 1
+    assert loss.isnan()
+    assert output.isnan().all()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not trainer.optimizer.state_dict()["state"]
+
+
+def test_a_square_that_overflows_does_not_enter_adam(path: None) -> None:
+    x, y = torch.tensor([[1e3, 0, 1], [1, 2, 3]]), torch.tensor([[1e18, 0.0], [1.0, 0.0]])
+    for kind, skipped in ((torch.optim.SGD, 0), (torch.optim.AdamW, 1)):
+        model = nn.Sequential(nn.Linear(3, 2))
+        trainer = OnlineTrainer(model, kind(model.parameters(), lr=1e-30), F.mse_loss)
+        trainer.steps(x, y)
+        assert trainer.skipped == skipped
+
+
+@pytest.mark.parametrize("name", ["0.weight", "1.affine.weight", "3.bias"])
+def test_parameters_that_are_not_finite_are_reported(name: str, path: None) -> None:
+    x, y = samples(4)
+    trainer = online(mlp(NORMS["p1-zero"], (19, 7, 3)), {"lr": 1e-3})
+    with torch.no_grad():
+        trainer.model.get_parameter(name).view(-1)[0] = NAN
+    with pytest.raises(OverflowError, match=f"before the call: {name}"):
+        trainer.steps(x.float(), y)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("many", [1, 4])
+def test_an_update_that_overflows_is_reported(layer: int, many: int, path: None) -> None:
+    """A weight whose input is 0 does nothing until its decay throws it away."""
+    x, y = samples(many, (19, 7, 3))
+    x[:, 0] = 0
+    model = nn.Sequential(nn.Linear(19, 7), nn.Linear(7, 3))
+    with torch.no_grad():
+        model[0].weight[0], model[0].bias[0] = 0, 0  # type: ignore[index]
+        model[layer].weight[1, 0] = 3e38  # type: ignore[index]
+    trainer = online(model, {"lr": 1e-3, "weight_decay": 3e3})
+    with pytest.raises(OverflowError, match=f"after the update by sample 0 of this call: {layer}.weight"):
+        trainer.steps(x.float(), y)

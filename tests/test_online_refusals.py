@@ -25,6 +25,11 @@ CROSSED.weight.data = CROSSED.weight.data.T
         ([nn.Linear(4, 3), nn.ReLU()], "last module"),
         ([nn.Linear(4, 3), nn.ReLU(), StreamingNorm(3), nn.Linear(3, 2)], "module '2', StreamingNorm.*the order"),
         ([nn.ReLU(), nn.Linear(3, 2)], "module '0', ReLU.*the order"),
+        ([Affine(3), nn.Linear(3, 2)], "module '0', Affine.*the order"),
+        ([StreamingNorm(3), nn.ReLU(), nn.Linear(3, 2)], "module '1', ReLU.*the order"),
+        ([StreamingNorm(3), nn.LayerNorm(3), nn.Linear(3, 2)], "module '1', LayerNorm.*the order"),
+        ([StreamingNorm(3), nn.Linear(4, 2)], "takes 4 features and gets 3"),
+        ([StreamingNorm(3)], "last module"),
         ([nn.Linear(4, 3), nn.Linear(4, 2)], "takes 4 features and gets 3"),
         ([nn.Linear(4, 3), StreamingNorm(4), nn.Linear(3, 2)], "takes 4 features and gets 3"),
         ([nn.Linear(4, 3), StreamingNorm(3, center="batch"), nn.Linear(3, 2)], "makes sigma 0"),
@@ -57,8 +62,13 @@ def test_what_else_it_refuses() -> None:
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(TypeError, match=r"nn\.Sequential"):
         OnlineTrainer(nn.Linear(4, 3), sgd)
-    with pytest.raises(TypeError, match="Adam"):
-        OnlineTrainer(model, torch.optim.Adam(model.parameters()))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="SGD, Adam or AdamW, got RMSprop"):
+        OnlineTrainer(model, torch.optim.RMSprop(model.parameters()))  # type: ignore[arg-type]
+    for option in ("amsgrad", "capturable", "differentiable"):
+        with pytest.raises(ValueError, match=f"Adam with {option}=True"):
+            OnlineTrainer(model, torch.optim.Adam(model.parameters(), **{option: True}))
+    with pytest.raises(ValueError, match="on_nonfinite is"):
+        OnlineTrainer(model, sgd, on_nonfinite="pass")  # type: ignore[arg-type]
     for loss in (F.l1_loss, nn.CrossEntropyLoss(label_smoothing=0.1), nn.CrossEntropyLoss(ignore_index=1)):
         with pytest.raises(ValueError, match="loss_fn is"):
             OnlineTrainer(model, sgd, loss)

@@ -6,8 +6,9 @@ The ordinary loop runs on the generic backend, so that nothing compiled is compa
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from math import nan
 from typing import Any
 
 import pytest
@@ -48,7 +49,10 @@ RATES = {
     "decay": {"lr": 0.02, "weight_decay": 0.1},
     "momentum": {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.01, "dampening": 0.2},
     "nesterov": {"lr": 0.01, "momentum": 0.8, "nesterov": True},
+    "adam": {"kind": torch.optim.Adam, "lr": 0.01, "weight_decay": 0.1, "betas": (0.4, 0.9), "eps": 1e-2},
+    "adamw": {"kind": torch.optim.AdamW, "lr": 0.01, "weight_decay": 0.1, "eps": 1e-2},
 }
+"""An eps this large keeps the rounding of small gradients small."""
 
 compiled = pytest.mark.skipif(library.library() is None, reason="there are no compiled kernels")
 
@@ -60,10 +64,15 @@ def mlp(norm: Callable[[int], nn.Module] | None, widths: tuple[int, ...] = WIDTH
     return nn.Sequential(*modules, nn.Linear(*widths[-2:]))
 
 
+def optimizer_of(model: nn.Module, rates: dict[str, Any]) -> Any:
+    options = dict(rates)
+    return options.pop("kind", torch.optim.SGD)(model.parameters(), **options)
+
+
 def online(
     model: nn.Sequential, rates: dict[str, Any], loss: Any = F.cross_entropy, warmup: Any = "auto"
 ) -> OnlineTrainer:
-    return OnlineTrainer(model, torch.optim.SGD(model.parameters(), **rates), loss, warmup)
+    return OnlineTrainer(model, optimizer_of(model, rates), loss, warmup)
 
 
 def samples(n: int = STEPS, widths: tuple[int, ...] = WIDTHS, loss: Any = F.cross_entropy) -> tuple[Tensor, Tensor]:
@@ -79,13 +88,16 @@ class Pair:
         self.twin = copy.deepcopy(model)
         self.loss = loss
         self.trainer = online(model, rates, loss, warmup)
-        self.optimizer = torch.optim.SGD(self.twin.parameters(), **rates)
+        self.optimizer = optimizer_of(self.twin, rates)
         self.link = attach(self.twin, self.optimizer, warmup)
 
-    def ordinary(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def ordinary(self, x: Tensor, y: Tensor, bad: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         results = []
         with kernels.using("generic"):
-            for one, target in zip(x.split(1), y.split(1), strict=True):
+            for i, (one, target) in enumerate(zip(x.split(1), y.split(1), strict=True)):
+                if i in bad:
+                    results.append((x.new_tensor(nan), x.new_full((self.twin[-1].out_features,), nan)))
+                    continue
                 output = self.twin(one)
                 loss = self.loss(output, target)
                 loss.backward()
@@ -95,13 +107,16 @@ class Pair:
         losses, outputs = map(torch.stack, zip(*results, strict=True))
         return losses, outputs
 
-    def compare(self, x: Tensor, y: Tensor, terms: int) -> None:
-        """Train both on the samples, and hold everything that they have against one another."""
+    def compare(self, x: Tensor, y: Tensor, terms: int, bad: Sequence[int] = ()) -> None:
+        """Train both on the samples, the twin without the bad ones, and hold everything that they have against one
+        another."""
+        skipped = self.trainer.skipped
         losses, outputs = self.trainer.steps(x, y)
-        self.same(x, y, losses, outputs, terms)
+        self.same(x, y, losses, outputs, terms, bad)
+        assert self.trainer.skipped - skipped == len(bad)
 
-    def same(self, x: Tensor, y: Tensor, losses: Tensor, outputs: Tensor, terms: int) -> None:
-        want_losses, want_outputs = self.ordinary(x, y)
+    def same(self, x: Tensor, y: Tensor, losses: Tensor, outputs: Tensor, terms: int, bad: Sequence[int] = ()) -> None:
+        want_losses, want_outputs = self.ordinary(x, y, bad)
         close("losses", losses, want_losses, terms)
         close("outputs", outputs, want_outputs, terms)
         for name, value in self.twin.state_dict().items():
@@ -111,8 +126,10 @@ class Pair:
         assert got.keys() == want.keys()
         for key, state in want.items():
             assert state.keys() == got[key].keys()
-            if state.get("momentum_buffer") is not None:
-                close("momentum", got[key]["momentum_buffer"], state["momentum_buffer"], terms)
+            for name, value in state.items():
+                if value is not None:
+                    close(name, got[key][name], value, terms)
+                    assert got[key][name].dtype is value.dtype, name
 
 
 def close(name: str, got: Tensor, want: Tensor, terms: int) -> None:

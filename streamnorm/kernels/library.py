@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-ABI = 9
+ABI = 10
 """What ``streamnorm_abi`` has to answer; raised there and here together."""
 
 ISAS = {"base": 0, "v3": 3, "v4": 4}
