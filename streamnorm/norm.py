@@ -432,7 +432,9 @@ def trusting(affine: nn.Module, trust: float) -> Callable[[Tensor], Tensor]:
 
 def _trusted(affine: nn.Module, trust: float, y: Tensor) -> Tensor:
     # Asked at every call: the forward of what follows may be replaced between two.
-    takes_trust = isinstance(affine, Affine) and type(affine).forward is Affine.forward and "forward" not in vars(affine)
+    takes_trust = (
+        isinstance(affine, Affine) and type(affine).forward is Affine.forward and "forward" not in vars(affine)
+    )
     return affine(y, trust=trust) if takes_trust else affine(y)
 
 

@@ -183,16 +183,20 @@ class OnlineTrainer:
             or _has_any_global_hook()
             or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in plan.params)
             or not plan.all_move
+            or self._begins()
             or [*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks] != self._own
         ):
             return False
         for norm in plan.norms:
-            H1 = norm.H1
-            begins = H1 is not None and isinstance(H1.rule, Pooled) and H1.rule.prior and not H1.known
-            if begins or not norm.training:  # the first estimate of a layer is made of all its features
+            if not norm.training:
                 return False
             norm._calls.reference_size = 1
         return True
+
+    def _begins(self) -> bool:
+        """Whether a norm has its first sample before it: its first estimate is made of all features, in torch's code."""
+        memories = (norm.H1 for norm in self._plan.norms)
+        return any(m is not None and isinstance(m.rule, Pooled) and m.rule.prior and not m.known for m in memories)
 
     def _compiled(
         self, x: Tensor, targets: Tensor, n: int, start: int, many: int, warming: bool, losses: Tensor, outputs: Tensor

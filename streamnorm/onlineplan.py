@@ -215,7 +215,7 @@ class Plan:
             self._parameters(norm, c.gain, c.shift)
         elif norm is not None:
             c.kind, c.p, c.eps, c.about_zero = 1, norm.moment.p, norm.moment.eps, norm.moment.center == "zero"
-            c.trust = norm.policy.trust(1)
+            c.trust = norm.policy.trust(1) if affine is norm.affine else 1.0
             self._memory(norm.H1, c.F)
             self._memory(norm.H2, c.G)
         if affine is not None:

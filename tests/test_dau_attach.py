@@ -9,7 +9,20 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import MakeNorm, assert_equal, batch, connected, everything, memories, moved, net, sgd, streaming, take_steps, weights
+from nets import (
+    MakeNorm,
+    assert_equal,
+    batch,
+    connected,
+    everything,
+    memories,
+    moved,
+    net,
+    sgd,
+    streaming,
+    take_steps,
+    weights,
+)
 from torch import nn
 
 import streamnorm as sn

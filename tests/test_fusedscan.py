@@ -81,9 +81,13 @@ def test_equals_the_loop(net: Any, norm: str, nonlinearity: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize(
-    ("H", "n", "threads"), [(130, 70, 1), (130, 70, 2), (130, 70, 3), (15, 4700, 7), (30, 1200, 5)]
+    ("norm", "H", "n", "threads"),
+    [
+        *(("mixed", *size) for size in ((130, 70, 1), (130, 70, 2), (130, 70, 3), (15, 4700, 7), (30, 1200, 5))),
+        ("evidence", 130, 70, 3),
+        ("evidence", 30, 1200, 5),
+    ],
 )
-@pytest.mark.parametrize("norm", ["mixed", "evidence"])
 @pytest.mark.parametrize("net", [sn.NormRNN, sn.NormGRU])
 def test_units_shared_out_to_threads(net: Any, norm: str, H: int, n: int, threads: int) -> None:
     """Products so large that threads take a range of the units each, or some of them none; in one call the gradient is

@@ -437,7 +437,7 @@ def test_half_precision_input(dtype: torch.dtype) -> None:
 
 def test_a_neuron_of_ba6_knows_itself_alone() -> None:
     def run(x: torch.Tensor) -> sn.Norm:
-        layer = sn.StreamingNorm(6, sn.BA6, affine=False).double()
+        layer = sn.StreamingNorm(6, sn.BA6, affine=False, alpha=(0.7, 0.3)).double()
         for step in range(3):
             y = layer(x[step])
             (y**3).sum().backward()

@@ -216,7 +216,9 @@ def test_statistics_are_wide_under_a_narrow_default(rules: dict[str, Any]) -> No
         layer = sn.StreamingNorm(4, **rules)
     finally:
         torch.set_default_dtype(before)
-    narrow = {k: v.bfloat16() if v.is_floating_point() else v for k, v in sn.StreamingNorm(4, **rules).state_dict().items()}
+    narrow = {
+        k: v.bfloat16() if v.is_floating_point() else v for k, v in sn.StreamingNorm(4, **rules).state_dict().items()
+    }
     other = sn.StreamingNorm(4, **rules)
     other.load_state_dict(narrow, assign=True)
     for one in (layer, other):

@@ -58,7 +58,7 @@ def test_blocks_share_weights_and_statistics_over_time() -> None:
         p.numel() for p in Convolutional(3, 5, sn.StreamingNorm, 4).parameters()
     )
     model(image())
-    assert [int(block.branch[0].H1.count) for block in (model[1], model[3])] == [2, 3]
+    assert [int(block.branch[0].H1.seen) for block in (model[1], model[3])] == [2, 3]
 
 
 def test_statistics_per_time_step_are_as_many_as_the_loops() -> None:
@@ -106,7 +106,7 @@ def test_the_zeros_that_d_begins_with_leave_no_gradient_in_h2() -> None:
     """Their sigma is sqrt(eps): a gradient divided by it would outweigh all others."""
     model = FullyRecurrent(3, 2, sn.StreamingNorm, 4, steps=3)
     model(image()).sum().backward()
-    counts = {name: (int(norm.H1.count), int(norm.H2.count)) for name, (norm, *_) in model.transitions.items()}
+    counts = {name: (int(norm.H1.seen), int(norm.H2.seen)) for name, (norm, *_) in model.transitions.items()}
     # What goes to the first and the second state at the last step is not read any more.
     assert counts == {f"{j}to{i}": (3, 3 - (j > 0) - (i < 2)) for i in range(3) for j in range(3)}
 
@@ -128,7 +128,7 @@ def test_a_vectorized_cycle_refuses_a_layer_that_is_called_twice() -> None:
     for _ in range(2):
         with sn.vectorized(once, 2):
             once(image())
-    assert once[1].branch[0].H1.count == 4
+    assert once[1].branch[0].H1.seen == 4
 
 
 # --- Runs

@@ -124,7 +124,7 @@ def test_state_dict_scheduler_copies_and_repr_are_those_of_torch() -> None:
 
 
 def test_layers_hear_of_its_updates() -> None:
-    model = nn.Sequential(nn.Linear(3, 4, bias=False), StreamingNorm(4))
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), StreamingNorm(4, alpha=(0.7, 0.3)))
     optimizer = Manhattan(model.parameters(), lr=0.01)
     attach(model, optimizer, warmup=1)
     before = copy.deepcopy(dict(model.named_parameters()))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from copy import deepcopy
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -191,36 +193,44 @@ def test_a_vectorized_cycle_is_seen_as_its_mini_batches_are() -> None:
     a, b = (record["preactivations"]["2"] for record in records)
     assert (a.pop("calls"), b.pop("calls")) == (1, 12)
     assert a == pytest.approx(b, rel=1e-5)
-    assert records[0]["norms"]["1"]["H1"]["count"] == records[1]["norms"]["1"]["H1"]["count"] == 12
+    assert records[0]["norms"]["1"]["H1"]["count"] == records[1]["norms"]["1"]["H1"]["count"] == 12 * 2
 
 
 # --- Normalization layers
 
 
-def test_a_layer_of_ours_is_recorded_with_all_it_remembers() -> None:
-    model = net()
+@pytest.mark.parametrize(
+    ("norm", "tables", "counted"),
+    [
+        (partial(StreamingNorm, alpha=(0.7, 0.3)), ("long", "short"), {"count": 1, "updates": 1}),
+        (StreamingNorm, ("theta",), {"count": 16, "held": 32}),
+    ],
+    ids=["paper", "evidence"],
+)
+def test_a_layer_of_ours_is_recorded_with_all_it_remembers(norm: Any, tables: Any, counted: dict[str, int]) -> None:
+    model = net(norm)
     optimizer = sgd(model)
     attach(model, optimizer)
-    norm = model[1]
-    assert isinstance(norm, StreamingNorm)
+    layer = model[1]
+    assert isinstance(layer, StreamingNorm)
     with monitor(model, optimizer, every=1) as watching:
         train(model, optimizer, 1)
         x = torch.randn(16, 5)
         x[3] = math.nan
         model(x)
         model(torch.randn(16, 5)).sum().backward()
-        H1, H2 = deepcopy(norm.H1), deepcopy(norm.H2)
+        H1, H2 = deepcopy(layer.H1), deepcopy(layer.H2)
         optimizer.step()
     first, second = (record["norms"]["1"] for record in watching.records)
     assert list(watching.records[0]["norms"]) == ["1"]
-    assert "long" not in first["H1"], "there is none before the first update"
-    for kept, memory in ((second["H1"], H1), (second["H2"], H2)):
-        for table in ("long", "short", "estimate"):
+    assert ("long" in first["H1"]) == (norm is StreamingNorm), "there is none before the first update, but a prior"
+    for kept, memory, members in ((second["H1"], H1, ("long", "short")), (second["H2"], H2, tables)):
+        for table in (*members, "estimate"):
             for row, name in enumerate(("mu", "sigma")):
                 values = getattr(memory, table)[row].tolist()
                 assert kept[table][name] == pytest.approx([percentile(values, p / 100) for p in (15, 50, 85)], rel=1e-5)
-    counters = {name: second["H1"][name] for name in ("count", "updates", "seen", "skipped")}
-    assert counters == {"count": 1, "updates": 1, "seen": 3, "skipped": 1}
+    counters = {name: second["H1"][name] for name in (*counted, "seen", "skipped")}
+    assert counters == {**counted, "seen": 3, "skipped": 1}
 
 
 def test_a_batch_normalization_of_torch_is_recorded_with_what_testing_uses() -> None:

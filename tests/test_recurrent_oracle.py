@@ -71,7 +71,9 @@ class Loop:
             self.oracles[key] = self.make(p=self.p, **POLICIES[self.kind])
         gain, bias = (self.parameters[f"norm_{path}.{gate}.affine.{name}"] for name in ("weight", "bias"))
         if self.kind == "Evidence":
-            gain, bias = (trust * q + (1 - trust) * q.detach() for q, trust in ((q, SHORT.trust(len(a))) for q in (gain, bias)))
+            gain, bias = (
+                trust * q + (1 - trust) * q.detach() for q, trust in ((q, SHORT.trust(len(a))) for q in (gain, bias))
+            )
         return Through.apply(a, self.oracles[key]) * gain + bias
 
     def evaluated(self, path: str, gate: str, a: Tensor, t: int) -> Tensor:

@@ -15,7 +15,6 @@ from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 import streamnorm as sn
 from streamnorm.norm import norms
 
-
 EVERY = {"evidence": sn.StreamingNorm, **NORMS}
 
 

@@ -32,7 +32,7 @@ def norm_of(arm: str) -> Callable[[int], nn.Module]:
 
     >>> norm_of("streming")
     Traceback (most recent call last):
-    ValueError: unknown arm 'streming'; did you mean 'streaming'? the arms are none, layer, rms, streaming, paper, onlinenorm
+    ValueError: unknown arm 'streming'; did you mean 'streaming'? the arms are none, layer, rms, streaming, paper, ...
     """
     if arm not in ARMS:
         near = difflib.get_close_matches(arm, ARMS, 1)
