@@ -67,7 +67,7 @@ def test_training_is_a_plain_loop_of_dense_sgd(arm: str, m: int, n: int) -> None
     run = small(arm=arm, samples_per_batch=m, batches_per_update=n, warmup=1 if arm == "streaming" else 0)
     trainer = AutoencoderTrainer(run, documents)
     trainer.model.double()
-    norm = {"none": nn.Identity(), "layer": nn.LayerNorm(6), "streaming": StreamingNorm(6)}[arm]
+    norm = {"none": nn.Identity(), "layer": nn.LayerNorm(6), "streaming": StreamingNorm(6, alpha=(0.7, 0.3))}[arm]
     first, last = nn.Linear(WORDS, 6, bias=arm == "none"), nn.Linear(6, WORDS)
     plain = nn.Sequential(first, norm, nn.ReLU(), last).double()
     with torch.no_grad():
