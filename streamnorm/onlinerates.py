@@ -110,7 +110,7 @@ class Rates:
         state = self.optimizer.state.get(parameter) or {}
         if self.of_adam:
             members: Any = (state.get("exp_avg"), state.get("exp_avg_sq"), state.get("step"))
-            if state and None in map(type, members):
+            if state and any(member is None for member in members):
                 return False
         else:
             members = (state.get("momentum_buffer"),)
