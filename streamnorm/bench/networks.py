@@ -115,7 +115,8 @@ def online(quick: bool) -> Iterator[Case]:
     def by(optimizer: str, width: int) -> Variant:
         make = partial(_perceptron, inputs, width, depth=2)
         check = partial(_check_fused, make, StreamingNorm, inputs, 16, optimizer)
-        return Variant(lambda: FusedStep(make(StreamingNorm), samples(), 64, optimizer), check)
+        is_checked = optimizer != "SGD"  # that one is above
+        return Variant(lambda: FusedStep(make(StreamingNorm), samples(), 64, optimizer), check if is_checked else None)
 
     for width in (8, 16) if quick else (64, 256):
         yield Case(
