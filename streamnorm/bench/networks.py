@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,11 @@ INPUTS, CLASSES = 3072, 10
 RATE = 1e-3
 UPDATES = 20
 """Weight updates whose samples differ, one after the other."""
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "SGD": partial(torch.optim.SGD, lr=RATE),
+    "SGD with momentum": partial(torch.optim.SGD, lr=RATE, momentum=0.9),
+    "Adam": partial(torch.optim.Adam, lr=RATE),
+}
 EVERY = 100
 """Weight updates from one record of a monitor to the next, its default."""
 
@@ -47,13 +53,13 @@ def noise(n: int, *shape: int) -> Samples:
 
 
 class OnlineStep:
-    """A whole step of training on one sample: forward, loss, backward, SGD."""
+    """A whole step of training on one sample: forward, loss, backward, optimizer."""
 
-    def __init__(self, model: nn.Module, samples: Samples) -> None:
+    def __init__(self, model: nn.Module, samples: Samples, optimizer: str = "SGD") -> None:
         self.model = model
         self.pairs = list(zip(samples.x.split(1), samples.y.split(1), strict=True))
         self.at = 0
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+        self.optimizer = OPTIMIZERS[optimizer](model.parameters())
         self.link = attach(model, self.optimizer)
 
     def step(self) -> None:
@@ -68,8 +74,8 @@ class OnlineStep:
 class FusedStep(OnlineStep):
     """The same step, or ``count`` of them, in one call of compiled code."""
 
-    def __init__(self, model: nn.Module, samples: Samples, count: int = 1) -> None:
-        super().__init__(model, samples)
+    def __init__(self, model: nn.Module, samples: Samples, count: int = 1, optimizer: str = "SGD") -> None:
+        super().__init__(model, samples, optimizer)
         self.link.remove()
         self.trainer = OnlineTrainer(model, self.optimizer)
         self.count = count
@@ -106,16 +112,33 @@ def online(quick: bool) -> Iterator[Case]:
     }
     yield Case("online", f"{inputs}-{width}-{width}-{CLASSES}, SGD", "nn.LayerNorm", variants)
 
+    def by(optimizer: str, width: int) -> Variant:
+        make = partial(_perceptron, inputs, width, depth=2)
+        check = partial(_check_fused, make, StreamingNorm, inputs, 16, optimizer)
+        is_checked = optimizer != "SGD"  # that one is above
+        return Variant(lambda: FusedStep(make(StreamingNorm), samples(), 64, optimizer), check if is_checked else None)
 
-def _check_fused(make: MakeModel, norm: MakeNorm, inputs: int, count: int) -> None:
-    """Compiled steps leave the weights and the state where the ordinary loop in float64 leaves them."""
+    for width in (8, 16) if quick else (64, 256):
+        yield Case(
+            "online",
+            f"{inputs}-{width}-{width}-{CLASSES} fused, 64 a call, by optimizer",
+            "SGD",
+            {optimizer: by(optimizer, width) for optimizer in OPTIMIZERS},
+        )
+
+
+def _check_fused(make: MakeModel, norm: MakeNorm, inputs: int, count: int, optimizer: str = "SGD") -> None:
+    """Compiled steps leave the weights and the state where the ordinary loop in float64 leaves them. Those of Adam are
+    in float64 too: it divides small gradients by their own size, and so their rounding."""
     samples, steps, ends = noise(64, inputs), 16 if count == 1 else 1, []
     wide = Samples(samples.x.double(), samples.y)
     for fused in (True, False):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = make(norm)
-        subject = FusedStep(model, samples, count) if fused else OnlineStep(model.double(), wide)
+        if optimizer == "Adam":
+            model, samples = model.double(), wide
+        subject = FusedStep(model, samples, count, optimizer) if fused else OnlineStep(model.double(), wide, optimizer)
         for _ in range(steps if fused else steps * count):
             subject.step()
         ends.append(model.state_dict())
