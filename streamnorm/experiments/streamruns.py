@@ -154,8 +154,11 @@ def learn(run: StreamRun, stream: Stream) -> dict[str, Any]:
     right, diverged, start = [], None, time.perf_counter()
     for first in range(0, len(x), STEP):
         few, labels = x[first : first + STEP], y[first : first + STEP]
-        if diverged is None:
-            outputs = steps(few, labels)
+        try:
+            outputs = steps(few, labels) if diverged is None else None
+        except OverflowError:  # its weights are lost
+            outputs, diverged = None, first
+        if outputs is not None:
             correct = outputs.argmax(1) == labels
             if not (sound := outputs.isfinite().all(1)).all():
                 lost = int(sound.int().argmin())

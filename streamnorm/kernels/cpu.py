@@ -238,7 +238,7 @@ def stat_grads(dy: Tensor, x: Tensor, d: Definition, mu_hat: Tensor, sigma_hat: 
     _call("sums", x, told, x, dy, shift, s1, s2)
     if s1.shape[1] != mu_hat.shape[1]:  # one estimate for the m samples of a mini-batch
         s1, s2 = s1.sum(1, keepdim=True), s2.sum(1, keepdim=True)
-    return torch.zeros_like(s1) if shift is None else -s1 / sigma_hat, -s2 / (sigma_hat * sigma_hat)
+    return torch.zeros_like(s1) if shift is None else -s1 / sigma_hat, -s2 / sigma_hat / sigma_hat
 
 
 def input_grad(dy: Tensor, x: Tensor, d: Definition, s: Statistics, g_mu: Tensor, g_sigma: Tensor) -> Tensor:

@@ -98,11 +98,11 @@ def apply(
 def stat_grads(dy: Tensor, x: Tensor, d: Definition, mu_hat: Tensor, sigma_hat: Tensor) -> tuple[Tensor, Tensor]:
     """``dE/ds_hat``, summed over all activations that s_hat normalizes."""
     if type(d.op) is Scale:
-        return torch.zeros_like(mu_hat), -_total(dy * x, sigma_hat) / (sigma_hat * sigma_hat)
+        return torch.zeros_like(mu_hat), -_total(dy * x, sigma_hat) / sigma_hat / sigma_hat
     flat = _maps(x, d)
     if flat is None or not _is_moderate(mu_hat, sigma_hat):
         g_mu = -_total(dy, mu_hat) / sigma_hat
-        return g_mu, -_total((x - mu_hat).mul_(dy), sigma_hat) / (sigma_hat * sigma_hat)
+        return g_mu, -_total((x - mu_hat).mul_(dy), sigma_hat) / sigma_hat / sigma_hat
     deviation = sigma_hat.flatten()
     _, scaled, plain = torch.ops.aten.native_batch_norm_backward(
         dy.reshape(flat.shape),

@@ -202,7 +202,12 @@ class Learner:
         for name, arm in self.arms.items():
             if arm.failed is None:
                 arm.grow(x.shape[1], max(len(self.classes), 1))
-                outputs = arm.steps(x, targets)
+                try:
+                    outputs = arm.steps(x, targets)
+                except OverflowError:  # its weights are lost, and with them what it said of these rows
+                    arm.failed = f"diverged: its outputs were not finite at row {self.rows + 1:,}"
+                    scores[name] = []
+                    continue
                 finite = outputs.isfinite().all(1)
                 scores[name] = self._scores(outputs, rows)
                 if not finite.all():

@@ -431,7 +431,7 @@ template <class T> bool backward_norm(const Layer &l, const Room<T> &at) {
     }
     for (int64_t i = 0; i < n; i++) {
         g_mu[i] = -grad[i] / sigma_hat[i];
-        g_sigma[i] = -((a[i] - at.s_hat[i]) * grad[i]) / (sigma_hat[i] * sigma_hat[i]);
+        g_sigma[i] = -((a[i] - at.s_hat[i]) / sigma_hat[i] * grad[i]) / sigma_hat[i];  // its square may overflow
     }
     if (!finite(at.g, 2 * n)) return false;
     if (l.G.rule.kind == RESIDUAL) {
