@@ -194,7 +194,7 @@ class OnlineTrainer:
         return True
 
     def _begins(self) -> bool:
-        """Whether a norm has its first sample before it: its first estimate is made of all features, in torch's code."""
+        """Whether a norm has its first sample before it: its first estimate is made of all features, by torch."""
         memories = (norm.H1 for norm in self._plan.norms)
         return any(m is not None and isinstance(m.rule, Pooled) and m.rule.prior and not m.known for m in memories)
 
