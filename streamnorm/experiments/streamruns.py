@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import streamnorm
 from streamnorm.dau import attach
 from streamnorm.experiments import streamdata
 from streamnorm.experiments.sidebyside import side_by_side
@@ -32,6 +31,7 @@ from streamnorm.normref import BA1, SP2
 from streamnorm.normstats import Lp
 from streamnorm.online import OnlineTrainer
 from streamnorm.policy import Evidence, Sample
+from streamnorm.rivals import OnlineNorm
 from streamnorm.training.checkpoint import write
 from streamnorm.training.keeping import finite
 from streamnorm.training.run import Described
@@ -44,11 +44,6 @@ STEP = 50
 NormFactory = Callable[[int], nn.Module]
 
 
-def _of_package(name: str) -> NormFactory | None:
-    """A layer of streamnorm, None in a version that does not have it."""
-    return getattr(streamnorm, name, None)
-
-
 PAPER = {"alpha": (0.7, 0.3), "beta": (0.7, 0.3, 0.0)}
 KNOWN: dict[str, NormFactory | None] = {
     "none": nn.Identity,
@@ -56,13 +51,13 @@ KNOWN: dict[str, NormFactory | None] = {
     "rms": lambda c: Norm(c, SP2, Lp(2, "zero"), Sample(), affine=True, op=Scale()),
     "paper": lambda c: StreamingNorm(c, **PAPER),
     "p=1 about 0": lambda c: StreamingNorm(c, p=1, center="zero", **PAPER),
-    "batch renormalization": _of_package("BatchRenorm"),
-    "online normalization": _of_package("OnlineNorm"),
+    "batch renormalization": None,  # refuses one sample a call: what it hands on is 0
+    "online normalization": OnlineNorm,
     "default": lambda c: Norm(c, BA1, Lp(2, "estimate"), Evidence(), affine=True),
 }
 ARMS: dict[str, NormFactory] = {name: factory for name, factory in KNOWN.items() if factory is not None}
 LEFT_OUT = tuple(name for name in KNOWN if name not in ARMS)
-"""Arms whose layers this version does not have."""
+"""Arms that cannot learn from one sample at a time."""
 OPTIMIZERS: dict[str, type[Optimizer]] = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam}
 RATES = {"SGD": (0.003, 0.01, 0.03, 0.1), "Adam": (0.0003, 0.001, 0.003)}
 FEATURES: dict[str, Callable[[Tensor], Tensor]] = {"raw": lambda x: x, "standardized": streamdata.standardized}

@@ -178,7 +178,7 @@ def _limits(records: Records, tier: Tier) -> list[str]:
     looped = sorted(
         {f"{own[0]['arm']} with {own[0]['optimizer']}" for own in records.values() if own[0]["by"] == "a loop"}
     )
-    said = [f"Not in this version, and left out: {', '.join(LEFT_OUT)}."] if LEFT_OUT else []
+    said = [f"Cannot learn from one sample at a time, and left out: {', '.join(LEFT_OUT)}."] if LEFT_OUT else []
     if looped:
         rates = tier.loop_rates or tier.rates
         told = ", ".join(f"{name} {' '.join(f'{r:g}' for r in own)}" for name, own in rates.items())
