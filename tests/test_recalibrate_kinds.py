@@ -251,7 +251,7 @@ def test_every_kind_of_run_can_be_reopened_and_has_the_other_tests_that_it_names
     folders = [train_text(tmp_path), train_documents(tmp_path / "documents"), tmp_path / "digits"]
     assert main(["train", "--out", str(folders[-1]), "--epochs", "1", "--width", "4"]) == 0
     states = {kind(state["run"]): (folder, state) for folder in folders for state in [state_at(folder)]}
-    assert KINDS.keys() == MADE_BY.keys() == states.keys()
+    assert KINDS.keys() == MADE_BY.keys() - {"a learner of a stream"} == states.keys()
     for name, (folder, state) in states.items():
         assert reopen(folder, state).others.keys() == KINDS[name].others
 

@@ -20,7 +20,7 @@ IMAGE = (1, 8, 8)
 ONE_ACTIVATION = {
     # In A there is no place: one feature of one sample is one activation.
     ("A", 2): {"instance", "SP1-B", "SP4-B"},
-    ("A", 1): {"instance", "SP1-B", "SP4-B", "batch", "tsbn", "BA1-B", "BA4-B", "BA6-B"},
+    ("A", 1): {"instance", "SP1-B", "SP4-B", "batch", "tsbn", "batchrenorm", "BA1-B", "BA4-B", "BA6-B"},
     # In B the maps of an 8x8 image hold at least 4x4 places; only "here" leaves one of them.
     ("B", 2): set(),
     ("B", 1): {"BA6-B"},
