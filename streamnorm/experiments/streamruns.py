@@ -27,10 +27,10 @@ from streamnorm.experiments.streamdata import Stream
 from streamnorm.layers import StreamingNorm
 from streamnorm.norm import Norm
 from streamnorm.normop import Scale
-from streamnorm.normref import BA1, SP2
+from streamnorm.normref import SP2
 from streamnorm.normstats import Lp
 from streamnorm.online import OnlineTrainer
-from streamnorm.policy import Evidence, Sample
+from streamnorm.policy import Sample
 from streamnorm.rivals import OnlineNorm
 from streamnorm.training.checkpoint import write
 from streamnorm.training.keeping import finite
@@ -53,7 +53,7 @@ KNOWN: dict[str, NormFactory | None] = {
     "p=1 about 0": lambda c: StreamingNorm(c, p=1, center="zero", **PAPER),
     "batch renormalization": None,  # refuses one sample a call: what it hands on is 0
     "online normalization": OnlineNorm,
-    "default": lambda c: Norm(c, BA1, Lp(2, "estimate"), Evidence(), affine=True),
+    "default": StreamingNorm,
 }
 ARMS: dict[str, NormFactory] = {name: factory for name, factory in KNOWN.items() if factory is not None}
 LEFT_OUT = tuple(name for name in KNOWN if name not in ARMS)

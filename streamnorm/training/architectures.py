@@ -12,13 +12,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-import streamnorm
 from streamnorm.cells import at
 from streamnorm.norm import Affine, Norm
 from streamnorm.normop import Scale
 from streamnorm.normref import BA1, REFS, SP1, SP2, NormRef
 from streamnorm.normstats import Lp
 from streamnorm.policy import Batch, Evidence, Policy, Sample, Streaming
+from streamnorm.rivals import BatchRenorm, OnlineNorm
 from streamnorm.timespecific import TimeSpecific
 from streamnorm.training.run import Run
 
@@ -26,8 +26,8 @@ NormFactory = Callable[[int], nn.Module]
 GROUPS = 8
 """Groups of the arm ``group``."""
 
-PEERS = {"batchrenorm": "BatchRenorm", "onlinenorm": "OnlineNorm"}
-"""Arms that are a layer of streamnorm as it comes, where this version has it."""
+PEERS: dict[str, NormFactory] = {"batchrenorm": BatchRenorm, "onlinenorm": OnlineNorm}
+"""Arms that are a layer as it comes."""
 
 ARMS: dict[str, NormRef | None] = {
     "none": None,
@@ -40,7 +40,7 @@ ARMS: dict[str, NormRef | None] = {
     "streaming": BA1,
     "paper": BA1,
     "default": BA1,
-    **{arm: BA1 for arm, layer in PEERS.items() if hasattr(streamnorm, layer)},
+    **dict.fromkeys(PEERS, BA1),
     **{f"{name}-{form}": ref for name, ref in REFS.items() for form in "BS"},
 }
 """Every arm by name with its reference.
@@ -67,7 +67,7 @@ def norm_factory(run: Run) -> NormFactory:
     if run.arm == "rms":
         return lambda c: Norm(c, ref, Lp(2, "zero"), Sample(), affine=True, op=Scale())
     if run.arm in PEERS:
-        return getattr(streamnorm, PEERS[run.arm])
+        return PEERS[run.arm]
     streams = run.arm in ("streaming", "paper", "default") or run.arm.endswith("-S")
     policy: Policy = Sample() if ref.samples == "one" else Batch()
     if streams:
