@@ -76,7 +76,7 @@ def test_settings_a_and_b_agree_in_the_special_case(name: str) -> None:
 def test_gradcheck_in_the_special_case(name: str) -> None:
     for moment in (sn.Lp(2, "batch"), sn.Lp(3, "batch"), sn.Lp(1.5, "zero"), sn.Lp(1, "zero")):
         layer = sn.Norm(6, BATCH_REFS[name], moment, BN_LIKE).double()
-        x = draw((3, 6, 2, 3), 0).requires_grad_()
+        x = draw((2, 6, 2, 2), 0).requires_grad_()
         assert torch.autograd.gradcheck(lambda z, layer=layer: fresh(layer)(z), x)
 
 
