@@ -19,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from streamnorm.kernels import calls, cpu, eager
 from streamnorm.kernels.definition import Definition, Statistics
-from streamnorm.op import expect_the_same, observe_back, pack, raise_forgotten, refuse_second_derivative, unpack_row
+from streamnorm.op import expect_the_same, observe_back, pack, raise_forgotten, second_derivative, unpack_row
 from streamnorm.policy import Policy
 from streamnorm.stream import Exponential, LongShort, Memory, Pooled, Residual
 
@@ -395,9 +395,12 @@ def _hand_over() -> None:
 
 def _otherwise(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The way back where the compiled one cannot be gone."""
-    refuse_second_derivative()
     x, weight, tables = ctx.saved_tensors
     told = ctx.told
+    if torch.is_grad_enabled():
+        d, H1 = told.fused.definition, told.fused.H1
+        view, grad = (d.ref.view(t, told.steps) for t in (x, dy))
+        return second_derivative(view, grad, d, H1 and H1.memory).reshape(x.shape), None, None, None
     x, tables = x.to(told.x_dtype), tables.to(told.dtype)  # hooks may have kept them otherwise
     H2 = told.fused.H2 if ctx.needs_input_grad[0] else None
     return *_composed(dy, x, weight, tables, told.fused, told, H2), None

@@ -202,6 +202,9 @@ class Norm(nn.Module):
         return self._normalize(x, None)
 
     def _normalize(self, x: Tensor, affine: nn.Module | None) -> Tensor:
+        if self.H1 is None and cpu.unseen():
+            y = _op.normalize_alone(self._check(x, 1), self.definition).reshape(x.shape)
+            return y if affine is None else affine(y)
         if self.training or self.H1 is None:
             self._expect_first_call()
             y = self._fused(x, affine)
@@ -333,7 +336,8 @@ class Norm(nn.Module):
         y, estimates, s = _op.normalize(view, self.definition, streams, *(gains if joined and gains else ()))
         if estimates is not None and s is not None and not again:
             self._count(self._calls, ((steps, unit), s, estimates))
-        y = y.reshape(x.shape)
+        # What follows may change it in place (a ReLU), which a view of what a Function returned forbids.
+        y = torch.ops.aten._unsafe_view(y.reshape(x.shape), x.shape)
         if affine is None or joined:
             return y
         return trusting(affine, trust)(y)

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from streamnorm.kernels import Definition, Statistics, choose, eager, may_use, using
+from streamnorm.kernels import Definition, Statistics, choose, eager, generic, may_use, using
 from streamnorm.normref import NormRef
 from streamnorm.stream import Memory, finite
 
@@ -115,8 +115,9 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
         dy: Tensor = grads[0]
+        if torch.is_grad_enabled():
+            return second_derivative(ctx.saved_tensors[0], dy, ctx.definition, ctx.streams.H1), None, None, None, None
         kernel, d, streams = ctx.kernel, ctx.definition, ctx.streams
         x, gain, mu, sigma, center, mu_hat, sigma_hat = ctx.saved_tensors
         data, grad = x.to(mu.dtype), dy.to(mu.dtype)
@@ -168,9 +169,21 @@ def refuse_second_derivative() -> None:
     """Raise if the backward pass that is running is to be differentiated itself."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "the gradient of a streamnorm layer cannot be differentiated again; call backward without "
+            "the gradient of a streamnorm layer that remembers cannot be differentiated again; call backward without "
             "create_graph=True, or leave the normalized part out of the penalty on the gradient"
         )
+
+
+def second_derivative(x: Tensor, dy: Tensor, d: Definition, H1: Memory | None) -> Tensor:
+    """``dx`` for a canonical ``x``, as a function of x and dy that can be differentiated itself.
+
+    Raises:
+        RuntimeError: with a memory, whose gradient is no ordinary one.
+    """
+    if H1 is not None:
+        refuse_second_derivative()
+    with torch.enable_grad():
+        return torch.autograd.grad(normalize_alone(x, d), x, dy, create_graph=True)[0]
 
 
 def _about_the_estimate(
@@ -241,6 +254,15 @@ def normalize(
         or None where there is no H1.
     """
     return _Normalize.apply(x, gain, shift, definition, streams)
+
+
+def normalize_alone(x: Tensor, definition: Definition) -> Tensor:
+    """Normalize ``x (g, m, G, q, *place)`` by its own statistics, with no memory (Algorithm 1): an ordinary function of
+    x in torch operations, for transforms of functions, compilers, and derivatives of any order and mode."""
+    data = x.to(torch.promote_types(x.dtype, torch.float32))
+    mu = generic.mean(data, definition)
+    sigma = generic.sigma(data, definition, mu, None)
+    return generic.apply(data, definition, mu, sigma).to(x.dtype)
 
 
 def joins(x: Tensor, definition: Definition) -> bool:
