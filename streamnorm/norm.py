@@ -202,7 +202,7 @@ class Norm(nn.Module):
         return self._normalize(x, None)
 
     def _normalize(self, x: Tensor, affine: nn.Module | None) -> Tensor:
-        if self.H1 is None and cpu.unseen():
+        if self.H1 is None and (not x.is_cpu or cpu.unseen()):
             y = _op.normalize_alone(self._check(x, 1), self.definition).reshape(x.shape)
             return y if affine is None else affine(y)
         if self.training or self.H1 is None:
@@ -213,14 +213,17 @@ class Norm(nn.Module):
         return y if affine is None else affine(y)
 
     def _test(self, x: Tensor) -> Tensor:
-        view = self._view(x, steps=1)
-        assert self.H1 is not None
-        if not self.H1.known:
+        view, memory = self._view(x, steps=1), self.H1
+        assert memory is not None
+        if not memory.seen.is_cpu or cpu.unseen():
+            # Nobody can be asked without waiting, or at all: where there are no statistics, y is NaN.
+            return _op.normalize_fixed(view, self.definition, memory.estimate, memory.seen > 0).reshape(x.shape)
+        if not memory.known:
             raise RuntimeError(
                 f"{type(self).__name__} is tested (eval mode) before it has seen any training data, so there are no "
                 "statistics to normalize with; run it in train() mode first, or load a state_dict"
             )
-        return _op.normalize_fixed(view, self.definition, self.H1.estimate).reshape(x.shape)
+        return _op.normalize_fixed(view, self.definition, memory.estimate).reshape(x.shape)
 
     def _expect_first_call(self) -> None:
         """Raise at a second call in a vectorized cycle, which would bring its mini-batches in another order than the

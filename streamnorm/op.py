@@ -271,12 +271,20 @@ def joins(x: Tensor, definition: Definition) -> bool:
     return kernel is eager and eager.joins(x, definition)
 
 
-def normalize_fixed(x: Tensor, definition: Definition, estimate: Tensor) -> Tensor:
-    """Testing: ``y = N(x, s_hat)`` with a constant ``estimate (2, ...)`` (Algorithms 3 and 5). Plain autograd."""
+def normalize_fixed(x: Tensor, definition: Definition, estimate: Tensor, known: Tensor | None = None) -> Tensor:
+    """Testing: ``y = N(x, s_hat)`` with a constant ``estimate (2, ...)`` (Algorithms 3 and 5). Plain autograd.
+
+    Args:
+        known: whether there is an estimate; else y is NaN. Given where values cannot be looked at: no branch depends on
+            one then.
+    """
     data = x.to(torch.promote_types(x.dtype, torch.float32))
     groups, features = x.shape[2], estimate.shape[1]
     place = [1] * (x.ndim - 4) if definition.ref.place == "all" else estimate.shape[2:]
     # A copy: what is saved for the way back must not move when training goes on before it.
     constant = estimate.to(data.dtype, copy=True)
+    if known is not None:
+        constant = torch.where(known, constant, torch.nan)
     mu_hat, sigma_hat = constant.reshape(2, 1, 1, groups, features // groups, *place).unbind(0)
-    return choose(definition, None).apply(data, definition, mu_hat, sigma_hat).to(x.dtype)
+    kernel = choose(definition, None) if known is None else generic
+    return kernel.apply(data, definition, mu_hat, sigma_hat).to(x.dtype)

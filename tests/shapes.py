@@ -33,9 +33,12 @@ def install(patch: pytest.MonkeyPatch) -> None:
 
     @checked
     def checked_fixed(
-        x: Float[Tensor, "1 m G q *place"], definition: Any, estimate: Float[Tensor, "2 *stat"]
+        x: Float[Tensor, "1 m G q *place"],
+        definition: Any,
+        estimate: Float[Tensor, "2 *stat"],
+        known: Tensor | None = None,
     ) -> Float[Tensor, "1 m G q *place"]:
-        return fixed(x, definition, estimate)
+        return fixed(x, definition, estimate, known)
 
     @checked
     def checked_pack(

@@ -99,7 +99,6 @@ class NormSite(Site):
         buffers, self.memory.shaped = snapshot
         for name, value in buffers.items():
             self.memory.get_buffer(name).resize_(value.shape).copy_(value)
-        self.memory._known = False
 
 
 class TorchSite(Site):

@@ -41,7 +41,6 @@ class Memory(nn.Module):
         for name, value in state.items():
             self.register_buffer(name, _wide(value))
         self.register_buffer("estimate", _wide(torch.zeros(*(shape or (2, 0)))))
-        self._known = False
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
 
@@ -123,7 +122,6 @@ class Memory(nn.Module):
             self._write(self.rule.empty(tuple(self.estimate.shape)))
         for extra in (self.estimate, self.seen, self.skipped):
             extra.zero_()
-        self._known = False
 
     reset_parameters = clear
 
@@ -134,9 +132,8 @@ class Memory(nn.Module):
 
     @property
     def known(self) -> bool:
-        """Whether there is an estimate. The device is asked until there is one, and not again."""
-        self._known = self._known or bool(self.seen)
-        return self._known
+        """Whether there is an estimate. The device is asked, every time: buffers may have been replaced or emptied."""
+        return bool(self.seen)
 
     @torch.no_grad()
     def merge(self, others: Sequence[Memory]) -> None:
@@ -195,7 +192,6 @@ class Memory(nn.Module):
         if not self.shaped and saved is not None and saved.numel():
             self._resize(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._known = False
         for name, value in self._buffers.items():
             if value is not None:
                 self._buffers[name] = _wide(value)
