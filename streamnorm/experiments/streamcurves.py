@@ -71,31 +71,43 @@ def _squares(panel: Any, columns: list[str], arms: list[str], table: list[list[f
     panel.set_yticks(range(len(arms)), arms, size=8)
 
 
+COLUMNS = 5
+"""Panels beside each other."""
+
+
 def over_rates(records: Records, features: str = "raw") -> bytes:
-    """A PNG: accuracy against the rate on each stream, a row of panels for each optimizer; bands from the lowest to the
-    highest seed. All arms of a panel are compared on the rows that they all have."""
+    """A PNG: accuracy against the rate, a panel for each stream and optimizer; bands over the seeds.
+    All arms of a panel are compared on the rows that they all have."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     arms = arms_of(records)
-    views = [view for view in VIEWS if any(settings(records, view, features, arm) for arm in arms)]
-    figure = Figure(figsize=(3.6 * len(views), 7), dpi=100, layout="constrained")
-    grid = figure.subplots(len(OPTIMIZERS), len(views), squeeze=False)
-    for row, optimizer in zip(grid, OPTIMIZERS, strict=True):
-        for panel, view in zip(row, views, strict=True):
+    panels: dict[tuple[str, str, int], dict[str, dict[float, list[Any]]]] = {}
+    for optimizer in OPTIMIZERS:
+        for view in VIEWS:
             cells = {arm: settings(records, view, features, arm) for arm in arms}
-            cells = {arm: {s: own for s, own in c.items() if s[0] == optimizer} for arm, c in cells.items()}
-            if not any(cells.values()):
-                panel.set_axis_off()
-                continue
-            rows = rows_of(view, [own for c in cells.values() for own in c.values()])
-            for arm, color in _colors(arms).items():
-                if cells[arm]:
-                    rates = sorted(rate for _, rate in cells[arm])
-                    values = [accuracies(cells[arm][optimizer, rate], rows) for rate in rates]
-                    style = {"color": color, "label": arm, "marker": "o", "markersize": 3}
-                    draw_columns(panel, rates, values, style)
-            panel.set_xscale("log")
-            finish(panel, f"{view.stream}, {rows:,} rows", f"rate of {optimizer}")
+            by_rate = {arm: {rate: own for (o, rate), own in c.items() if o == optimizer} for arm, c in cells.items()}
+            if any(by_rate.values()):
+                rows = rows_of(view, [own for c in by_rate.values() for own in c.values()])
+                panels.setdefault((optimizer, view.stream, rows), by_rate)  # views that come to the same rows are one
+    down = -(-len(panels) // COLUMNS)
+    figure = Figure(figsize=(3.2 * COLUMNS, 2.9 * down + 0.4), dpi=100, layout="constrained")
+    grid = figure.subplots(down, COLUMNS, squeeze=False).flatten()
+    for panel in grid[len(panels) :]:
+        panel.set_axis_off()
+    colors = _colors(arms)
+    for panel, ((optimizer, stream, rows), by_rate) in zip(grid, panels.items(), strict=False):
+        every = sorted({rate for cells in by_rate.values() for rate in cells})
+        for arm, cells in by_rate.items():
+            if cells:
+                values = [accuracies(cells[rate], rows) for rate in sorted(cells)]
+                draw_columns(panel, sorted(cells), values, {"color": colors[arm], "marker": "o", "markersize": 3})
+        panel.set_xscale("log")
+        panel.set_xticks(every, [f"{rate:g}" for rate in every])
+        panel.minorticks_off()
+        finish(panel, f"{stream}, {rows:,} rows", f"rate of {optimizer}")
+    handles = [Line2D([], [], color=colors[arm], marker="o", markersize=3) for arm in arms]
+    figure.legend(handles, arms, loc="outside upper center", ncols=len(arms), frameon=False, fontsize=9)
     return png(figure)
 
 
