@@ -29,6 +29,7 @@ from streamnorm.normref import NormRef
 from streamnorm.normstats import Lp
 from streamnorm.policy import Policy
 from streamnorm.stream import Memory
+from streamnorm.tracing import is_readable
 
 Device = torch.device | str | int | None
 NOT_RECOMPUTING = -1
@@ -202,7 +203,7 @@ class Norm(nn.Module):
         return self._normalize(x, None)
 
     def _normalize(self, x: Tensor, affine: nn.Module | None) -> Tensor:
-        if self.H1 is None and (not x.is_cpu or cpu.unseen()):
+        if self.H1 is None and not is_readable(x):
             y = _op.normalize_alone(self._check(x, 1), self.definition).reshape(x.shape)
             return y if affine is None else affine(y)
         if self.training or self.H1 is None:
@@ -215,7 +216,7 @@ class Norm(nn.Module):
     def _test(self, x: Tensor) -> Tensor:
         view, memory = self._view(x, steps=1), self.H1
         assert memory is not None
-        if not memory.seen.is_cpu or cpu.unseen():
+        if not is_readable(memory.seen):
             # Nobody can be asked without waiting, or at all: where there are no statistics, y is NaN.
             return _op.normalize_fixed(view, self.definition, memory.estimate, memory.seen > 0).reshape(x.shape)
         if not memory.known:

@@ -20,10 +20,10 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from streamnorm.dau import Warmup, attach
 from streamnorm.kernels import library, may_use
-from streamnorm.kernels.cpu import unseen
 from streamnorm.onlineplan import CROSS_ENTROPY, Plan, compiled_steps
 from streamnorm.onlinerates import Served
 from streamnorm.stream import Pooled
+from streamnorm.tracing import is_traced
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 WHY = ("", "input", "target", "activations", "loss", "gradients")
@@ -178,7 +178,7 @@ class OnlineTrainer:
         if (
             library.library() is None
             or not may_use("cpu")
-            or unseen()
+            or is_traced()
             or any(plan.hooks)
             or _has_any_global_hook()
             or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in plan.params)

@@ -36,6 +36,7 @@ from streamnorm.layers import StreamingNorm
 from streamnorm.norm import Calls, Device, Norm
 from streamnorm.scan import scan
 from streamnorm.timespecific import Factory, TimeSpecificNorm
+from streamnorm.tracing import is_readable
 
 BackwardStats = Literal["saved", "latest"]
 INSTEAD = {
@@ -178,8 +179,7 @@ class Recurrent(nn.Module):
         sort, unsort = sequences.order
         if sort is not None:
             state = tuple(part.index_select(1, sort) for part in state)
-        # On a CPU it costs nothing to ask.
-        from_zeros = hx is None or (state[0].is_cpu and not state[0].any())
+        from_zeros = hx is None or (is_readable(state[0]) and not state[0].any())
         references = self._refuse(cells, sequences, from_zeros)
         with op.latest_statistics() if self.backward_stats == "latest" else nullcontext():
             rows, final = self._through_layers(cells, sequences, state)

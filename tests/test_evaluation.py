@@ -1,5 +1,5 @@
-"""A layer in evaluation mode is an ordinary function: it compiles and exports whole, to a graph that changes nothing, and
-goes through transforms of functions; and it never makes up statistics that it does not have."""
+"""A layer in evaluation mode is an ordinary function: it compiles and exports whole, to a graph that changes nothing,
+and goes through transforms of functions; and it never makes up statistics that it does not have."""
 
 from __future__ import annotations
 
@@ -99,10 +99,17 @@ def test_second_derivatives(name: str) -> None:
 
 @every_layer
 def test_shapes_without_values(name: str) -> None:
-    model = model_of(name)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        assert model(fake.from_tensor(X)).shape == X.shape
-    assert model.to("meta")(X.to("meta")).shape == X.shape
+        assert model_of(name)(fake.from_tensor(X)).shape == X.shape
+        model, x = nn.Sequential(nn.Conv2d(4, 4, 1), LAYERS[name]()), fake.from_tensor(X.clone().requires_grad_())
+        model(x).sum().backward()
+        assert x.grad is not None
+        assert x.grad.shape == X.shape
+    for training in (False, True):
+        x = X.to("meta").requires_grad_()
+        model_of(name).to("meta").train(training)(x).sum().backward()
+        assert x.grad is not None
+        assert x.grad.shape == X.shape
 
 
 def test_what_cannot_be_asked_for_statistics_answers_nan_without_them() -> None:

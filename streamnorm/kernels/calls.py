@@ -132,8 +132,8 @@ class Kept:
 
 @cache
 def watch() -> Kept:
-    """Nobody records or rewrites torch's operations: what ``cpu.unseen`` asks, but for the compiler, which is not
-    there when a call runs."""
+    """Nobody records or rewrites torch's operations: what ``is_traced`` asks, but for the compiler, which is not there
+    when a call runs."""
     return Kept(
         [
             answers(torch._C._get_tracing_state, None),

@@ -23,6 +23,7 @@ from streamnorm.kernels import calls, eager, library
 from streamnorm.kernels.definition import Definition, Statistics
 from streamnorm.normop import Scale
 from streamnorm.normref import NormRef
+from streamnorm.tracing import is_traced
 
 __all__ = ["apply", "input_grad", "mean", "serves", "sigma", "stat_grads"]
 
@@ -92,18 +93,7 @@ def takes(x: Tensor) -> bool:
         and x.layout is torch.strided
         and not x.is_neg()
         and not x.is_inference()
-        and not unseen()
-    )
-
-
-def unseen() -> bool:
-    """Whether something records or rewrites torch operations, and would not see what a compiled kernel does."""
-    return (
-        torch.compiler.is_dynamo_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
+        and not is_traced()
     )
 
 

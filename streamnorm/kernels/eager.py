@@ -22,6 +22,7 @@ from streamnorm.kernels import generic
 from streamnorm.kernels.definition import Definition, Statistics
 from streamnorm.normop import Scale, Standardize
 from streamnorm.normstats import Lp
+from streamnorm.tracing import is_readable
 
 __all__ = ["apply", "input_grad", "joins", "mean", "serves", "sigma", "stat_grads"]
 
@@ -51,7 +52,7 @@ def mean(x: Tensor, d: Definition) -> Tensor:
 
 def sigma(x: Tensor, d: Definition, mu: Tensor, center: Tensor | None) -> Tensor:
     """``sigma`` of every reference; squares and their sum in one pass where the reference covers a map."""
-    if d.moment.p != 2 or d.ref.place != "all" or x.ndim == 4 or not x.is_contiguous():
+    if d.moment.p != 2 or d.ref.place != "all" or x.ndim == 4 or not x.is_contiguous() or not is_readable(x):
         return generic.sigma(x, d, mu, center)
     about = {"batch": mu, "estimate": center, "zero": None}[d.moment.center]
     moment = square = _square(x, d)
@@ -158,7 +159,9 @@ def input_grad(
 
 def _maps(x: Tensor, d: Definition) -> Tensor | None:
     """``x`` as ``(n, c, *place)``, if each feature map has one statistic over all of it (BA1 with one step)."""
-    if d.ref.samples != "batch" or d.ref.place != "all" or len(x) != 1 or x.ndim == 4 or not x.is_cpu or not x.numel():
+    if d.ref.samples != "batch" or d.ref.place != "all" or len(x) != 1 or x.ndim == 4:
+        return None
+    if not x.numel() or not is_readable(x):
         return None
     return x[0].flatten(1, 2) if d.ref.groups(x.shape[2]) == x.shape[2] == x[0, 0].shape[:2].numel() else None
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from streamnorm.stream.rule import CHUNK, Rule, State, column, in_chunks
+from streamnorm.tracing import is_readable
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class LongShort(Rule):
         g = len(s)
         if g > CHUNK:
             return in_chunks(self, state, s, ok)
-        if ok is None and g > 1 and s.is_cpu:
+        if ok is None and g > 1 and is_readable(s):
             # A CPU tells its counters at no cost, and cycles begin alike: the weights need not be made each time.
             share, to_long, to_short = _weights(
                 self.mix, int(state["count"]), min(int(state["updates"]), 1), g, s.dtype

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from streamnorm.stream.rule import GradientRule, Remembering, Rule, State
+from streamnorm.tracing import is_readable
 
 
 class Memory(nn.Module):
@@ -95,8 +96,9 @@ class Memory(nn.Module):
     ) -> tuple[State, Tensor]:
         rule = self.rule.weighing(samples)
         # A rule's products are statistics: where autocast makes products narrow, not these.
-        narrow = torch.is_autocast_enabled(s.device.type)
-        with torch.autocast(s.device.type, enabled=False) if narrow else nullcontext():
+        device = s.device.type
+        narrow = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if narrow else nullcontext():
             if isinstance(rule, Rule):
                 return rule.observe(state, s, ok)
             assert isinstance(rule, GradientRule)
@@ -205,10 +207,11 @@ def _wide(value: Tensor) -> Tensor:
 def finite(s: Tensor, ok: Tensor | None = None) -> Tensor | None:
     """Which of the arrivals ``s (g, ...)`` are finite throughout and not refused by ``ok``, ``(g,)``; None: all.
 
-    Only a CPU is asked whether all are, where the answer costs no synchronization; elsewhere the mask is kept.
+    Where values may not be looked at, the mask is kept.
     """
-    if s.is_cpu and ok is None and math.isfinite(s.sum().item()):
+    may_ask = is_readable(s)
+    if may_ask and ok is None and math.isfinite(s.sum().item()):
         return None
     mine = (s * 0).flatten(1).sum(1) == 0
     mine = mine if ok is None else mine & ok
-    return None if mine.is_cpu and bool(mine.all()) else mine
+    return None if may_ask and bool(mine.all()) else mine
