@@ -169,11 +169,17 @@ def test_an_input_made_in_inference_mode(backend: str | None, rules: dict[str, A
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, of make_dual
 def test_a_forward_derivative_is_not_lost() -> None:
-    layer = sn.SampleNorm(4, affine=False)
+    """A layer without a memory has one; that of a layer with one is not defined, and is refused."""
+    alone, streaming = sn.SampleNorm(4, affine=False), sn.StreamingNorm(4)
+    x, along = torch.randn(3, 4), torch.randn(3, 4)
     with forward_ad.dual_level(), torch.no_grad():
-        x = forward_ad.make_dual(torch.randn(3, 4), torch.randn(3, 4))
+        dual = forward_ad.make_dual(x, along)
+        y = forward_ad.unpack_dual(alone(dual))
         with pytest.raises(NotImplementedError):
-            layer(x)
+            streaming(dual)
+    step = 1e-3 * along
+    assert_close("y", y.primal, alone(x), 64)
+    assert (y.tangent - (alone(x + step) - alone(x - step)) / 2e-3).abs().max() <= 1e-3
 
 
 @RULES
