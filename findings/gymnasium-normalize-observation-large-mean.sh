@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # gymnasium's NormalizeObservation starts from a ten-thousandth of a sample at 0, and a large mean lets that rule for 10000 steps.
+# Version: gymnasium 1.4.0, 2026-11-30. (stable-baselines3 2.9.2's RunningMeanStd, tried by hand, gives the same
+#   numbers.)
 #
 # Guessed: the running statistics start with mean 0, variance 1 and a count of 1e-4, which only avoids a division by zero. The first
 #   observation becomes about 0, by a variance near 1e-4. A careful user would add: after 100 observations the start is a millionth
@@ -9,7 +11,6 @@
 #   90000 it is 1 % too large. The first observation becomes 0.01, whatever it is.
 # Matters: an agent sees observations that are too small and slowly grow, and takes that drift for the world. Any streaming estimate
 #   that is started at a fixed point has it; starting at the first sample has not.
-# Seen with gymnasium 1.4.0, 2026-11-30. (stable-baselines3 2.9.2's RunningMeanStd, tried by hand, gives the same numbers.)
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # onnxruntime's GroupNormalization gives NaN where its InstanceNormalization and LayerNormalization are right.
+# Version: onnxruntime 1.32.0 (CPU) and onnx 1.23.2, 2026-11-30.
 #
 # Guessed: the three are one formula over other sets of values, so they are equally exact: right to about 0.001 in float32 for values
 #   of mean 3000 and deviation 1.
@@ -8,7 +9,6 @@
 #   and the runtime carries that out as written. With one channel in each group it is instance normalization, and still NaN.
 # Matters: the same numbers pass or fail by the name of the operator. A model with group normalization behind features that have an
 #   offset trains well elsewhere and answers NaN once it is served by this operator.
-# Seen with onnxruntime 1.32.0 (CPU) and onnx 1.23.2, 2026-11-30.
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT

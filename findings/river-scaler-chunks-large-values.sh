@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # river's StandardScaler learns another variance from chunks than from rows when values are large, in float64.
+# Version: river 0.26.1 and pandas 3.1.1, 2026-11-30.
 #
 # Guessed: learn_many on chunks and learn_one on the rows give the same variance but for the last digits; its docstring says the same
 #   result exactly.
@@ -8,7 +9,6 @@
 #   can be below 0.
 # Matters: both are meant to be mixed freely: warm up on chunks, go on with rows. The error is silent, differs from chunk to chunk
 #   and stays in the statistics. Times, identifiers and map coordinates in metres are such values.
-# Seen with river 0.26.1 and pandas 3.1.1, 2026-11-30.
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # One missing value (NaN) in a chunk leaves river's StandardScaler with a mean and a count, but no variance, for good.
+# Version: river 0.26.1 and pandas 3.1.1, 2026-11-30.
 #
 # Guessed (as a careful user would): learn_many either skips the missing value or passes it on as NaN, in count, mean and
 #   variance alike.
@@ -7,7 +8,6 @@
 #   silently subtracts the mean and does not scale, while transform_one of the same scaler gives NaN.
 # Matters: that the mean is right looks like support for missing values, which tables are full of. On a long stream a single gap
 #   turns the scaler into one that only subtracts the mean, and nothing is raised.
-# Seen with river 0.26.1 and pandas 3.1.1, 2026-11-30.
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT

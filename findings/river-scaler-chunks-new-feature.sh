@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # A feature that river's StandardScaler has not learned yet: transform_one makes it 0, transform_many lets it through as it is.
+# Version: river 0.26.1 and pandas 3.1.1, 2026-11-30.
 #
 # Guessed: a KeyError, or the same answer from both.
 # Instead: for a new feature of value 4000 transform_one says 0.0 and transform_many says 4000.0, beside neighbours that are scaled.
 #   After a first learn_many of that single row both say 0.
 # Matters: on a stream features come up late, and one transforms before one learns. By rows a model meets a new feature as "average";
 #   by chunks it meets a raw value thousands of deviations from all that it knows, and a linear learner takes a step to match.
-# Seen with river 0.26.1 and pandas 3.1.1, 2026-11-30.
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT

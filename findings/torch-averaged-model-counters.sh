@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # AveragedModel(use_buffers=True) averages batch normalization's counter of batches too, and it stays at 1.
+# Version: torch 2.13.0, 2026-11-30. (timm 1.0.31's ModelEmaV3, tried by hand, copies the counter.)
 #
 # Guessed (as a careful user would; ours was only that something is rounded): after 1000 updates the averaged model's
 #   num_batches_tracked is 1000 (a counter is copied) or about 500 (the mean of 1 to 1000).
@@ -7,7 +8,6 @@
 #   With use_buffers=False it is 1000.
 # Matters: with BatchNorm1d(momentum=None) the counter is the weight of all that was seen. The averaged model holds the statistics
 #   of 1000 batches, and the next batch in training mode counts for half of them; in the source model it counts for 1/1001.
-# Seen with torch 2.13.0, 2026-11-30. (timm 1.0.31's ModelEmaV3, tried by hand, copies the counter.)
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # On the CPU, torch's GroupNorm and BatchNorm2d are wrong for float32 values with an offset if the tensor is in channels_last order.
+# Version: torch 2.13.0 (CPU), 2026-11-30.
 #
 # Guessed: the memory format changes the order of the sums, so the last digits. And the more values a mean is taken over, the better
 #   the mean.
@@ -11,7 +12,6 @@
 #   running_mean and running_var, and into the saved model. (More threads share the values, and the error is smaller: one here.)
 # Matters: channels_last is advised for speed and changes neither shape nor dtype, so nobody suspects it; and a larger batch, the
 #   usual remedy for poor statistics, makes it worse. Features with an offset are what one puts a normalization layer behind.
-# Seen with torch 2.13.0 (CPU), 2026-11-30.
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT

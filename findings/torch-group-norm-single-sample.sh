@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # torch's GroupNorm refuses a single sample, also in eval mode, where it takes two of them.
+# Version: torch 2.13.0, 2026-11-30.
 #
 # Guessed: group normalization treats each sample by itself, so whether it accepts a sample does not depend on how many others come
 #   along. A group of one value has no deviation: it is refused, or it becomes 0, the same for 1 and for 64 samples.
@@ -9,7 +10,6 @@
 #   refuses every n.
 # Matters: a model that was trained on batches fails on its first single sample, at serving time or on a stream; and the batches
 #   that pass hide that the layer wipes out all that it is given.
-# Seen with torch 2.13.0, 2026-11-30.
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT

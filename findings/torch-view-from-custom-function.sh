@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # A custom autograd function that returns a reshaped result cannot be followed by ReLU(inplace=True).
+# Version: torch 2.13.0, 2026-11-30.
 #
 # Guessed: forward makes a new tensor y and returns y.view(...). Nobody else holds y, so the result is as good as a new tensor
 #   and an in-place operation may change it.
@@ -7,7 +8,6 @@
 #   The same reshape by torch.ops.aten._unsafe_view, which promises that y is not used again, is accepted, with right gradients.
 # Matters: a normalization layer written as an autograd function likes to work on (n, groups, -1) and to give back the shape of the
 #   input. It passes its own tests and every evaluation, and fails where a model has ReLU(inplace=True) behind it, as ResNets have.
-# Seen with torch 2.13.0, 2026-11-30.
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
