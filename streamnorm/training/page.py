@@ -1,11 +1,13 @@
-"""What the pages of reports have in common: their look, tables, and lists of settings. Imports the summary."""
+"""What the pages of reports have in common: their frame, look, tables, and lists of settings. Imports the summary."""
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from string import Template
 from typing import Any
 
 from streamnorm.training.summary import DASH, MINUS
@@ -60,3 +62,51 @@ dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr))
 dt, dd { font-size: .9rem; margin: 0; overflow-wrap: anywhere }
 """
 """For light and dark."""
+
+
+_PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>$title</title>
+<style>
+$style</style>
+</head>
+<body>
+<h1>$title</h1>
+<p class="said">$sentence</p>
+$table
+<div class="wide"><picture>
+<source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,$dark">
+<img alt="$alt"
+src="data:image/png;base64,$light">
+</picture></div>
+$body<h2>Versions and machine</h2>
+$machine
+</body>
+</html>
+""")
+
+
+def page(title: str, sentence: str, table: str, light: bytes, dark: bytes, alt: str, body: str, machine: str) -> str:
+    """A report as one HTML page that needs no other file.
+
+    Args:
+        title, sentence: what it is about, and what came out; plain text.
+        table, body, machine: HTML.
+        light, dark: the picture as a PNG, for either color scheme.
+        alt: what the picture shows, for who cannot see it.
+    """
+    return _PAGE.substitute(
+        title=escape(title),
+        style=STYLE,
+        sentence=escape(sentence).replace(" %", "&nbsp;%"),
+        table=table,
+        light=base64.b64encode(light).decode(),
+        dark=base64.b64encode(dark).decode(),
+        alt=alt,
+        body=body,
+        machine=machine,
+    )

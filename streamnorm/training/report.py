@@ -5,7 +5,6 @@ Words and figures come from ``summary``, the picture from ``curves``; here they 
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,7 +15,7 @@ from typing import Any
 
 from streamnorm.training.checkpoint import write
 from streamnorm.training.curves import picture
-from streamnorm.training.page import STYLE, pairs, table, values_of
+from streamnorm.training.page import page, pairs, table, values_of
 from streamnorm.training.summary import DASH, Run, by_label, cells, fixed, ranked, sentence, summarize
 
 
@@ -47,19 +46,15 @@ def _page(runs: Sequence[Run], title: str, light: bytes, dark: bytes) -> str:
     shared = {key: values for key, values in every.items() if len(values) == 1}
     differing = [key for key in every if key not in shared]
     lines = [[label, *(", ".join(own[key]) for key in differing)] for label, own in settings.items()]
-    return PAGE.substitute(
-        title=escape(title),
-        style=STYLE,
-        sentence=escape(sentence(rows)).replace(" %", "&nbsp;%"),
-        table=table(*cells(rows), strong=[row.label for row in ranked(rows)[0]]),
-        light=base64.b64encode(light).decode(),
-        dark=base64.b64encode(dark).decode(),
+    body = BODY.substitute(
         seeds=table(*_seeds(runs)),
         data=escape(f"{runs[0]['data']}: {runs[0]['source']}"),
         shared=pairs(shared),
         differing=table(["Arm", *differing], lines) if differing else "",
-        machine=pairs(values_of({**run["versions"], **run["machine"]} for run in runs)),
     )
+    shown = table(*cells(rows), strong=[row.label for row in ranked(rows)[0]])
+    machine = pairs(values_of({**run["versions"], **run["machine"]} for run in runs))
+    return page(title, sentence(rows), shown, light, dark, ALT, body, machine)
 
 
 def _settings(run: Run) -> dict[str, Any]:
@@ -85,26 +80,8 @@ def _seeds(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     return head, lines
 
 
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>$title</title>
-<style>
-$style</style>
-</head>
-<body>
-<h1>$title</h1>
-<p class="said">$sentence</p>
-$table
-<div class="wide"><picture>
-<source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,$dark">
-<img alt="Training loss and test error of each arm over the epochs; the table above has the final figures."
-src="data:image/png;base64,$light">
-</picture></div>
-<h2>How to read this</h2>
+ALT = "Training loss and test error of each arm over the epochs; the table above has the final figures."
+BODY = Template("""<h2>How to read this</h2>
 <p>S/B is samples per batch, B/U batches per weight update. Figures are the mean over seeds ± the sample standard
 deviation at each run&rsquo;s last epoch; &ldquo;lowest&rdquo; is the best of any epoch and seed, chosen on the test
 set, hence optimistic. In bold: the lowest test error and all that are level with it, nearer than the larger of the two
@@ -118,8 +95,4 @@ $seeds
 <p>Data: $data.</p>
 $shared
 $differing
-<h2>Versions and machine</h2>
-$machine
-</body>
-</html>
 """)
