@@ -169,7 +169,7 @@ def attach(model: nn.Module, optimizer: Optimizer, warmup: Warmup = 0) -> Attach
     ...     model(sample).pow(2).mean().backward()
     ...     optimizer.step()
     ...     optimizer.zero_grad()
-    >>> model[1].H1.held  # samples before the latest update
+    >>> model[1].H1.held  # samples that long counts as
     tensor(16)
     """
     return Attachment(model, optimizer, warmup)

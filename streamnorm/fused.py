@@ -32,7 +32,7 @@ SHAPES = 16
 _KNOWN: dict[type, tuple[int, Callable[[Any], tuple[float, ...]], tuple[str, str, str, str]]] = {
     LongShort: (calls.LONG_SHORT, lambda rule: rule.mix, ("long", "short", "count", "updates")),
     Exponential: (calls.EXPONENTIAL, lambda rule: (rule.rate,), ("long", "long", "count", "seen")),
-    Pooled: (calls.POOLED, lambda rule: (rule.memory, rule.prior), ("long", "short", "count", "held")),
+    Pooled: (calls.POOLED, lambda rule: (rule.memory, rule.prior, rule.updates), ("long", "short", "count", "held")),
     Residual: (calls.RESIDUAL, lambda rule: (rule.memory,), ("theta", "theta", "held", "seen")),
 }
 """The rules that the kernels know: their kind, their numbers, and the names of their buffers."""

@@ -25,7 +25,8 @@ class StreamingNorm(Norm):
 
         y = weight (x - mu_hat) / sigma_hat + bias          s = (mu, sigma), short the mean since the last weight update
 
-    By default the memory is counted in samples (``Evidence``): N are in short, M = min(samples before, memory)::
+    By default the memory is counted in samples (``Evidence``): N are in short, and long counts as M, all samples before
+    until ``memory`` of them or 4 weight updates are full, whichever is more::
 
         s_hat = (M long + N short) / (M + N)
         g_hat = what a regression of the gradient on 1 and y, over the stream, takes out of it
@@ -42,7 +43,8 @@ class StreamingNorm(Norm):
         alpha, beta, kappa: of ``Streaming``; by default alpha = (.7, .3), beta = (.7, .3, 0) where another is given.
         affine: follow with a gain and a bias per feature.
         device, dtype: as torch's; statistics stay float32 or wider.
-        memory: of ``Evidence``, in samples: how far back statistics reach. None: 100.
+        memory: of ``Evidence``, in samples: how far back statistics reach, 4 weight updates at least.
+            None: 100.
 
     Raises:
         ValueError: for a memory beside an alpha, beta or kappa, and for values that are out of range.

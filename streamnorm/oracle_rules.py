@@ -15,6 +15,7 @@ from torch import Tensor
 MU, SIGMA = 0, 1
 PRIOR = (0, 10)
 """Samples that the row of mu, and that of sigma, holds before anything arrived."""
+UPDATES = 4
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,12 @@ class Pool:
     """``H = {long, short, counters}`` of F: everything weighs the samples that it stands for.
 
     Attributes:
-        memory: the most samples that long counts as.
+        memory: the most samples that long counts as, unless ``UPDATES`` updates like the last one hold more.
         long: up to the last weight update, at first the prior: in the row of sigma the deviation of all features of the
             first arrival about their common mean; in that of mu its own mu, which weighs nothing.
         short: the exact average of the samples since the last weight update.
         count: those samples.
-        held: the samples before.
+        held: M, the samples that long counts as.
     """
 
     memory: float
@@ -46,10 +47,10 @@ class Pool:
         return replace(self, long=self.long if self.knows else prior(now), short=short, count=count)
 
     def estimate(self) -> Tensor:
-        """``(M long + N short) / (M + N)``: N samples since the last weight update, M before it, ``memory`` at most."""
+        """``(M long + N short) / (M + N)``: N samples since the last weight update, M for those before it."""
         rows = []
         for row in (MU, SIGMA):
-            M, N = min(self.held + PRIOR[row], self.memory), self.count
+            M, N = max(self.held, min(self.held + PRIOR[row], self.memory)), self.count
             rows.append((M * self.long[row] + N * self.short[row]) / (M + N))
         return torch.stack(rows)
 
@@ -57,7 +58,8 @@ class Pool:
         """``long <- estimate``; short is emptied. If nothing arrived since the last weight update, nothing happens."""
         if self.count == 0:
             return self
-        return Pool(self.memory, self.estimate(), torch.zeros_like(self.short), 0, self.held + self.count)
+        held = int(min(self.held + self.count, max(self.memory, UPDATES * self.count)))
+        return Pool(self.memory, self.estimate(), torch.zeros_like(self.short), 0, held)
 
 
 def prior(first: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ class Evidence(Policy):
     rate of .1 they switch off the units of a network that has a stream of similar labels before it.
 
     Args:
-        memory: samples that statistics are remembered for; their gradients for a fifth of it.
+        memory: samples that statistics are remembered for, 4 weight updates at least; gradients: a fifth of it.
 
     Raises:
         ValueError: for a memory that is no number above 0.

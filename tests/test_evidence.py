@@ -20,8 +20,16 @@ FEEDBACK = sn.Lp(2, "estimate", eps=1e-20)
 """About mu_hat and all but without eps, the statistics of a call tell its mean square of y."""
 
 
+class Samples(sn.Evidence):
+    """``memory`` samples are remembered, however many a weight update holds."""
+
+    @property
+    def F(self) -> sn.Pooled:
+        return sn.Pooled(self.memory, updates=0)
+
+
 def layer(c: int = 3, memory: float = 11, ref: sn.NormRef = sn.BA1, moment: sn.Lp | None = None) -> sn.Norm:
-    return sn.Norm(c, ref, moment or sn.Lp(2, "estimate"), sn.Evidence(memory)).double()
+    return sn.Norm(c, ref, moment or sn.Lp(2, "estimate"), Samples(memory)).double()
 
 
 def call(norm: sn.Norm, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +131,7 @@ def test_the_mean_of_everything_until_the_memory_is_full(cycles: tuple[int, ...]
 
 
 def test_the_oldest_is_forgotten_once_the_memory_is_full() -> None:
-    memory = sn.Memory(sn.Pooled(memory=3, prior=0), (2, 1)).double()
+    memory = sn.Memory(sn.Pooled(memory=3, prior=0, updates=0), (2, 1)).double()
     s = tables(40, 0, features=1)
     mean = s[0]
     for j, one in enumerate(s):
@@ -148,20 +156,21 @@ def test_samples_are_the_weights() -> None:
     compare(at_once.state(), apart.state(), 64)
 
 
+@pytest.mark.parametrize(("remembered", "limit"), [(0, 5), (2, 16)])
 @pytest.mark.parametrize("updates", [1, 2, 6])
-def test_long_has_its_closed_form(updates: int) -> None:
-    N, limit = 8, 5
-    memory = sn.Memory(sn.Pooled(memory=limit, prior=0), (2, 3)).double()
-    shorts = []
+def test_long_has_its_closed_form(updates: int, remembered: int, limit: int) -> None:
+    """``memory`` samples, or as many weight updates, whichever holds more; whole at first."""
+    N = 8
+    memory = sn.Memory(sn.Pooled(memory=5, prior=0, updates=remembered), (2, 3)).double()
+    want, M = torch.zeros(2, 3, dtype=torch.float64), 0
     for u in range(updates):
         s = tables(4, u)
         memory.take(s, None, 2)
-        shorts.append(s.mean(0))
+        want = (M * want + N * s.mean(0)) / (M + N)
+        M = min(M + N, limit)
         memory.fold()
-    k = limit / (limit + N)
-    want = k ** (updates - 1) * shorts[0] + sum((1 - k) * k ** (updates - 1 - u) * shorts[u] for u in range(1, updates))
-    assert_close("long", memory.long, torch.as_tensor(want), 64)
-    assert (int(memory.count), int(memory.held)) == (0, updates * N)
+    assert_close("long", memory.long, want, 64)
+    assert (int(memory.count), int(memory.held)) == (0, M)
 
 
 def test_an_update_without_arrivals_changes_nothing() -> None:
@@ -423,7 +432,7 @@ def test_a_checkpoint_of_the_long_and_short_rule_goes_on(ref: sn.NormRef) -> Non
     x = draw((4, 3, 2), 5)
     assert torch.equal(new.eval()(x), old.eval()(x))
     assert torch.equal(new.H1.long, old.H1.long)
-    assert new.H1.held > new.H1.rule.memory
+    assert new.H1.held == new.H1.rule.memory
     assert not new.H2.theta.any()
     y, dx = call(new.train(), x, draw((4, 3, 2), 6))
     assert y.isfinite().all()

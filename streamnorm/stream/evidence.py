@@ -26,12 +26,11 @@ class Pooled(Rule):
     ::
 
         arrival        short <- mean over the N samples since the last weight update
-        estimate       (M long + N short) / (M + N)          M = min(samples before that update, memory)
-        weight update  long <- that estimate, short <- empty
+        estimate       (M long + N short) / (M + N)
+        weight update  long <- that estimate, short <- empty,  M <- min(M + N, max(memory, updates N))
 
     So the estimate is the mean of all samples until ``memory`` of them have passed, and never biased towards the first.
-    With one sample an update it is a running average over ``memory`` samples; with thousands of rows an update, as in a
-    recurrent layer, nearly their own mean.
+    With one sample an update it is a running average over ``memory`` samples; with many, over ``updates`` updates.
 
     One sample has no sigma, and the first few have little of one. So the row of sigma begins with a prior that counts
     as ``prior`` samples: the deviation of all features of the first arrival about their common mean, which is what
@@ -39,11 +38,12 @@ class Pooled(Rule):
 
     Args:
         memory: samples.
-        prior: samples that the first sigma counts as; 0: none.
+        prior: samples that the first sigma counts as while fewer than ``memory`` are held; 0: none.
+        updates: weight updates that are remembered if they hold more samples than ``memory``; 0: none.
         samples: m, of an arrival.
 
     >>> from streamnorm.stream import Memory
-    >>> memory = Memory(Pooled(memory=3, prior=0), (2, 1))
+    >>> memory = Memory(Pooled(memory=3, prior=0, updates=0), (2, 1))
     >>> for s in (1.0, 2.0, 3.0, 4.0, 9.0):
     ...     estimate = memory.observe(torch.tensor([[[s], [1.0]]]))
     ...     memory.fold()
@@ -57,11 +57,13 @@ class Pooled(Rule):
 
     memory: float = 100.0
     prior: float = 10.0
+    updates: float = 4.0
     samples: int = 1
 
     def __post_init__(self) -> None:
         expect_finite("memory", self.memory, above=True)
         expect_finite("prior", self.prior)
+        expect_finite("updates", self.updates)
         expect_whole("samples", self.samples)
 
     def weighing(self, samples: int) -> Self:
@@ -102,7 +104,7 @@ class Pooled(Rule):
         """The share of long in the estimate once short holds ``counts (g,)`` samples, ``(g, rows, 1 ...)``."""
         rows = like.shape[1]
         prior = torch.tensor([0.0, self.prior][:rows], device=like.device, dtype=like.dtype)
-        held = (state["held"] + prior).clamp_max(self.memory)
+        held = torch.maximum((state["held"] + prior).clamp_max(self.memory), state["held"].to(like.dtype))
         weight = held / (held + counts.unsqueeze(1)).clamp_min(torch.finfo(like.dtype).tiny)
         return weight.reshape(len(counts), rows, *[1] * (like.ndim - 2))
 
@@ -125,8 +127,13 @@ class Pooled(Rule):
             "long": torch.where(folds, torch.lerp(short, state["long"], weight), state["long"]),
             "short": torch.zeros_like(short),
             "count": torch.zeros_like(count),
-            "held": held + count,
+            "held": torch.where(folds, self._limited(held, count), held),
         }
+
+    def _limited(self, held: Tensor, count: Tensor) -> Tensor:
+        """M after a weight update, in whole samples."""
+        most = (self.updates * count.double()).clamp_min(self.memory)
+        return torch.minimum((held + count).double(), most).to(held.dtype)
 
     def merge(self, states: Sequence[State]) -> State:
         """Short terms weighted by their samples; long terms by the samples they stand for, the prior of the first state
@@ -153,7 +160,7 @@ class Pooled(Rule):
         if "updates" not in saved:
             return saved
         updates = saved.pop("updates")
-        return {**saved, "held": torch.where(updates > 0, int(self.memory) + 1, 0)}
+        return {**saved, "held": torch.where(updates > 0, int(self.memory), 0)}
 
 
 @dataclass(frozen=True)

@@ -124,8 +124,7 @@ template <class T> struct Arrival {
 
     Arrival(const Stream &memory, bool is_ok, int row = 0) : m(memory), ok(is_ok) {
         if (m.rule.kind == POOLED) {
-            const double held = (double)*m.updates + (row ? m.rule.a[1] : 0), N = (double)(*m.count + ok);
-            const double M = held < m.rule.a[0] ? held : m.rule.a[0];
+            const double M = sn_pooled(&m.rule, *m.updates, row), N = (double)(*m.count + ok);
             known = M + N > 0;
             share = (T)(1 / (N > 0 ? N : 1)), to_long = (T)(known ? M / (M + N) : 0), to_short = (T)(known ? N / (M + N) : 0);
             to_now = (T)!known;
@@ -163,7 +162,7 @@ template <class T> struct Arrival {
         if (m.rule.kind == POOLED) {  // long becomes the estimate
             memcpy(lng, s_hat, n * sizeof(T));
             memset(old, 0, n * sizeof(T));
-            *m.updates += *m.count + ok, *m.count = 0;
+            *m.updates = sn_pooled_after(&m.rule, *m.updates, *m.count + ok), *m.count = 0;
             return;
         }
         T keep = (T)m.keep[0], take = (T)m.keep[1];

@@ -31,8 +31,7 @@ struct Shares { double r, lng, mem, own; };
 SN_INLINE Shares shares(const sn_memory &h, int row, int64_t j, double samples, bool taken = true) {
     const double *a = h.rule.a;
     if (h.rule.kind == POOLED) {
-        const double N = (double)*h.count + samples * (double)(j + taken), held = (double)*h.updates + (row ? a[1] : 0);
-        const double M = held < a[0] ? held : a[0], all = M + N;
+        const double N = (double)*h.count + samples * (double)(j + taken), M = sn_pooled(&h.rule, *h.updates, row), all = M + N;
         return {taken ? samples / N : 0, all > 0 ? M / all : 0, all > 0 ? N / all : 0, all > 0 ? 0.0 : 1.0};
     }
     const bool running = h.rule.kind == EXPONENTIAL;
@@ -121,7 +120,7 @@ template <class A> void fold(const sn_memory &h, int64_t S, double keep1, double
             keep(brief + i, k, vec<A>{});
         });
     }
-    *h.updates += h.rule.kind == POOLED ? *h.count : 1;
+    *h.updates = h.rule.kind == POOLED ? sn_pooled_after(&h.rule, *h.updates, *h.count) : *h.updates + 1;
     *h.count = 0;
 }
 
