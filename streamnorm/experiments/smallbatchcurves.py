@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from streamnorm.drawing import PALETTE, draw_columns, finish, png
 
@@ -25,6 +26,7 @@ def picture(shown: Mapping[str, Mapping[str, Errors]], by_sample: Sequence[str],
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.2 * len(shown)), dpi=120, layout="constrained")
+    lines: dict[str, Any] = {}
     for panels, (architecture, arms) in zip(figure.subplots(len(shown), 2, squeeze=False), shown.items(), strict=True):
         for panel, mode, i in zip(panels, ("testing", "training"), (0, 1), strict=True):
             for arm, errors in arms.items():
@@ -39,5 +41,9 @@ def picture(shown: Mapping[str, Mapping[str, Errors]], by_sample: Sequence[str],
                     draw_columns(panel, list(errors), columns, style | {"marker": "o", "markersize": 3})
             panel.set_xscale("log", base=2)
             panel.set_xticks(list(per_batch), [str(m) for m in per_batch])
+            handles, names = panel.get_legend_handles_labels()
+            lines |= dict(zip(names, handles, strict=True))
             finish(panel, f"Architecture {architecture}: test error in {mode} mode, %", "samples a batch")
+            panel.get_legend().remove()  # one serves all panels
+    figure.legend(lines.values(), lines, loc="outside upper center", ncols=len(lines), frameon=False, fontsize=9)
     return png(figure)
