@@ -1,8 +1,9 @@
 """Builds the compiled kernels: a hatchling hook for wheels and editable installs, and a command for who works on them.
 
 Every ``streamnorm/kernels/native/*.cpp`` is compiled once per instruction set, and all objects become one shared
-library, ``streamnorm/kernels/_native.so``. It is built without either (ctypes opens it), so one wheel serves all
-versions of both. An install never fails for want of a compiler: the package is pure Python then, and says so when used.
+library, ``streamnorm/kernels/_native.so``. No header or library of Python or torch is needed, so one wheel serves all
+versions of both: what it takes of torch's C shim is bound when it is opened, and ``native/stub.c`` stands in for it
+here. An install never fails for want of a compiler: the package is pure Python then, and says so when used.
 
     python hatch_build.py               in place, if anything changed
     python hatch_build.py --sanitize    build/sanitize/_native.so, which stops at wrong addresses and arithmetic
@@ -45,10 +46,14 @@ SANITIZE = [
 ]
 LINK: dict[str, list[str]] = {
     "linux": ["-shared", "-nodefaultlibs", "-Wl,-z,defs", "-lm", "-lgcc", "-lc"],
-    "darwin": ["-shared", "-nodefaultlibs", "-lSystem"],
+    "darwin": ["-shared", "-nodefaultlibs", "-lSystem", "-Wl,-undefined,dynamic_lookup"],
 }
 """By platform. The C++ and OpenMP libraries stay out, and what would need them does not link: threads come from the
 runtime that torch has loaded, handed over as pointers."""
+
+TORCH = "libtorch_cpu.so"
+STUB = ["-x", "c", "-shared", "-fPIC", "-nostdlib", f"-Wl,-soname,{TORCH}"]
+"""Makes the stand-in for torch's library that the kernels are linked against."""
 
 
 class BuildError(Exception):
@@ -75,7 +80,7 @@ def build(root: Path, sanitize: bool = False) -> Path:
     native, folder = root / "streamnorm" / "kernels" / "native", root / "build" / ("sanitize" if sanitize else "native")
     library = folder / library_path(root).name if sanitize else library_path(root)
     sources = sorted(native.glob("*.cpp"))
-    common = [*native.glob("*.h"), root / "hatch_build.py"]
+    common = [*native.glob("*.h"), native / "stub.c", root / "hatch_build.py"]
     if _is_newer(library, [*sources, *common, native]):  # the folder, for a source that was removed
         return library
     if sys.platform not in LINK:
@@ -109,6 +114,9 @@ def build(root: Path, sanitize: bool = False) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, *zip(*each, strict=True)))
     link = ["-shared", *SANITIZE] if sanitize else LINK[sys.platform]
+    if sys.platform == "linux":
+        stub = make(folder / TORCH, [*cxx, *STUB, str(native / "stub.c")])
+        link = [str(stub), *link]
     return make(library, [*cxx, *map(str, objects), *link])
 
 

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from streamnorm import kernels
 from streamnorm.cells import Cell, NormGRUCell, NormRNNCell
-from streamnorm.fused import Fused, Told, as_read, is_hooked
+from streamnorm.fused import FusedCall, as_read, is_hooked
 from streamnorm.kernels import cpu, library
 from streamnorm.norm import Norm, gains_of
 from streamnorm.op import refuse_second_derivative
+from streamnorm.tracing import is_traced
 
 BLOCK = 512
 """The most hidden units that are computed together."""
@@ -66,10 +67,10 @@ def run(cell: Cell, data: Tensor, steps: int, h0: Tensor, inputs: list[Tensor] |
     if calls is None or (inputs is not None and not all(_is_read(a, h0, (len(data), h0.shape[1])) for a in inputs)):
         return None
     x = F.linear(data, cell.weight_ih, cell.bias_ih) if inputs is None else torch.cat(inputs, 1)
-    gains = [gain for norm, _, _ in calls for gain in gains_of(norm.affine) or (None, None)]
+    gains = [gain for norm, _ in calls for gain in gains_of(norm.affine) or (None, None)]
     layer = _Layer(
         name=NAMES[type(cell)],
-        calls=[call[1:] for call in calls],
+        calls=[call for _, call in calls],
         gates=len(cell.gates),
         shape=(steps, *h0.shape),
         relu=getattr(cell, "nonlinearity", "") == "relu",
@@ -89,10 +90,16 @@ def _is_read(x: Tensor, like: Tensor, shape: tuple[int, ...]) -> bool:
     return cpu.takes(x) and x.dtype is like.dtype and x.shape == shape
 
 
-def _served(cell: Cell, data: Tensor, h0: Tensor, norms_ih: list[Any]) -> list[tuple[Norm, Fused, Told]] | None:
+def _served(cell: Cell, data: Tensor, h0: Tensor, norms_ih: list[Any]) -> list[tuple[Norm, FusedCall]] | None:
     """The norms of the hidden path and of the input's with their compiled calls, if the kernels know all of them and
     nobody watches."""
-    if type(cell) not in NAMES or not kernels.may_use("cpu") or cell.norm_hh is None or h0.shape[1] > BLOCKS * BLOCK:
+    if (
+        is_traced()
+        or type(cell) not in NAMES
+        or not kernels.may_use("cpu")
+        or cell.norm_hh is None
+        or h0.shape[1] > BLOCKS * BLOCK
+    ):
         return None
     if h0.dtype not in (torch.float32, torch.float64) or torch._C._current_graph_task_id() != -1:
         return None
@@ -117,10 +124,10 @@ def _served(cell: Cell, data: Tensor, h0: Tensor, norms_ih: list[Any]) -> list[t
         if is_hooked(norm) or (norm.affine is not None and gains_of(norm.affine) is None):
             return None
         fused = norm.compiled()
-        told = fused.told(like, 1, False, norm._check) if fused else None
-        if not fused or told is None or not told.has_gains:
+        call = fused.call(like, 1, False, norm._check) if fused else None
+        if call is None or not call.has_gains:
             return None
-        calls.append((norm, fused, told))
+        calls.append((norm, call))
     return calls
 
 
@@ -130,8 +137,7 @@ class _Layer:
 
     Attributes:
         name: the kind of its cell.
-        calls: the compiled calls of the norms and what they are told: of ``W h``, and of ``W x`` unless that comes
-            normalized.
+        calls: the compiled calls of the norms: of ``W h``, and of ``W x`` unless that comes normalized.
         gates: how many.
         shape: ``(T, n, H)``.
         relu: the candidate's non-linearity.
@@ -139,7 +145,7 @@ class _Layer:
     """
 
     name: str
-    calls: list[tuple[Fused, Told]]
+    calls: list[FusedCall]
     gates: int
     shape: tuple[int, ...]
     relu: bool
@@ -192,14 +198,21 @@ class _Layer:
             return None
         layer = Layer(*self.shape, self.gates, self.relu, self.blocks, min(self.blocks, torch.get_num_threads()))
         layer.matrix = weight.data_ptr()
-        dtype = self.calls[0][1].dtype
-        layer.kept_alive = kept = [as_read(gain, dtype) for gain in gains]  # as long as they are pointed to
-        pairs = zip(kept[::2], kept[1::2], strict=True)
-        for site, (fused, told), (gain, bias) in zip(self._sites(layer), self.calls, pairs, strict=True):
-            site.plan = ctypes.addressof(told.plan)
-            site.h1, site.h2 = fused.addresses(told)
-            if site.h1 is None or (fused.H2 is not None and site.h2 is None):
-                return None
+        dtype = self.calls[0].dtype
+        read = [None if gain is None else as_read(gain, dtype) for gain in gains]
+        kept: list[Any] = [*read]
+        layer.kept_alive = kept  # as long as they are pointed to
+        pairs = zip(read[::2], read[1::2], strict=True)
+        for site, call, (gain, bias) in zip(self._sites(layer), self.calls, pairs, strict=True):
+            site.plan = ctypes.addressof(call.plan)
+            for name, native in (("h1", call.fused.H1), ("h2", call.fused.H2)):
+                if native is None:
+                    continue
+                pointers = native.pointers(call.dtype, call.slots)
+                if pointers is None:
+                    return None
+                kept.append(pointers)
+                setattr(site, name, ctypes.addressof(pointers))
             if gain is not None and bias is not None:
                 site.weight, site.bias = gain.data_ptr(), bias.data_ptr()
         return layer

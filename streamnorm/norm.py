@@ -10,26 +10,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
 
 from streamnorm import kernels
 from streamnorm import op as _op
 from streamnorm.checks import is_whole
-from streamnorm.fused import SHAPES, Fused, Shortcut, Told, is_hooked
+from streamnorm.fused import Fused, FusedCall, is_hooked
 from streamnorm.kernels import Definition, cpu
-from streamnorm.kernels.calls import Guard, answers, is_still, keeps_its_class
 from streamnorm.normop import Scale, Standardize
 from streamnorm.normref import NormRef
 from streamnorm.normstats import Lp
 from streamnorm.policy import Policy
 from streamnorm.stream import Memory
-from streamnorm.tracing import is_readable
+from streamnorm.tracing import is_readable, is_traced, refuse_recorded
 
 Device = torch.device | str | int | None
 NOT_RECOMPUTING = -1
@@ -80,10 +78,9 @@ class Calls:
         reference_size: activations in the smallest reference of the latest call.
         unfolded: calls since the last weight update.
         in_cycle: calls in the vectorized cycle that is under way, None outside of one.
-        latest: how the latest call was cut, its s and its estimates, for a call that is computed again; or what its
-            compiled kernel was told and has left.
+        latest: how the latest call was cut, its s and its estimates, for a call that is computed again; or the compiled
+            call, and whether gain and bias were part of it.
         fused: the layer's compiled calls, False if there are none for it, None if nobody has asked.
-        shortcuts: by what was told, and the latest of them. They hold the layer, and what was told goes into the graph.
     """
 
     reference_size: int | None = None
@@ -91,8 +88,6 @@ class Calls:
     in_cycle: int | None = None
     latest: Any = None
     fused: Any = None
-    shortcuts: dict[Told, Shortcut] = field(default_factory=dict)
-    shortcut: Shortcut | None = None
 
 
 class Norm(nn.Module):
@@ -187,15 +182,6 @@ class Norm(nn.Module):
         return self._calls.reference_size
 
     def forward(self, x: Tensor) -> Tensor:
-        calls = self._calls
-        shortcut = calls.shortcut
-        if shortcut is not None and not calls.in_cycle and not is_dynamo_compiling():
-            y = shortcut.call(x)
-            if y is not None:
-                calls.reference_size = shortcut.reference_size
-                if shortcut.latest is not None:
-                    self._count(calls, shortcut.latest)
-                return y if shortcut.then is None else shortcut.then(y)
         return self._normalize(x, self._modules.get("affine"))
 
     def normalize(self, x: Tensor) -> Tensor:
@@ -203,22 +189,29 @@ class Norm(nn.Module):
         return self._normalize(x, None)
 
     def _normalize(self, x: Tensor, affine: nn.Module | None) -> Tensor:
-        if self.H1 is None and not is_readable(x):
+        remembers = self._modules.get("H1") is not None
+        if not self.training and remembers:
+            y = self._test(x)
+            return y if affine is None else affine(y)
+        if not remembers and not is_readable(x):
             y = _op.normalize_alone(self._check(x, 1), self.definition).reshape(x.shape)
             return y if affine is None else affine(y)
-        if self.training or self.H1 is None:
+        if is_traced():
+            return self._train_traced(x, affine)
+        if self._calls.in_cycle:
             self._expect_first_call()
-            y = self._fused(x, affine)
-            return self._train(x, affine) if y is None else y
-        y = self._test(x)
-        return y if affine is None else affine(y)
+        if cpu.takes(x) and kernels.may_use("cpu"):
+            fused_y = self._fused(x, affine)
+            if fused_y is not None:
+                return fused_y
+        return self._train(x, affine)
 
     def _test(self, x: Tensor) -> Tensor:
         view, memory = self._view(x, steps=1), self.H1
         assert memory is not None
         if not is_readable(memory.seen):
             # Nobody can be asked without waiting, or at all: where there are no statistics, y is NaN.
-            return _op.normalize_fixed(view, self.definition, memory.estimate, memory.seen > 0).reshape(x.shape)
+            return _op.normalize_fixed(view, self.definition, memory.estimate, memory.has_estimate()).reshape(x.shape)
         if not memory.known:
             raise RuntimeError(
                 f"{type(self).__name__} is tested (eval mode) before it has seen any training data, so there are no "
@@ -229,7 +222,7 @@ class Norm(nn.Module):
     def _expect_first_call(self) -> None:
         """Raise at a second call in a vectorized cycle, which would bring its mini-batches in another order than the
         loop does."""
-        if self._calls.in_cycle and self._is_cyclic() and self.H1 is not None and not _recomputing():
+        if self._is_cyclic() and self.H1 is not None and not _recomputing():
             raise ValueError(
                 f"{self!r} is called twice in a vectorized cycle: all {self.steps} mini-batches of its first call "
                 "would arrive before those of the second, and in the loop they take turns; use the loop over "
@@ -252,56 +245,40 @@ class Norm(nn.Module):
 
     def _fused(self, x: Tensor, affine: nn.Module | None) -> Tensor | None:
         """A training call by one compiled kernel, or None where that cannot be."""
-        calls, modules = self._calls, self._modules
-        fused = self.compiled()
-        if fused is False or not cpu.takes(x) or not kernels.may_use("cpu"):
+        calls, fused = self._calls, self.compiled()
+        if not fused:
             return None
-        remembers = modules.get("H1") is not None
+        remembers = fused.H1 is not None
         if remembers and _recomputing():
             return self._fused_again(x, affine)
-        told = fused.told(x, self.steps if remembers else 1, self.reverse, self._check, self.unit)
-        if told is None:
-            return None
-        calls.reference_size = told.reference_size
-        gains = gains_of(affine) if told.has_gains else None
-        y = told.forward(x, *(gains or (None, None)))
-        if y is None:
-            return None
-        joined = gains is not None
-        if affine is modules.get("affine"):
-            shortcut = calls.shortcuts.get(told)
-            if shortcut is None or calls.shortcut is shortcut:  # the latter has just failed
-                if len(calls.shortcuts) == SHAPES:
-                    calls.shortcuts.clear()
-                memories = [*(is_still(modules, name) for name in ("H1", "H2")), *fused.guards()]
-                then = None if joined or affine is None else trusting(affine, told.plan.trust)
-                looked_at = self._looked_at(remembers)
-                shortcut = calls.shortcuts[told] = Shortcut(told, memories, looked_at, affine, then)
-            calls.shortcut = shortcut
+        way = self.steps if remembers else 1, self.reverse, self.unit
+        weight, bias = _unwatched(affine) or (None, None)
+        call, y = fused.latest, None
+        if call is not None and call.way == way:  # most inputs are of the kind of the one before
+            y = call.forward(x, weight, bias)
+        if y is None or call is None:
+            found = fused.call(x, *way[:2], self._check, way[2])
+            if found is None or found is call:  # a latest call that is not of this way has another key
+                return None
+            call, y = found, found.forward(x, weight, bias)
+            if y is None:
+                return None
+            fused.latest = call
+        calls.reference_size = call.reference_size
+        joined = call.has_gains and weight is not None
         if remembers:
-            self._count(calls, (told, joined))
-        return y if affine is None or joined else trusting(affine, told.plan.trust)(y)
-
-    def _looked_at(self, remembers: bool) -> Iterator[Guard]:
-        """What the choice of a compiled call depends on, beside the memories."""
-        mine = vars(self)
-        yield keeps_its_class(self)
-        for name in ("definition", "policy", "steps", "reverse", "unit", "_modules"):
-            yield is_still(mine, name)
-        yield is_still(self._modules, "affine")
-        yield answers(kernels.limit, 0)
-        if remembers:
-            yield is_still(mine, "training")
-            yield answers(torch._C._current_graph_task_id, NOT_RECOMPUTING)
+            self._count(calls, (call, joined))
+        return y if affine is None or joined else trusting(affine, call.trust)(y)
 
     def _fused_again(self, x: Tensor, affine: nn.Module | None) -> Tensor | None:
         """The latest call once more, if it was one by a compiled kernel: activation checkpointing repeats it."""
         latest = self._calls.latest
         if latest is None or len(latest) == 3:
             return None
-        told, joined = latest
-        y = told.fused.again(x, told, *((gains_of(affine) if joined else None) or (None, None)))
-        return y if affine is None or joined else trusting(affine, told.plan.trust)(y)
+        call: FusedCall
+        call, joined = latest
+        y = call.fused.again(x, call, *((gains_of(affine) if joined else None) or (None, None)))
+        return y if affine is None or joined else trusting(affine, call.trust)(y)
 
     def _check(self, x: Tensor, steps: int) -> Tensor:
         """The canonical view of a training input that the layer does not refuse."""
@@ -309,7 +286,8 @@ class Norm(nn.Module):
         if view.numel():
             count = self.ref.size(view.shape)
             self.moment.check_size(self.ref, count)
-            self._calls.reference_size = count
+            if not is_traced():
+                self._calls.reference_size = count
         return view
 
     def _count(self, calls: Calls, latest: Any) -> None:
@@ -325,6 +303,7 @@ class Norm(nn.Module):
             )
 
     def _train(self, x: Tensor, affine: nn.Module | None) -> Tensor:
+        """A training call in torch operations."""
         gains = gains_of(affine)
         latest = self._calls.latest
         again = latest if self.H1 is not None and latest and len(latest) == 3 and _recomputing() else None
@@ -334,8 +313,7 @@ class Norm(nn.Module):
         if not view.numel():
             return x.clone()
         recall = (again[1], again[2]) if again else None
-        trust = self.policy.trust(view.shape[1])
-        streams = _op.Streams(self.H1, self.H2, self.policy.uses_estimate, recall, self.reverse, unit, trust)
+        streams = self._streams(view, recall, unit)
         joined = gains is not None and not x.is_inference() and _op.joins(view, self.definition)
         y, estimates, s = _op.normalize(view, self.definition, streams, *(gains if joined and gains else ()))
         if estimates is not None and s is not None and not again:
@@ -344,19 +322,34 @@ class Norm(nn.Module):
         y = torch.ops.aten._unsafe_view(y.reshape(x.shape), x.shape)
         if affine is None or joined:
             return y
-        return trusting(affine, trust)(y)
+        return trusting(affine, streams.trust)(y)
+
+    def _train_traced(self, x: Tensor, affine: nn.Module | None) -> Tensor:
+        """A training call for a compiler: nothing of it is remembered outside of buffers.
+
+        Raises:
+            RuntimeError: where it would be wrong without a sign.
+        """
+        if self.policy.uses_estimate:
+            refuse_recorded(self)
+        view = self._check(x, self.steps)
+        streams = self._streams(view, None, self.unit)
+        y = _op.normalize_traced(view, self.definition, streams).reshape(x.shape)
+        return y if affine is None else trusting(affine, streams.trust)(y)
+
+    def _streams(self, view: Tensor, recall: tuple[Tensor, Tensor] | None, unit: int) -> _op.Streams:
+        """What a call is given of the stream."""
+        trust = self.policy.trust(view.shape[1])
+        return _op.Streams(self.H1, self.H2, self.policy.uses_estimate, recall, self.reverse, unit, trust)
 
     def fold(self, happened: Tensor | bool = True) -> None:
         """A weight update took place: long <- kappa1 long + kappa2 short, short emptied (section 3.3.1, 3.3.2)."""
-        calls = self._calls
-        shortcut = calls.shortcut
-        if happened is not True or shortcut is None or not shortcut.fold():
-            fused, modules = calls.fused, self._modules
-            if happened is not True or not fused or not fused.fold(modules.get("H1"), modules.get("H2")):
-                for memory in (self.H1, self.H2):
-                    if memory is not None:
-                        memory.fold(happened)
-        calls.unfolded = 0
+        fused = self._calls.fused and self.compiled()
+        if happened is not True or not fused or not kernels.may_use("cpu") or is_traced() or not fused.fold():
+            for memory in (self.H1, self.H2):
+                if memory is not None:
+                    memory.fold(happened)
+        self._calls.unfolded = 0
 
     def _view(self, x: Tensor, steps: int) -> Tensor:
         c = self.num_features
@@ -424,12 +417,19 @@ def _check_pairing(ref: NormRef, moment: Lp, policy: Policy) -> None:
 
 def gains_of(affine: nn.Module | None) -> tuple[Tensor, Tensor] | None:
     """Gain and bias of an ``Affine``, one a feature on one device, that does nothing else and that nobody watches."""
+    found = _unwatched(affine)
+    if found is None or affine is None:
+        return None
+    weight, bias = found
+    return found if weight.shape == bias.shape == (affine.num_features,) and weight.is_cpu == bias.is_cpu else None
+
+
+def _unwatched(affine: nn.Module | None) -> tuple[Tensor, Tensor] | None:
+    """``gains_of`` for an operator, which looks at their shapes itself."""
     if type(affine) is not Affine or is_hooked(affine):
         return None
     parameters: Any = affine._parameters
-    weight, bias = parameters["weight"], parameters["bias"]
-    c = affine.num_features
-    return (weight, bias) if weight.shape == bias.shape == (c,) and weight.is_cpu == bias.is_cpu else None
+    return parameters["weight"], parameters["bias"]
 
 
 def trusting(affine: nn.Module, trust: float) -> Callable[[Tensor], Tensor]:

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from streamnorm.fused import numbers_of
+from streamnorm.fused import Native
 from streamnorm.kernels import library
-from streamnorm.kernels.calls import RuleNumbers
+from streamnorm.kernels.cpu import RuleNumbers
 from streamnorm.layers import StreamingNorm
 from streamnorm.norm import Affine, Norm
 from streamnorm.normop import Standardize
@@ -234,11 +234,14 @@ class Plan:
     def _memory(self, memory: Memory | None, c: Any) -> None:
         assert memory is not None
         self._owners.append(memory._buffers)
-        self._watched.append(memory.estimate)
-        c.rule, (long, short, count, updates) = numbers_of(memory.rule)
-        names = (long, short, "estimate", count, updates, "seen", "skipped")
-        for pointer, name in zip(_POINTERS, names, strict=True):
-            setattr(c, pointer, self._address(name, memory.get_buffer(name)))
+        self._watched += [memory.tables, memory.counts]
+        for name, buffer in memory.named_buffers():
+            self._address(name, buffer)
+        pointers = Native(memory).pointers(self.dtype, memory.estimate[0].numel())
+        assert pointers is not None
+        c.rule = pointers.rule
+        for name in _POINTERS:
+            setattr(c, name, getattr(pointers, name))
         if isinstance(memory.rule, LongShort):
             c.keep[:] = memory.rule.keep
 

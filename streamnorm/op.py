@@ -24,6 +24,7 @@ from torch import Tensor
 from streamnorm.kernels import Definition, Statistics, choose, eager, generic, may_use, using
 from streamnorm.normref import NormRef
 from streamnorm.stream import Memory, finite
+from streamnorm.tracing import is_traced
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,15 @@ class _Normalize(torch.autograd.Function):
             s = pack(mu, sigma, d.ref)
             ok = finite(s, ok)
             samples = data.shape[1]
+            if streams.H2 is not None:
+                streams.H2.fit(s)
             estimate = streams.H1.take(s, ok, samples) if streams.recall is None else _recalled(s, streams.recall)
         mu_hat, sigma_hat = mu, sigma
         if streams.uses_estimate:
             assert estimate is not None
             mu_hat, sigma_hat = unpack_row(estimate[:, 0], mu), unpack_row(estimate[:, 1], sigma)
         ctx.kernel, ctx.definition, ctx.streams, ctx.ok = kernel, d, streams, ok
-        ctx.latest = streams.H1 if _latest.get() and streams.uses_estimate else None
+        ctx.latest = streams.H1 if streams.uses_estimate and not is_traced() and _latest.get() else None
         ctx.save_for_backward(x, gain, mu, sigma, center, mu_hat, sigma_hat)
         joined = {} if gain is None else {"gain": gain.to(mu.dtype), "shift": shift.to(mu.dtype)}  # type: ignore[union-attr]
         y = kernel.apply(data, d, mu_hat, sigma_hat, **joined).to(x.dtype)
@@ -147,6 +150,51 @@ class _Normalize(torch.autograd.Function):
             g_mu, g_sigma = g_mu / share, g_sigma / share
         s = Statistics(mu, sigma, center, mu_hat, sigma_hat)
         return kernel.input_grad(grad, data, d, s, g_mu, g_sigma, **joined).to(x.dtype), dgain, dshift, None, None
+
+
+class _Estimate(torch.autograd.Function):
+    """``s (g, 2, ...) -> s_hat`` by F, and going back ``dE/ds_hat -> g_hat`` by G: what is no ordinary function."""
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, ok: Tensor | None, samples: int, streams: Streams) -> Tensor:
+        assert streams.H1 is not None
+        ok = finite(s, ok)
+        estimate = streams.H1.take(s, ok, samples)
+        ctx.samples, ctx.streams = samples, streams
+        ctx.save_for_backward(s, estimate, ok)
+        return estimate
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        streams, (s, estimate, ok) = ctx.streams, ctx.saved_tensors
+        if streams.H2 is None:
+            return grads[0], None, None, None
+        g = grads[0] * streams.unit
+        g_hat = observe_back(streams.H2, g, ok, streams.is_reversed, ctx.samples, (s, estimate))
+        return g_hat / streams.unit, None, None, None
+
+
+def normalize_traced(x: Tensor, definition: Definition, streams: Streams) -> Tensor:
+    """``normalize`` for a compiler: ordinary torch operations, whose gradients it makes and fuses itself, around
+    ``_Estimate``. The gain and bias follow."""
+    d, samples = definition, x.shape[1]
+    data = x.to(torch.promote_types(x.dtype, torch.float32))
+    mu, ok, center = generic.mean(data, d), None, None
+    if getattr(d.moment, "center", None) == "estimate":
+        with torch.no_grad():
+            center, _, ok = _about_the_estimate(generic, data, mu, d, streams)
+    sigma = generic.sigma(data, d, mu, center)
+    if streams.uses_estimate:
+        s = pack(mu, sigma, d.ref)
+        for memory in (streams.H1, streams.H2):
+            if memory is not None:
+                memory.fit(s)  # a compiler makes no buffers inside a Function
+        s_hat = _Estimate.apply(s, ok, samples, streams)
+        mu, sigma = unpack_row(s_hat[:, 0], mu), unpack_row(s_hat[:, 1], sigma)
+    elif streams.H1 is not None:
+        s = pack(mu.detach(), sigma.detach(), d.ref)
+        streams.H1.take(s, finite(s, ok), samples)
+    return generic.apply(data, d, mu, sigma).to(x.dtype)
 
 
 def observe_back(
@@ -208,6 +256,9 @@ def _about_the_estimate(
         sigma = kernel.sigma(x, d, mu, center)
         if len(row) == 1:
             return center, sigma, ok
+        if is_traced():  # nobody can be asked: what comes after the first such step is left out with it
+            good = finite(pack_row(sigma, d.ref), ok)
+            return center, sigma, None if good is None else good.long().cumprod(0) > 0
         good = finite(pack_row(sigma, d.ref), ok)
         bad = None if good is None else ~good if ok is None else ok & ~good
         if bad is None or not bad.any():

@@ -36,7 +36,7 @@ from streamnorm.layers import StreamingNorm
 from streamnorm.norm import Calls, Device, Norm
 from streamnorm.scan import scan
 from streamnorm.timespecific import Factory, TimeSpecificNorm
-from streamnorm.tracing import is_readable
+from streamnorm.tracing import is_readable, is_traced
 
 BackwardStats = Literal["saved", "latest"]
 INSTEAD = {
@@ -229,10 +229,13 @@ class Recurrent(nn.Module):
                     "mini-batches at each time step, and a loop over mini-batches meets all time steps of each; use "
                     "the loop, DAU(..., vectorize=False)"
                 )
+            if is_traced():
+                norm._check(smallest, 1)
+                continue
             before = norm._calls.reference_size if norm._calls.unfolded else None
             norm._check(smallest, 1)
-            sizes = [1 if single else norm.reference_size, before]
-            references.append((norm._calls, min((size for size in sizes if size is not None), default=None)))
+            sizes = [size for size in (1 if single else norm.reference_size, before) if size is not None]
+            references.append((norm._calls, min(sizes) if sizes else None))
         return references
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:

@@ -2,22 +2,63 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
+from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 
 def is_traced() -> bool:
     """Whether something records or rewrites torch operations: a compiler, an exporter, a dispatch mode, a transform of
     functions, forward-mode derivatives. It would not see what a compiled kernel does, nor a branch on a value."""
     return (
-        torch.compiler.is_dynamo_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
+        is_dynamo_compiling()
+        or _get_tracing_state() is not None
+        or _len_torch_dispatch_stack() > 0
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     )
 
 
 def is_readable(x: Tensor) -> bool:
     """Whether a branch may depend on values of ``x``: they lie on a CPU, where nobody waits, and nothing is traced."""
     return x.is_cpu and not is_traced()
+
+
+def refuse_recorded(layer: Any) -> None:
+    """Raise where a recorded training call of a layer that remembers would be wrong without a sign.
+
+    Raises:
+        RuntimeError: for an export, which loses the gradient of G; and for activation checkpointing that is compiled,
+            which computes a call again from statistics that have moved on.
+    """
+    if torch.compiler.is_exporting():
+        raise RuntimeError(
+            "a streamnorm layer that remembers cannot be exported in training: the exported graph would have no "
+            "gradient for it; export model.eval()"
+        )
+    if is_dynamo_compiling():
+        _refuse_checkpointing()
+
+
+def _refuse_checkpointing() -> None:
+    # Called while a compiler traces: what it is in the middle of is on its own stack, or on the stack of hooks.
+    of: Any = torch._C
+    hooks = of._autograd._top_saved_tensors_default_hooks(True)
+    where = "" if hooks is None else getattr(hooks[0], "__qualname__", "")
+    tracer = sys.modules["torch._dynamo.symbolic_convert"].InstructionTranslator.current_tx().output.current_tracer
+    while tracer is not None:
+        where += str(getattr(tracer, "source_target", ""))
+        tracer = tracer.parent
+    if "checkpoint" in where:
+        raise RuntimeError(
+            "activation checkpointing computes a streamnorm layer again, and compiled it would do so from statistics "
+            "that have moved on; leave the layer out of what is checkpointed, or the checkpoint out of what is compiled"
+        )
+
+
+_refuse_checkpointing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # run it while tracing, do not trace it

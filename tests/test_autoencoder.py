@@ -239,7 +239,7 @@ def test_what_is_tested_are_the_weights_that_the_statistics_were_taken_with(arm:
     assert len(trainer.metrics) == 2
     for layer in trainer.link.layers:
         assert layer.H1 is not None
-        assert layer.H1.get_buffer("count") > 0, "short is not cleared before testing"
+        assert layer.H1.count > 0, "short is not cleared before testing"
 
 
 def test_a_test_cost_that_is_not_finite_is_a_result_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

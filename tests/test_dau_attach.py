@@ -161,7 +161,7 @@ def test_a_step_that_a_gradient_scaler_skips_folds_nothing(fused: bool, norm: Ma
         optimizer.zero_grad()
         assert moved(before, model) == (step not in (1, 2))
         layer = memories(model)[1]
-        told = [layer.H1.get_buffer(name) for name in of_h1] + [layer.H2.get_buffer(name) for name in of_h2]
+        told = [getattr(layer.H1, name) for name in of_h1] + [getattr(layer.H2, name) for name in of_h2]
         counts.append(tuple(counter.item() for counter in told))
     assert counts == expected
     assert link.updates == 2

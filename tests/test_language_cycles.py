@@ -149,7 +149,7 @@ def test_what_is_tested_are_the_weights_that_the_statistics_were_taken_with(arm:
     for layer in norms(trainer.model):
         if arm == "streaming":
             assert layer.H1 is not None
-            assert layer.H1.get_buffer("count") > 0, "short is not cleared before testing"
+            assert layer.H1.count > 0, "short is not cleared before testing"
 
 
 # --- The input path alone

@@ -19,6 +19,7 @@ from close import rounding
 from torch import Tensor
 
 import streamnorm as sn
+from streamnorm import fused
 from streamnorm.kernels import cpu, library, using
 from streamnorm.stream import LongShort
 
@@ -53,11 +54,11 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     if library.ISAS[request.param] > loaded.streamnorm_isa():
         pytest.skip(f"this machine has no {request.param}")
     monkeypatch.setenv("STREAMNORM_ISA", request.param)
-    for forget in (library.isa, cpu.kernel, cpu.fold):
+    for forget in (library.isa, cpu.kernel, library.operators, fused._operators):
         forget.cache_clear()
     yield request.param
     monkeypatch.undo()
-    for forget in (library.isa, cpu.kernel, cpu.fold):
+    for forget in (library.isa, cpu.kernel, library.operators, fused._operators):
         forget.cache_clear()
 
 
@@ -117,7 +118,7 @@ def follow(
             layer.fold(), slow.fold()
         compare(f"{name} state {i}", dict(layer.named_buffers()), dict(slow.named_buffers()), terms, torch.float32)
     if is_fused is not None:
-        assert bool(layer._calls.fused and layer._calls.fused._latest) == is_fused, f"{name}: which path was taken?"
+        assert bool(layer._calls.fused and layer._calls.fused.latest) == is_fused, f"{name}: which path was taken?"
 
 
 def cases() -> Iterator[Any]:
@@ -242,7 +243,7 @@ def test_nothing_that_is_not_finite_gets_into_the_stream(shape: tuple[int, ...],
             assert was is not None
             assert memory.skipped == was.skipped + 1
             for name in (*memory.state(), "estimate", "seen"):
-                assert torch.equal(memory.get_buffer(name), was.get_buffer(name)), f"{where} {position} {name}"
+                assert torch.equal(getattr(memory, name), getattr(was, name)), f"{where} {position} {name}"
 
 
 def test_odd_layouts_are_copied_and_right() -> None:

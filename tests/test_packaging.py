@@ -70,7 +70,7 @@ def tree(tmp_path: Path) -> Path:
     (root / NATIVE).mkdir(parents=True)
     for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", ".gitignore"):
         shutil.copy(ROOT / name, root)
-    for name in ("abi.cpp", "isa.h", "parallel.cpp", "parallel.h"):
+    for name in ("abi.cpp", "isa.h", "parallel.cpp", "parallel.h", "stub.c"):
         shutil.copy(ROOT / NATIVE / name, root / NATIVE)
     (root / NATIVE / "probe.cpp").write_text(PROBE)
     (root / "streamnorm/__init__.py").touch()

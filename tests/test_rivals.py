@@ -230,9 +230,10 @@ def test_round_trips_and_what_is_not_finite(name: str) -> None:
         norm.fold()
     before = copy.deepcopy(norm.state_dict())
     norm(torch.full((4, 3, 2), float("nan"), dtype=torch.float64))
-    assert int(norm.H1.skipped) > int(before["H1.skipped"])
+    assert norm.H1.skipped > 0
     for key, value in norm.state_dict().items():
-        assert "skipped" in key or torch.equal(value, before[key]), key
+        was = before[key]
+        assert torch.equal(value[:-1], was[:-1]) if "skipped" in key else torch.equal(value, was), key
     loaded.load_state_dict(norm.state_dict())
     twin = copy.deepcopy(norm)
     x, dy = draw((4, 3, 2), 5), draw((4, 3, 2), 6)

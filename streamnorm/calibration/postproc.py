@@ -84,9 +84,9 @@ class NormSite(Site):
 
     def store(self, table: Tensor, arrivals: int | None = None) -> None:
         memory = self.memory
-        memory._shape_like(table[None])
+        memory.fit(table[None])
         table = table.to(memory.estimate.dtype)
-        memory.estimate.copy_(table)
+        memory.estimate = table
         memory.seen.clamp_(min=1)
         if arrivals is not None and not self.streams:
             # Nothing but testing reads this memory: it goes on from here as if the data had been its first arrival.
@@ -96,9 +96,11 @@ class NormSite(Site):
         return {name: buffer.clone() for name, buffer in self.memory.named_buffers()}, self.memory.shaped
 
     def put_back(self, snapshot: Any) -> None:
-        buffers, self.memory.shaped = snapshot
-        for name, value in buffers.items():
-            self.memory.get_buffer(name).resize_(value.shape).copy_(value)
+        buffers, shaped = snapshot
+        if shaped != self.memory.shaped:
+            self.memory._resize(buffers[self.memory._names[0]].shape[1:])
+        self.memory.shaped = shaped
+        self.memory.load_state_dict(buffers)
 
 
 class TorchSite(Site):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from streamnorm.kernels import cpu, eager, generic
 from streamnorm.kernels.definition import Definition, Statistics
+from streamnorm.tracing import is_traced
 
 __all__ = ["BACKENDS", "Definition", "Statistics", "choose", "cpu", "eager", "generic", "limit", "may_use", "using"]
 
@@ -55,6 +56,8 @@ def may_use(name: str) -> bool:
 
 def choose(definition: Definition, x: Tensor | None = None) -> ModuleType:
     """The fastest backend that serves this definition, for an input like ``x``, or (None) for any input."""
+    if is_traced():
+        return eager if eager.serves(definition) else generic
     if x is not None and may_use("cpu") and cpu.takes(x) and cpu.serves(definition):
         return cpu
     return eager if may_use("eager") and eager.serves(definition) else generic

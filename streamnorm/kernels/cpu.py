@@ -1,7 +1,7 @@
 """The compiled kernels' backend: closed forms for p = 1 and 2 over references that are whole axes, on a CPU.
 
-Beside the five functions of a backend it offers whole calls, ``forward`` and ``backward``, in which statistics, F or G
-and map happen together (``streamnorm.fused`` makes use of them). Here lies what C has to be told: where the rows of a
+Beside the five functions of a backend there are whole calls, operators in which statistics, F or G and map happen
+together (``streamnorm.fused`` makes use of them). Here lies what C has to be told: where the rows of a
 tensor are and which of them share a statistic (``native/norm.h`` draws the picture). Imports the definitions and the
 library.
 
@@ -17,9 +17,10 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, strided
+from torch.nn import Parameter
 
-from streamnorm.kernels import calls, eager, library
+from streamnorm.kernels import eager, library
 from streamnorm.kernels.definition import Definition, Statistics
 from streamnorm.normop import Scale
 from streamnorm.normref import NormRef
@@ -51,16 +52,62 @@ class Plan(ctypes.Structure):
         return self.k1 * (self.L if self.columns else 1)
 
 
+class RuleNumbers(ctypes.Structure):
+    """F or G in numbers: ``sn_rule`` of ``native/rule.h``."""
+
+    _fields_ = [("kind", ctypes.c_int64), ("numbers", ctypes.c_double * 3)]
+
+
+LONG_SHORT, EXPONENTIAL, POOLED, RESIDUAL = range(4)
+"""Kinds of rule that the kernels know."""
+
+
+class Places(ctypes.Structure):
+    """Where the members of a memory lie in its two buffers: ``sn_places`` of ``native/call.h``."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("long", "short", "estimate", "tables")),
+        *((name, ctypes.c_int32) for name in ("count", "updates", "seen", "skipped", "counts")),
+    ]
+
+
+class Stream(ctypes.Structure):
+    """A memory and its rule: ``sn_stream`` of ``native/call.h``."""
+
+    _fields_ = [("rule", RuleNumbers), ("at", Places), ("keep", ctypes.c_double * 2)]
+
+
+AXES = 8
+"""Axes of a tensor that the operators take at most."""
+
+
+class Call(ctypes.Structure):
+    """What the operators are told about one kind of input to one layer: ``sn_call`` of ``native/call.h``."""
+
+    _fields_ = [
+        ("plan", Plan),
+        ("ndim", ctypes.c_int64),
+        *((name, ctypes.c_int64 * AXES) for name in ("shape", "stride")),
+        *((name, ctypes.c_int64) for name in ("slots", "kept", "scratch")),
+        *((name, ctypes.c_int32) for name in ("dtype", "has_f", "has_g", "reserved")),
+        *((name, Stream) for name in ("f", "g")),
+    ]
+
+    def tensor(self) -> Tensor:
+        """The same as bytes, which an operator takes."""
+        return torch.frombuffer(bytearray(self), dtype=torch.uint8)
+
+
 class MemoryPointers(ctypes.Structure):
     """H1 or H2 and its rule: ``sn_memory`` of ``native/norm.h``."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("long", "short", "estimate", "count", "updates", "seen", "skipped")),
-        ("rule", calls.RuleNumbers),
+        ("rule", RuleNumbers),
     ]
 
 
-_ARGUMENTS = {"forward": 8, "backward": 10, "moments": 4, "map": 5, "sums": 6, "input": 8}
+_ARGUMENTS = {"moments": 4, "map": 5, "sums": 6, "input": 8}
 """How many pointers each kernel takes before the number of threads."""
 
 
@@ -72,13 +119,6 @@ def kernel(name: str, dtype: torch.dtype) -> Callable[..., int]:
     )
 
 
-@cache
-def fold(dtype: torch.dtype) -> Callable[..., None]:
-    """The weight update of the two memories of a layer whose tables are of ``dtype``."""
-    arguments = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
-    return library.function(f"fold_{NAMES[dtype]}", arguments)
-
-
 def serves(d: Definition) -> bool:
     """Whether there are kernels for this definition: p = 1 or 2, whole axes, the built-in S and N."""
     return d.moment.p in (1, 2) and eager.serves(d) and library.library() is not None
@@ -87,13 +127,13 @@ def serves(d: Definition) -> bool:
 def takes(x: Tensor) -> bool:
     """Whether the kernels can read ``x`` and nobody is watching its operations (tracing, compiling, transforms)."""
     return (
-        type(x) in (Tensor, torch.nn.Parameter)
+        not is_traced()
+        and (type(x) is Tensor or type(x) is Parameter)
         and x.is_cpu
+        and x.layout is strided
         and x.dtype in NAMES
-        and x.layout is torch.strided
         and not x.is_neg()
         and not x.is_inference()
-        and not is_traced()
     )
 
 

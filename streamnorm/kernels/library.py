@@ -1,9 +1,8 @@
 """The compiled kernels' shared library: found, checked and opened at its first use, through ctypes.
 
-It is built without Python and torch. What it needs of them is handed over as pointers: of torch the OpenMP threads that
-torch itself computes with, since a second runtime in one process would compete for the cores, or hang; for the rest see
-``calls``. Without the library, everything
-computes as before, in torch, and says once that it could be faster.
+It is built without Python and torch, and registers its operators through torch's C shim (``native/register.cpp``). It
+is handed the OpenMP threads that torch computes with, since a second runtime in one process would compete for the
+cores, or hang. Without the library, everything computes as before, in torch, and says once that it could be faster.
 
 Environment: ``STREAMNORM_BACKEND=eager`` leaves the library alone, ``STREAMNORM_LIBRARY`` opens another file,
 ``STREAMNORM_ISA`` takes a lower instruction set (``base``, ``v3``, ``v4``) than the machine has.
@@ -22,13 +21,13 @@ from typing import Any
 
 import torch
 
-ABI = 10
+ABI = 11
 """What ``streamnorm_abi`` has to answer; raised there and here together."""
 
 ISAS = {"base": 0, "v3": 3, "v4": 4}
 """Instruction sets by the number that the library calls them, the lowest first."""
 
-OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_get_max_threads")
 """What the library is given of torch's OpenMP runtime, in the order of ``streamnorm_use``."""
 
 MEND = (
@@ -102,6 +101,31 @@ def function(name: str, argtypes: Sequence[Any], restype: Any = None) -> Callabl
     found = loaded[f"{name}_{isa()}"]
     found.argtypes, found.restype = argtypes, restype
     return found
+
+
+REGISTERED = (
+    *(f"{name}_{dtype}" for name in ("forward", "backward") for dtype in ("f32", "f64", "bf16", "f16")),
+    *("fold_f32", "fold_f64"),
+)
+"""The kernels behind the operators, in the order of ``Kernels`` in ``native/register.cpp``."""
+
+
+@cache
+def operators() -> Any:
+    """The operators ``torch.ops.streamnorm``, registered at the first use.
+
+    Raises:
+        RuntimeError: without a library, or if torch refuses them.
+    """
+    loaded = library()
+    if loaded is None:
+        raise RuntimeError("no compiled kernels to make operators of")
+    kernels = [ctypes.cast(loaded[f"{name}_{isa()}"], ctypes.c_void_p) for name in REGISTERED]
+    register = loaded.streamnorm_register
+    register.argtypes = [ctypes.c_void_p]
+    if register((ctypes.c_void_p * len(kernels))(*kernels)):
+        raise RuntimeError(f"torch {torch.__version__} refuses the operators of {path()}")
+    return torch.ops.streamnorm
 
 
 def status() -> dict[str, str]:

@@ -295,7 +295,7 @@ Table = tuple[Record, str, Tensor]
 def _members(memory: Memory, tables: list[Table]) -> Record:
     """The counters of H, and places for its tables, which are added to ``tables``."""
     found: Record = {}
-    for name, value in {**memory.state(), **dict(memory.named_buffers(recurse=False))}.items():
+    for name, value in memory.members().items():
         if value.ndim:
             tables.append((found, name, value))
             found[name] = None

@@ -12,21 +12,42 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from streamnorm.stream.rule import GradientRule, Remembering, Rule, State
 from streamnorm.tracing import is_readable
 
+RUNNING, COUNTERS = "running_", "counter_"
+"""What the names of the two buffers begin with. Tools copy and average by name what is running, as if it were no whole
+number."""
+
+
+EXTRAS = "estimate", "seen", "skipped"
+"""What a memory keeps beside the members of H."""
+
 
 class Memory(nn.Module):
-    """H1 or H2: the state of a rule as registered buffers, in float32 or wider, only ever changed in place.
+    """H1 or H2: the state of a rule in two buffers, changed in place and never replaced.
 
-    Members are attributes under the rule's names: a ``LongShort`` memory has ``long``, ``short``, ``count`` and
-    ``updates``. Beside them stand ``estimate``, the latest one (what testing uses, Algorithm 5), and two counters:
-    ``seen`` arrivals, and ``skipped`` ones that were not finite and left everything as it was.
+    ``tables (k, 2, *shape)``, float32 or wider, holds the k members of H that are shaped like a statistic, and the
+    latest ``estimate``, which testing uses (Algorithm 5). ``counts``, int64, holds the counters of H, then ``seen``
+    arrivals, and ``skipped`` ones that were not finite and left everything as it was. The buffers are named after what
+    they hold: ``running_long_short_estimate`` and ``counter_count_held_seen_skipped``. Every member is an attribute, a
+    view that may be assigned to.
 
     Args:
         rule: F or G.
         shape: of one statistic table, ``(2, ...)``; None if only the first input will tell.
+
+    Raises:
+        TypeError: for a rule whose state holds anything but tables of ``shape`` and whole counters of shape ().
+
+    >>> from streamnorm.stream import Pooled
+    >>> memory = Memory(Pooled(), (2, 3))
+    >>> [(name, tuple(buffer.shape)) for name, buffer in memory.named_buffers()]
+    [('running_long_short_estimate', (3, 2, 3)), ('counter_count_held_seen_skipped', (4,))]
+    >>> memory.long.shape, memory.held
+    (torch.Size([2, 3]), tensor(0))
     """
 
     estimate: Tensor
@@ -37,24 +58,74 @@ class Memory(nn.Module):
         super().__init__()
         self.rule = rule
         self.shaped = shape is not None
-        state = rule.empty(tuple(shape or (2, 0)))
-        self._members = tuple(state)
+        shape = tuple(shape or (2, 0))
+        state = rule.empty(shape)
         for name, value in state.items():
+            if value.shape != shape and (value.ndim or value.is_floating_point()):
+                raise TypeError(
+                    f"{rule!r}: a member of a state is shaped like the statistic, {shape}, or a whole counter of shape "
+                    f"(); {name!r} is {value.dtype} of {tuple(value.shape)}"
+                )
+        tables = [name for name, value in state.items() if value.shape == shape]
+        self._members = tuple(state)
+        self._rows = {name: j for j, name in enumerate([*tables, "estimate"])}
+        counters = [name for name in state if name not in tables]
+        self._places = {name: j for j, name in enumerate([*counters, "seen", "skipped"])}
+        self._names = RUNNING + "_".join(self._rows), COUNTERS + "_".join(self._places)
+        values = (
+            _packed(state, self._rows, torch.zeros(shape)),
+            _packed(state, self._places, torch.zeros((), dtype=torch.int64)),
+        )
+        for name, value in zip(self._names, values, strict=True):
             self.register_buffer(name, _wide(value))
-        self.register_buffer("estimate", _wide(torch.zeros(*(shape or (2, 0)))))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def tables(self) -> Tensor:
+        """Everything that is shaped like a statistic, ``(k, 2, *shape)``."""
+        return self._buffers[self._names[0]]  # type: ignore[return-value]
+
+    @property
+    def counts(self) -> Tensor:
+        """All counters."""
+        return self._buffers[self._names[1]]  # type: ignore[return-value]
+
+    def place(self, name: str) -> int:
+        """Where a member lies in ``tables``, or in ``counts``."""
+        return self._rows[name] if name in self._rows else self._places[name]
+
+    def _member(self, name: str) -> Tensor:
+        return self.tables[self._rows[name]] if name in self._rows else self.counts[self._places[name]]
+
+    def __getattr__(self, name: str) -> Any:
+        mine = self.__dict__
+        if name in mine.get("_rows", ()) or name in mine.get("_places", ()):
+            return self._member(name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        mine = self.__dict__
+        if name not in mine.get("_rows", ()) and name not in mine.get("_places", ()):
+            return super().__setattr__(name, value)
+        member, value = self._member(name), torch.as_tensor(value)
+        if value.shape != member.shape:
+            raise ValueError(f"{name} is of shape {tuple(member.shape)}, got {tuple(value.shape)}")
+        with torch.no_grad():
+            member.copy_(value)
+        return None
 
     def state(self) -> State:
-        """The members of H by name."""
-        buffers: dict[str, Any] = self._buffers
-        return {name: buffers[name] for name in self._members}
+        """The members of H by name, views of the buffers."""
+        return {name: self._member(name) for name in self._members}
+
+    def members(self) -> State:
+        """Everything that is kept by name: the members of H, ``estimate``, ``seen`` and ``skipped``."""
+        return {name: self._member(name) for name in (*self._members, *EXTRAS)}
 
     @torch.no_grad()
     def peek_mean(self, mu: Tensor, ok: Tensor | None, samples: int = 1) -> Tensor:
         """The estimates ``(g, ...)`` that ``take`` would return for the row of the mean; nothing is remembered."""
         mu = mu.unsqueeze(1)
-        self._shape_like(mu.expand(-1, 2, *mu.shape[2:]))
+        self.fit(mu.expand(-1, 2, *mu.shape[2:]))
         row = {name: value[:1] if value.ndim else value for name, value in self.state().items()}
         return self._observe(row, mu, ok, samples)[1].squeeze(1)
 
@@ -71,19 +142,21 @@ class Memory(nn.Module):
             samples: in each arrival.
             call: for a gradient s, the statistics and the estimates ``(g, 2, ...)`` of the calls that it comes from.
         """
-        self._shape_like(s)
-        new, estimates = self._observe(self.state(), s, ok, samples, call)
-        self._write(new)
+        self.fit(s)
+        state = self.state()
+        new, estimates = self._observe(state, s, ok, samples, call)
+        self._write(state, new)
+        estimate, seen, skipped = map(self._member, EXTRAS)
         if ok is None:
-            self.seen.add_(len(s))
-            self.estimate.copy_(self.rule.for_testing(new, estimates[-1]))
+            seen.add_(len(s))
+            estimate.copy_(self.rule.for_testing(new, estimates[-1]))
         else:
             arrived = ok.sum()
-            self.seen.add_(arrived)
-            self.skipped.add_(len(ok) - arrived)
+            seen.add_(arrived)
+            skipped.add_(len(ok) - arrived)
             last = ok.cumsum(0).argmax()  # the first place where all have arrived: the last arrival of all
             latest = self.rule.for_testing(new, estimates.index_select(0, last.reshape(1)).squeeze(0))
-            self.estimate.copy_(torch.where((arrived > 0) & latest.isfinite().all(), latest, self.estimate))
+            estimate.copy_(torch.where((arrived > 0) & latest.isfinite().all(), latest, estimate))
         return estimates
 
     def _observe(
@@ -115,27 +188,31 @@ class Memory(nn.Module):
         new = self.rule.fold(state)
         if isinstance(happened, Tensor):
             new = {name: torch.where(happened, value, state[name]) for name, value in new.items()}
-        self._write(new)
+        self._write(state, new)
 
     @torch.no_grad()
     def clear(self) -> None:
         """Forget everything that was seen."""
-        with self.estimate.device:  # whatever the default device of new tensors
-            self._write(self.rule.empty(tuple(self.estimate.shape)))
-        for extra in (self.estimate, self.seen, self.skipped):
-            extra.zero_()
+        with self.tables.device:  # whatever the default device of new tensors
+            self._write(self.state(), self.rule.empty(tuple(self.estimate.shape)))
+        for extra in EXTRAS:
+            self._member(extra).zero_()
 
     reset_parameters = clear
 
     @torch.no_grad()
     def restart(self, s: Tensor) -> None:
         """Go on as if ``s (2, ...)`` had been the first arrival; the latest estimate stays."""
-        self._write(self._observe(self.rule.empty(tuple(s.shape)), s.unsqueeze(0), None, 1)[0])
+        self._write(self.state(), self._observe(self.rule.empty(tuple(s.shape)), s.unsqueeze(0), None, 1)[0])
 
     @property
     def known(self) -> bool:
         """Whether there is an estimate. The device is asked, every time: buffers may have been replaced or emptied."""
-        return bool(self.seen)
+        return bool(self.seen) or bool(self.has_estimate())
+
+    def has_estimate(self) -> Tensor:
+        """``known`` without asking. The table tells: tools that copy what is running leave counters behind."""
+        return self.estimate[-1].any()
 
     @torch.no_grad()
     def merge(self, others: Sequence[Memory]) -> None:
@@ -144,24 +221,37 @@ class Memory(nn.Module):
         The latest estimate becomes the mean of theirs; ``seen`` and ``skipped`` the largest, for what they have in
         common is not known.
         """
-        self._write(self.rule.merge([self.state(), *(other.state() for other in others)]))
-        self.estimate.copy_(torch.stack([m.estimate for m in (self, *others)]).mean(0))
+        state = self.state()
+        self._write(state, self.rule.merge([state, *(other.state() for other in others)]))
+        self.estimate = torch.stack([m.estimate for m in (self, *others)]).mean(0)
         for counter in ("seen", "skipped"):
-            self.get_buffer(counter).copy_(torch.stack([m.get_buffer(counter) for m in (self, *others)]).amax())
+            self._member(counter).copy_(torch.stack([m._member(counter) for m in (self, *others)]).amax())
 
-    def _shape_like(self, s: Tensor) -> None:
-        if not self.shaped:
-            self._resize(s.shape[1:])
+    def fit(self, s: Tensor) -> None:
+        """Take the shape of the statistics ``s (g, 2, ...)``, if nothing has told it yet.
+
+        Raises:
+            RuntimeError: if a compiler is watching, which would keep buffers of its own.
+        """
+        if self.shaped:
+            return
+        if is_dynamo_compiling():
+            raise RuntimeError(
+                "a layer that keeps statistics for every place takes its shape from the first input; call the model "
+                "once in training before it is compiled"
+            )
+        self._resize(s.shape[1:])
 
     def _resize(self, shape: Sequence[int]) -> None:
-        with self.estimate.device:
-            empty = {**self.rule.empty(tuple(shape)), "estimate": torch.zeros(*shape)}
-        for name, value in empty.items():
-            self.get_buffer(name).resize_(value.shape).copy_(value)
+        """New buffers for statistics of another shape, with nothing in them."""
+        with self.tables.device:
+            empty = _packed(self.rule.empty(tuple(shape)), self._rows, torch.zeros(*shape))
+        self._buffers[self._names[0]] = empty.to(self.tables.dtype)
         self.shaped = True
 
-    def _write(self, new: State) -> None:
-        for name, member in self.state().items():
+    @staticmethod
+    def _write(state: State, new: State) -> None:
+        for name, member in state.items():
             if new[name] is not member:
                 member.copy_(new[name])
 
@@ -176,27 +266,50 @@ class Memory(nn.Module):
         return self
 
     def _migrate(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Rename in ``state_dict`` what another rule has left there."""
-        extras = ("estimate", "seen", "skipped")
-        names = [name for name in state_dict if name.startswith(prefix) and "." not in name[len(prefix) :]]
-        members = {name[len(prefix) :]: state_dict[name] for name in names if name[len(prefix) :] not in extras}
-        if not members or set(members) == set(self._members):
+        """Make this rule's buffers in ``state_dict`` of what another rule, or an older version, has left there."""
+        saved = _unpacked(state_dict, prefix)
+        if not saved or all(prefix + name in state_dict for name in self._names):
             return
-        new = self.rule.migrated(dict(members))
-        for name in set(members) - set(new):
-            del state_dict[prefix + name]
-        for name, value in new.items():
-            state_dict[prefix + name] = value
+        extras = {name: saved.pop(name) for name in EXTRAS if name in saved}
+        if set(saved) != set(self._members):
+            saved = self.rule.migrated(saved)
+        saved |= extras
+        if not {*self._rows, *self._places} <= set(saved):
+            return
+        for name in [name for name in state_dict if name.startswith(prefix) and "." not in name[len(prefix) :]]:
+            del state_dict[name]
+        for name, where in zip(self._names, (self._rows, self._places), strict=True):
+            state_dict[prefix + name] = torch.stack([torch.as_tensor(saved[member]) for member in where])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self._migrate(state_dict, prefix)
-        saved = state_dict.get(prefix + "estimate")
+        saved = state_dict.get(prefix + self._names[0])
         if not self.shaped and saved is not None and saved.numel():
-            self._resize(saved.shape)
+            self._resize(saved.shape[1:])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for name, value in self._buffers.items():
             if value is not None:
                 self._buffers[name] = _wide(value)
+
+
+def _packed(state: State, where: dict[str, int], nothing: Tensor) -> Tensor:
+    """The members of a state that ``where`` names, one after another; ``nothing`` for those that it lacks."""
+    return torch.stack([state.get(name, nothing) for name in where])
+
+
+def _unpacked(state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
+    """The members of a memory by name that a ``state_dict`` holds: packed, or each by itself, as it once was."""
+    found: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        name = key[len(prefix) :]
+        if not key.startswith(prefix) or "." in name:
+            continue
+        start = next((start for start in (RUNNING, COUNTERS) if name.startswith(start)), None)
+        if start is None:
+            found[name] = value
+        elif len(names := name.removeprefix(start).split("_")) == len(value):
+            found |= zip(names, value.unbind(0), strict=True)
+    return found
 
 
 def _wide(value: Tensor) -> Tensor:

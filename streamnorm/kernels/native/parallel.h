@@ -10,7 +10,7 @@ extern "C" {
 typedef void (*sn_gomp_parallel)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
 typedef int (*sn_gomp_number)(void);
 extern sn_gomp_parallel sn_parallel_;
-extern sn_gomp_number sn_thread_, sn_threads_;
+extern sn_gomp_number sn_thread_, sn_threads_, sn_most_threads_;
 }
 
 namespace {  // nothing here may be shared between instruction sets by the linker

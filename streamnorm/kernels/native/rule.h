@@ -1,7 +1,7 @@
 #pragma once
 #include <stdint.h>
 
-// F or G in numbers; mirrored by `RuleNumbers` in kernels/calls.py.
+// F or G in numbers; mirrored by `RuleNumbers` in kernels/cpu.py.
 struct sn_rule {
     int64_t kind;
     double a[3];                       // LONG_SHORT: mix; EXPONENTIAL: rate; POOLED: memory, prior, updates; RESIDUAL: memory

@@ -1,0 +1,23 @@
+// Stands in for libtorch_cpu.so when the library is linked, so that its symbols are bound to the one that torch has
+// loaded. The functions are those of `shim.h`.
+#define SN_STUB(name) void name(void) {}
+SN_STUB(aoti_torch_library_init_def)
+SN_STUB(aoti_torch_library_init_impl)
+SN_STUB(aoti_torch_library_def)
+SN_STUB(aoti_torch_library_impl)
+SN_STUB(aoti_torch_get_data_ptr)
+SN_STUB(aoti_torch_get_dim)
+SN_STUB(aoti_torch_get_numel)
+SN_STUB(aoti_torch_get_sizes)
+SN_STUB(aoti_torch_get_strides)
+SN_STUB(aoti_torch_get_dtype)
+SN_STUB(aoti_torch_get_device_type)
+SN_STUB(aoti_torch_delete_tensor_object)
+SN_STUB(aoti_torch_empty_strided)
+SN_STUB(aoti_torch_dtype_float32)
+SN_STUB(aoti_torch_dtype_float64)
+SN_STUB(aoti_torch_dtype_bfloat16)
+SN_STUB(aoti_torch_dtype_float16)
+SN_STUB(aoti_torch_dtype_int64)
+SN_STUB(aoti_torch_dtype_uint8)
+SN_STUB(aoti_torch_device_type_cpu)
