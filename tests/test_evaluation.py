@@ -52,6 +52,7 @@ def test_exported_for_any_number_of_samples_to_a_graph_that_changes_nothing(name
 
 @every_layer
 def test_compiled_without_a_break(name: str) -> None:
+    torch._dynamo.reset()  # all models share the code that is compiled
     model = model_of(name)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     results = []
@@ -113,6 +114,7 @@ def test_shapes_without_values(name: str) -> None:
 
 
 def test_what_cannot_be_asked_for_statistics_answers_nan_without_them() -> None:
+    torch._dynamo.reset()
     model = sn.StreamingNorm(4).eval()
     with pytest.raises(RuntimeError, match="before it has seen any training data"):
         model(X)

@@ -93,6 +93,7 @@ def test_an_ensemble() -> None:
 
 
 def test_compiled_without_a_break() -> None:
+    torch._dynamo.reset()
     model = nn.Sequential(nn.Linear(3, 8), sn.SampleNorm(8), nn.ReLU(inplace=True), nn.Linear(8, 2))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for samples in (5, 2):

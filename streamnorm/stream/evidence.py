@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 
 from streamnorm.checks import expect_finite, expect_whole
-from streamnorm.stream.rule import CHUNK, GradientRule, Rule, State, affine_scan, column, in_chunks
+from streamnorm.stream.rule import (
+    CHUNK,
+    GradientRule,
+    Rule,
+    State,
+    affine_scan,
+    column,
+    counted,
+    in_chunks,
+    taken_in,
+)
 
 
 @dataclass(frozen=True)
@@ -89,10 +99,10 @@ class Pooled(Rule):
         old = state["short"].to(s.dtype)
         arrived = torch.ones(g, dtype=torch.bool, device=s.device) if ok is None else ok
         # short_j = short + sum_{i<=j} (s_i - short) m / N_j, the exact mean of all arrivals, as one product.
-        counts = state["count"] + self.samples * arrived.cumsum(0)
+        counts = state["count"] + self.samples * counted(arrived)
         share = ((self.samples * arrived).to(s.dtype) / counts.clamp_min(1).unsqueeze(1)).tril()
         surplus = s - old if ok is None else torch.where(column(ok, s), s - old, 0)
-        short = torch.addmm(old.reshape(1, -1), share, surplus.flatten(1)).reshape(s.shape)
+        short = taken_in(old, share, surplus)
         long = self._begun(state, s, arrived)
         weight = self._weight(state, counts, s)
         estimate = torch.lerp(short, long.to(s.dtype).expand_as(short), weight)
@@ -113,7 +123,7 @@ class Pooled(Rule):
         long = state["long"]
         if not self.prior or len(long) < 2:
             return long
-        first = s.index_select(0, arrived.int().argmax().reshape(1)).squeeze(0)
+        first = s[0] if len(s) == 1 else s.index_select(0, arrived.int().argmax().reshape(1)).squeeze(0)
         mu, sigma = first
         wide = ((mu - mu.mean()).square() + sigma.square()).mean().sqrt()
         begins = (state["count"] == 0) & (state["held"] == 0) & arrived.any()
@@ -208,7 +218,7 @@ class Residual(GradientRule):
     ) -> tuple[State, Tensor]:
         m = self.samples
         arrived = torch.ones(len(g), dtype=torch.bool, device=g.device) if ok is None else ok
-        before = state["held"] + m * (arrived.cumsum(0) - arrived.long())
+        before = state["held"] + m * (counted(arrived) - arrived.long())
         M = column((before + 1).to(g.dtype).clamp_max(self.memory), g[:, 0])
         (mu, sigma), (mu_hat, sigma_hat) = s.to(g.dtype).unbind(1), s_hat.to(g.dtype).unbind(1)
         mean, scale = (mu - mu_hat) / sigma_hat, sigma / sigma_hat

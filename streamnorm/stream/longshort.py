@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from streamnorm.stream.rule import CHUNK, Rule, State, column, in_chunks
+from streamnorm.stream.rule import CHUNK, Rule, State, column, counted, in_chunks, taken_in
 from streamnorm.tracing import is_readable
 
 
@@ -72,7 +72,7 @@ class LongShort(Rule):
         # short_j = short + sum_{i<=j} (s_i - short) / (count + j), the exact mean of all arrivals, as one product.
         old = state["short"].to(s.dtype)
         surplus = s - old if ok is None else torch.where(column(ok, s), s - old, 0)
-        short = torch.addmm(old.reshape(1, -1), share, surplus.flatten(1)).reshape(s.shape)
+        short = taken_in(old, share, surplus)
         estimate = torch.addcmul(column(to_long, s) * state["long"], short, column(to_short, s))
         if self.mix[2]:
             estimate = torch.add(estimate, s, alpha=self.mix[2])
@@ -80,7 +80,7 @@ class LongShort(Rule):
         new = {**state, "short": short[-1], "count": state["count"] + arrived}
         if ok is None:
             return new, estimate
-        known = (state["updates"] > 0) | (state["count"] + ok.cumsum(0) > 0)
+        known = (state["updates"] > 0) | (state["count"] + counted(ok) > 0)
         return new, torch.where(column(known, s), estimate, sum(self.mix) * s)
 
     def weights(
@@ -88,7 +88,7 @@ class LongShort(Rule):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What g arrivals are weighted with: the triangle ``(g, g)`` that makes short of them, and the shares of long
         and of short in the estimate at each, ``(g,)`` or ``(1,)``. Whichever is empty, the other stands in for it."""
-        counts = count + (torch.arange(1, g + 1, device=count.device) if ok is None else ok.cumsum(0))
+        counts = count + (torch.arange(1, g + 1, device=count.device) if ok is None else counted(ok))
         share = counts.clamp_min(1).to(dtype).reciprocal().unsqueeze(1).expand(g, g).tril()
         has_long = (updates > 0).to(dtype).reshape(1)
         if ok is None:

@@ -154,8 +154,7 @@ class Memory(nn.Module):
             arrived = ok.sum()
             seen.add_(arrived)
             skipped.add_(len(ok) - arrived)
-            last = ok.cumsum(0).argmax()  # the first place where all have arrived: the last arrival of all
-            latest = self.rule.for_testing(new, estimates.index_select(0, last.reshape(1)).squeeze(0))
+            latest = self.rule.for_testing(new, _at_the_last(estimates, ok))
             estimate.copy_(torch.where((arrived > 0) & latest.isfinite().all(), latest, estimate))
         return estimates
 
@@ -310,6 +309,14 @@ def _unpacked(state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
         elif len(names := name.removeprefix(start).split("_")) == len(value):
             found |= zip(names, value.unbind(0), strict=True)
     return found
+
+
+def _at_the_last(estimates: Tensor, ok: Tensor) -> Tensor:
+    """The estimate at the last of the arrivals that are let in."""
+    if len(ok) == 1:
+        return estimates[0]
+    last = ok.cumsum(0).argmax()  # the first place where all have arrived
+    return estimates.index_select(0, last.reshape(1)).squeeze(0)
 
 
 def _wide(value: Tensor) -> Tensor:

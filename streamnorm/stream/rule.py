@@ -135,3 +135,15 @@ def affine_scan(P: Tensor, q: Tensor, theta: Tensor) -> Tensor:
         step *= 2
     (a, b, c, d), (u, v) = P, theta
     return q + torch.stack([a * u + b * v, c * u + d * v])
+
+
+def counted(arrived: Tensor) -> Tensor:
+    """How many have arrived by each of ``arrived (g,)``."""
+    return arrived.long() if len(arrived) == 1 else arrived.cumsum(0)
+
+
+def taken_in(old: Tensor, share: Tensor, surplus: Tensor) -> Tensor:
+    """``old + sum_i share_ji surplus_i`` at each of the g arrivals ``surplus (g, ...)``; ``share (g, g)``."""
+    if len(surplus) == 1:
+        return old + share.reshape([1] * surplus.ndim) * surplus
+    return torch.addmm(old.reshape(1, -1), share, surplus.flatten(1)).reshape(surplus.shape)
