@@ -105,7 +105,7 @@ class FusedCall:
 
     __slots__ = (
         *("bytes", "dtype", "fused", "has_gains", "kept", "operators", "plan", "reference_size", "size", "slots"),
-        *("steps", "trust", "unit", "way", "x_dtype", "x_shape"),
+        *("steps", "trust", "way", "x_dtype", "x_shape"),
     )
 
     def __init__(
@@ -114,7 +114,7 @@ class FusedCall:
         self.fused = fused
         self.plan = plan
         self.way = way
-        self.steps, _, self.unit = way
+        self.steps = way[0]
         self.trust = plan.trust
         self.slots = plan.slots
         self.size = plan.k0 * plan.slots

@@ -196,10 +196,10 @@ class Norm(nn.Module):
         if not remembers and not is_readable(x):
             y = _op.normalize_alone(self._check(x, 1), self.definition).reshape(x.shape)
             return y if affine is None else affine(y)
-        if is_traced():
-            return self._train_traced(x, affine)
         if self._calls.in_cycle:
             self._expect_first_call()
+        if is_traced():
+            return self._train_traced(x, affine)
         if cpu.takes(x) and kernels.may_use("cpu"):
             fused_y = self._fused(x, affine)
             if fused_y is not None:
@@ -222,7 +222,7 @@ class Norm(nn.Module):
     def _expect_first_call(self) -> None:
         """Raise at a second call in a vectorized cycle, which would bring its mini-batches in another order than the
         loop does."""
-        if self._is_cyclic() and self.H1 is not None and not _recomputing():
+        if self._is_cyclic() and self.H1 is not None and (is_traced() or not _recomputing()):
             raise ValueError(
                 f"{self!r} is called twice in a vectorized cycle: all {self.steps} mini-batches of its first call "
                 "would arrive before those of the second, and in the loop they take turns; use the loop over "
@@ -331,8 +331,10 @@ class Norm(nn.Module):
             RuntimeError: where it would be wrong without a sign.
         """
         if self.policy.uses_estimate:
-            refuse_recorded(self)
+            refuse_recorded()
         view = self._check(x, self.steps)
+        if self._calls.in_cycle is not None and self._is_cyclic():
+            self._calls.in_cycle = 1
         streams = self._streams(view, None, self.unit)
         y = _op.normalize_traced(view, self.definition, streams).reshape(x.shape)
         return y if affine is None else trusting(affine, streams.trust)(y)

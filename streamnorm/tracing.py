@@ -29,7 +29,7 @@ def is_readable(x: Tensor) -> bool:
     return x.is_cpu and not is_traced()
 
 
-def refuse_recorded(layer: Any) -> None:
+def refuse_recorded() -> None:
     """Raise where a recorded training call of a layer that remembers would be wrong without a sign.
 
     Raises:

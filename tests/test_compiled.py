@@ -128,6 +128,15 @@ def test_a_vectorized_cycle() -> None:
     assert_equal(model, twin)
 
 
+def test_a_second_call_in_a_compiled_cycle_is_refused() -> None:
+    norm = sn.StreamingNorm(4)
+    model = nn.Sequential(norm, nn.Tanh(), norm).double()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with sn.vectorized(model, 2), pytest.raises(Exception, match="called twice in a vectorized cycle"):
+        compiled(draw((6, 4), 0))
+    assert norm.H1.seen == 0
+
+
 def test_a_layer_that_keeps_places_is_called_once_before() -> None:
     model, twin = twins(model_of(lambda c: sn.StreamingNorm(c, sn.BA6)))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
