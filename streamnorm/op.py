@@ -310,10 +310,7 @@ def normalize(
 def normalize_alone(x: Tensor, definition: Definition) -> Tensor:
     """Normalize ``x (g, m, G, q, *place)`` by its own statistics, with no memory (Algorithm 1): an ordinary function of
     x in torch operations, for transforms of functions, compilers, and derivatives of any order and mode."""
-    data = x.to(torch.promote_types(x.dtype, torch.float32))
-    mu = generic.mean(data, definition)
-    sigma = generic.sigma(data, definition, mu, None)
-    return generic.apply(data, definition, mu, sigma).to(x.dtype)
+    return normalize_traced(x, definition, Streams(None, None, uses_estimate=False))
 
 
 def joins(x: Tensor, definition: Definition) -> bool:

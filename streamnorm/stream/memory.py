@@ -27,7 +27,8 @@ EXTRAS = "estimate", "seen", "skipped"
 
 
 class Memory(nn.Module):
-    """H1 or H2: the state of a rule in two buffers, changed in place and never replaced.
+    """H1 or H2: the state of a rule in two buffers, changed in place; the tables are replaced once if the first input
+    tells their shape.
 
     ``tables (k, 2, *shape)``, float32 or wider, holds the k members of H that are shaped like a statistic, and the
     latest ``estimate``, which testing uses (Algorithm 5). ``counts``, int64, holds the counters of H, then ``seen``
