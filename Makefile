@@ -42,14 +42,14 @@ sanitize: .venv/ready
 	CXX=g++ $(BIN)/python hatch_build.py --sanitize
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  STREAMNORM_LIBRARY=build/sanitize/_native.so STREAMNORM_ISA=base \
-	  $(BIN)/python -m pytest -n 2 tests/test_native.py tests/test_fusedscan*.py tests/test_fused_changes.py tests/test_online*.py -k "not every_instruction_set and (not large_tensors or 300)"
+	  $(BIN)/python -m pytest -n 2 tests/ops/test_native.py tests/ops/test_fused_changes.py tests/nn/test_fusedscan*.py tests/train/test_online*.py -k "not every_instruction_set and (not large_tensors or 300)"
 
 check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest tests/test_paper_map.py tests/test_public_api.py
+	$(BIN)/python -m pytest tests/project/test_paper_map.py tests/project/test_public_api.py
 
 clean:
-	rm -rf .venv runs build streamnorm/kernels/_native.*
+	rm -rf .venv runs build streamnorm/ops/_native.*

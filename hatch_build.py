@@ -1,8 +1,8 @@
 """Builds the compiled kernels: a hatchling hook for wheels and editable installs, and a command for who works on them.
 
-Every ``streamnorm/kernels/native/*.cpp`` is compiled once per instruction set, and all objects become one shared
-library, ``streamnorm/kernels/_native.so``. No header or library of Python or torch is needed, so one wheel serves all
-versions of both: what it takes of torch's C shim is bound when it is opened, and ``native/stub.c`` stands in for it
+Every ``streamnorm/csrc/*.cpp`` is compiled once per instruction set, and all objects become one shared
+library, ``streamnorm/ops/_native.so``. No header or library of Python or torch is needed, so one wheel serves all
+versions of both: what it takes of torch's C shim is bound when it is opened, and ``csrc/stub.c`` stands in for it
 here. An install never fails for want of a compiler: the package is pure Python then, and says so when used.
 
     python hatch_build.py               in place, if anything changed
@@ -66,7 +66,7 @@ class NoCompilerError(BuildError):
 
 def library_path(root: Path) -> Path:
     """Where the library lies in a source tree."""
-    return root / "streamnorm" / "kernels" / ("_native.dylib" if sys.platform == "darwin" else "_native.so")
+    return root / "streamnorm" / "ops" / ("_native.dylib" if sys.platform == "darwin" else "_native.so")
 
 
 def build(root: Path, sanitize: bool = False) -> Path:
@@ -77,7 +77,7 @@ def build(root: Path, sanitize: bool = False) -> Path:
         BuildError: with the compiler's message.
     """
     started = time.time_ns()  # outputs get this time, so that an edit during the build counts as newer
-    native, folder = root / "streamnorm" / "kernels" / "native", root / "build" / ("sanitize" if sanitize else "native")
+    native, folder = root / "streamnorm" / "csrc", root / "build" / ("sanitize" if sanitize else "native")
     library = folder / library_path(root).name if sanitize else library_path(root)
     sources = sorted(native.glob("*.cpp"))
     common = [*native.glob("*.h"), native / "stub.c", root / "hatch_build.py"]

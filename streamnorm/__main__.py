@@ -2,7 +2,7 @@
 
 import sys
 
-from streamnorm.cli import main
+from streamnorm.lab.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

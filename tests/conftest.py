@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 pytest.register_assert_rewrite("images", "nets", "passes", "toy", "twins")  # what they assert is shown as a test's own
 
 torch.set_num_threads(1)  # the tensors of a test are small, and workers share the cores
@@ -35,7 +35,7 @@ def _seeded() -> None:
 def compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail where a compiled online step is expected and an ordinary one is taken."""
     from streamnorm import OnlineTrainer
-    from streamnorm.kernels import library
+    from streamnorm.ops import library
 
     if library.library() is None:
         pytest.skip("there are no compiled kernels")
@@ -60,10 +60,10 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each run of time steps was a compiled one."""
-    from streamnorm import fusedscan
+    from streamnorm.nn.recurrent import fused
 
     seen: list[bool] = []
-    run = fusedscan.run
+    run = fused.run
 
     def watched(cell: Any, data: Any, steps: int, h0: Any, inputs: Any = None) -> Any:
         rows = run(cell, data, steps, h0, inputs)
@@ -71,5 +71,5 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
             seen.append(rows is not None)
         return rows
 
-    monkeypatch.setattr(fusedscan, "run", watched)
+    monkeypatch.setattr(fused, "run", watched)
     return seen

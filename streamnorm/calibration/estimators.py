@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamnorm.normref import NormRef
-from streamnorm.normstats import Lp
-from streamnorm.op import pack, unpack_row
+from streamnorm.definition.ref import NormRef
+from streamnorm.definition.stats import Lp
+from streamnorm.ops.functional import pack, unpack_row
 
 Across = Callable[[Tensor], Tensor]
 """The sum of a tensor over all replicas, the same on each."""

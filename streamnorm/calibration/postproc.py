@@ -22,10 +22,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from streamnorm.calibration.estimators import Estimator
-from streamnorm.norm import Norm
-from streamnorm.normref import BA1, NormRef
-from streamnorm.normstats import Lp
-from streamnorm.timespecific import TimeSpecificNorm
+from streamnorm.definition.ref import BA1, NormRef
+from streamnorm.definition.stats import Lp
+from streamnorm.nn.norm import Norm
+from streamnorm.nn.timespecific import TimeSpecificNorm
 
 State = Literal["train", "postproc", "test"]
 

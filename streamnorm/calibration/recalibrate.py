@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import PackedSequence
 from streamnorm.calibration.estimators import DECAY, Across, Corrected, Estimator, Mean, Moving, Pooled, alone
 from streamnorm.calibration.postproc import Site, Told, layers, once_through
 from streamnorm.checks import is_whole
-from streamnorm.normstats import DegenerateReferenceError, Lp
+from streamnorm.definition.stats import DegenerateReferenceError, Lp
 
 Choice = Literal["pooled", "moving", "corrected"]
 ESTIMATORS: dict[str, type[Estimator]] = {"pooled": Pooled, "moving": Moving, "corrected": Corrected}

@@ -32,7 +32,7 @@ from streamnorm.monitoring.sites import (
     percentiles,
     percentiles_of_rows,
 )
-from streamnorm.norm import Norm
+from streamnorm.nn.norm import Norm
 from streamnorm.stream import Memory
 
 Record = dict[str, Any]

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
-from streamnorm.cells import Cell
-from streamnorm.norm import Norm, norms
-from streamnorm.timespecific import TimeSpecificNorm
+from streamnorm.nn.norm import Norm, norms
+from streamnorm.nn.recurrent.cells import Cell
+from streamnorm.nn.timespecific import TimeSpecificNorm
 
 Choice = str | nn.Module | type[nn.Module] | Callable[[str, nn.Module], bool]
 """Which modules to watch: those whose name fits a pattern, one, those of a class, or those that a function wants."""

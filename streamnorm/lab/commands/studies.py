@@ -1,0 +1,26 @@
+"""The command that carries out a study anew. Needs the extra ``cli``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from streamnorm.lab.studies.arguments import Arguments
+from streamnorm.lab.studies.registry import STUDIES, study
+
+LISTED = "\n\n".join(f"{name}: {what}." for name, what in STUDIES.items())
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """Carry out a study: train what is missing, check the claims, write down verdicts and figures."""
+
+    name: Positional[Annotated[str, arg(metavar="NAME", help=LISTED)]]
+    arguments: Arguments = field(default_factory=Arguments)
+
+
+def reproduce(command: Reproduce) -> None:
+    """Carry out a study and say where its record is."""
+    print(f"Record: {study(command.name)(command.arguments)}")

@@ -1,0 +1,171 @@
+"""A run under way, whatever its kind: what its checkpoints hold, how it goes on from one, what a record says of it.
+
+Imports the checkpoints.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from streamnorm.lab.runs import checkpoint
+
+LATE = " (the learning rate falls late, at a time that the epochs decide)"
+"""Why epochs cannot be added to a run whose learning rate has a schedule."""
+
+
+class Named(Protocol):
+    """Data of any kind."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def source(self) -> str: ...
+
+
+class UnderWay:
+    """A run between two of its steps. A trainer of a kind of run adds ``step`` and says what data it is of.
+
+    Attributes:
+        PARTS: names of what has a state of its own, beside the model, that a checkpoint holds.
+        KEPT: names of what else it holds as it is.
+        WHY_EPOCHS: why a run does not go on for more epochs than it was begun with, where there is a reason.
+        updates: weight updates to do; ``done`` of them are.
+        metrics: a line for each test so far.
+        failed: why it cannot go on, in a sentence, or None.
+        random: where its random numbers come from.
+    """
+
+    PARTS: ClassVar[tuple[str, ...]] = ("optimizer",)
+    KEPT: ClassVar[tuple[str, ...]] = ()
+    WHY_EPOCHS: ClassVar[str] = ""
+
+    def __init__(self, run: Any, data: Named, model: nn.Module, optimizer: Optimizer, updates: int) -> None:
+        self.run, self.data, self.model, self.optimizer = run, data, model, optimizer
+        self.updates = updates
+        self.done = 0
+        self.metrics: list[dict[str, Any]] = []
+        self.failed: str | None = None
+        self.random = torch.default_generator
+
+    def identity(self) -> dict[str, Any]:
+        """The data of the run, as far as its checkpoints are of no others."""
+        raise NotImplementedError
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.failed is not None or self.done == self.updates
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs."""
+        return {
+            "run": self.run.to_json(),
+            "data": self.identity(),
+            "model": dict(self.model.state_dict()),
+            **{name: getattr(self, name).state_dict() for name in self.PARTS},
+            "random": self.random.get_state(),
+            "updates": self.updates,
+            **{name: getattr(self, name) for name in ("done", "metrics", "failed", *self.KEPT)},
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where ``state()`` was taken.
+
+        Raises:
+            CheckpointError: if it was taken of another run or of other data.
+        """
+        there = {**self.run.defaults(), **state["run"], **state["data"]}  # an older run lacks newer settings
+        if differing := differences(there, {**self.run.to_json(), **self.identity()}):
+            reason = self.WHY_EPOCHS if there["epochs"] != self.run.epochs else ""
+            raise checkpoint.CheckpointError(f"the checkpoint is of another run: {differing}{reason}")
+        if missing := [name for name in (*self.PARTS, *self.KEPT) if name not in state]:
+            raise checkpoint.CheckpointError(f"the checkpoint is of another kind of run: it lacks {', '.join(missing)}")
+        load_model(self.model, state["model"])
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        self.random.set_state(state["random"])
+        for name in ("done", "metrics", "failed", *self.KEPT):
+            setattr(self, name, state[name])
+
+    def record(self) -> dict[str, Any]:
+        """What a report reads."""
+        return {**description(self.run, self.data), "metrics": self.metrics, "failed": self.failed}
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """The fields in which two runs differ, in words; empty if in none."""
+    pairs = {k: (there.get(k), here.get(k)) for k in {**here, **there}}
+    return ", ".join(f"{k} {old!r} there and {new!r} here" for k, (old, new) in pairs.items() if old != new)
+
+
+def load_model(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """``model.load_state_dict``, refusing another architecture before anything is changed.
+
+    Raises:
+        CheckpointError: with the names and shapes that do not fit.
+    """
+    mine, there = model.state_dict(), {_first_step(name) for name in state}
+    missing = sorted(name for name in mine if _first_step(name) not in there)
+    unknown = sorted(name for name in state if _first_step(name) not in mine)
+    # A memory of streamnorm that has seen nothing yet is empty here and takes the shape that it has there.
+    shapes = [
+        f"{name} {tuple(value.shape)} there and {tuple(here.shape)} here"
+        for name, value in state.items()
+        if (here := mine.get(_first_step(name))) is not None and here.numel() and value.shape != here.shape
+    ]
+    if missing or unknown or shapes:
+        parts = [
+            f"{title}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+            for title, names in (("missing there", missing), ("unknown here", unknown), ("of another shape", shapes))
+            if names
+        ]
+        raise checkpoint.CheckpointError(f"the checkpoint is of another architecture; {'; '.join(parts)}")
+    model.load_state_dict(state)
+
+
+def _first_step(name: str) -> str:
+    """Statistics per time step are as many as training had; those of the first step speak for all."""
+    return re.sub(r"\btimes\.\d+\.", "times.0.", name)
+
+
+def description(run: Any, data: Named) -> dict[str, Any]:
+    """What a run of any kind is, for its record."""
+    return {
+        "arm": run.arm,
+        "label": run.label,
+        "seed": run.seed,
+        "run": run.to_json(),
+        "data": data.name,
+        "source": data.source,
+        "versions": versions(),
+        "machine": machine(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what a result depends on."""
+    from importlib.metadata import version
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "streamnorm": version("streamnorm")}
+
+
+def machine() -> dict[str, str | int]:
+    """What a result was computed on."""
+    return {"cpu": _processor(), "threads": torch.get_num_threads(), "system": platform.system()}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""The study ``autoencoder``: what runs, what is claimed, what is drawn."""

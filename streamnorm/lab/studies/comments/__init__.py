@@ -1,0 +1,1 @@
+"""The study ``comments``: what runs, what is claimed, what is drawn."""

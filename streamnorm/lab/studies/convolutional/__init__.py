@@ -1,0 +1,1 @@
+"""The study ``convolutional``: what runs, what is claimed, what is drawn."""

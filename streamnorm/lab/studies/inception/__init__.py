@@ -1,0 +1,1 @@
+"""The study ``inception``: what runs, what is claimed, what is drawn."""

@@ -1,0 +1,1 @@
+"""The study ``mnist``: what runs, what is claimed, what is drawn."""

@@ -1,0 +1,1 @@
+"""The study ``online``: what runs, what is claimed, what is drawn."""

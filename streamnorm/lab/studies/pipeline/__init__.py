@@ -1,0 +1,1 @@
+"""The study ``pipeline``: what runs, what is claimed, what is drawn."""

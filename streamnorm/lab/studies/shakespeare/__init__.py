@@ -1,0 +1,1 @@
+"""The study ``shakespeare``: what runs, what is claimed, what is drawn."""

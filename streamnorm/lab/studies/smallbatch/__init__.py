@@ -1,0 +1,1 @@
+"""The study ``smallbatch``: what runs, what is claimed, what is drawn."""

@@ -1,0 +1,1 @@
+"""The study ``specialcase``: what runs, what is claimed, what is drawn."""

@@ -1,0 +1,1 @@
+"""The study ``streams``: what runs, what is claimed, what is drawn."""

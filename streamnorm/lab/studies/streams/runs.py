@@ -1,0 +1,290 @@
+"""A network that learns from a stream: every row is predicted, then learned, with a weight update for each.
+
+Two times [linear without bias, norm, ReLU], then a linear read-out. A run is kept as one JSON file, and one that is
+there is never done again. Where ``OnlineTrainer`` serves the layers and the optimizer, its compiled steps do the work;
+an ordinary loop takes their place where it does not, for the first rows of a stream alone where a tier says so.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from streamnorm.definition.operation import Scale
+from streamnorm.definition.ref import SP2
+from streamnorm.definition.stats import Lp
+from streamnorm.lab.runs.checkpoint import write
+from streamnorm.lab.runs.classifier.run import Described
+from streamnorm.lab.runs.keeping import finite
+from streamnorm.lab.runs.underway import machine, versions
+from streamnorm.lab.studies.sidebyside import side_by_side
+from streamnorm.lab.studies.streams import data as streamdata
+from streamnorm.lab.studies.streams.data import Stream
+from streamnorm.nn.layers import StreamingNorm
+from streamnorm.nn.norm import Norm
+from streamnorm.nn.rivals import OnlineNorm
+from streamnorm.stream.policy import Sample
+from streamnorm.train.dau import attach
+from streamnorm.train.online.trainer import OnlineTrainer
+
+UNITS = 64
+STEP = 50
+"""Rows between two numbers of a record."""
+
+NormFactory = Callable[[int], nn.Module]
+
+
+PAPER = {"alpha": (0.7, 0.3), "beta": (0.7, 0.3, 0.0)}
+KNOWN: dict[str, NormFactory | None] = {
+    "none": nn.Identity,
+    "layer": nn.LayerNorm,
+    "rms": lambda c: Norm(c, SP2, Lp(2, "zero"), Sample(), affine=True, op=Scale()),
+    "paper": lambda c: StreamingNorm(c, **PAPER),
+    "p=1 about 0": lambda c: StreamingNorm(c, p=1, center="zero", **PAPER),
+    "batch renormalization": None,  # refuses one sample a call: what it hands on is 0
+    "online normalization": OnlineNorm,
+    "default": StreamingNorm,
+}
+ARMS: dict[str, NormFactory] = {name: factory for name, factory in KNOWN.items() if factory is not None}
+LEFT_OUT = tuple(name for name in KNOWN if name not in ARMS)
+"""Arms that cannot learn from one sample at a time."""
+OPTIMIZERS: dict[str, type[Optimizer]] = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam}
+RATES = {"SGD": (0.003, 0.01, 0.03, 0.1), "Adam": (0.0003, 0.001, 0.003)}
+FEATURES: dict[str, Callable[[Tensor], Tensor]] = {"raw": lambda x: x, "standardized": streamdata.standardized}
+
+
+@dataclass(frozen=True)
+class StreamRun(Described):
+    """One network on one stream.
+
+    Attributes:
+        stream: its name.
+        features: raw, or standardized as they come.
+        arm: one of ``ARMS``.
+        optimizer: SGD or Adam.
+        rate: of learning.
+        seed: of the weights, and of the rows of a generator.
+        rows: learn from so many rows only, the first; None: from all.
+    """
+
+    KIND = "a run on a stream of this version"
+
+    stream: str
+    features: str
+    arm: str
+    optimizer: str
+    rate: float
+    seed: int = 0
+    rows: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What a record calls this run, whatever its seed.
+
+        >>> StreamRun("Elec2", "raw", "layer", "SGD", 0.01, seed=3).name
+        'Elec2, raw, layer, SGD 0.01'
+        """
+        return name_of(self.stream, self.features, self.arm, self.optimizer, self.rate)
+
+
+def name_of(stream: str, features: str, arm: str, optimizer: str, rate: float) -> str:
+    """The name of the runs of one cell of the study."""
+    return f"{stream}, {features}, {arm}, {optimizer} {rate:g}"
+
+
+def network(arm: str, inputs: int, classes: int, seed: int) -> nn.Sequential:
+    """The network of an arm. With one seed all arms begin with the same weights; ``none`` has biases in the place of
+    those of its norms, which begin as theirs at 0."""
+    layers: list[nn.Module] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for before in (inputs, UNITS):
+            linear = nn.Linear(before, UNITS, bias=False)
+            if arm == "none":
+                linear.bias = nn.Parameter(torch.zeros(UNITS))
+            layers += [linear] if arm == "none" else [linear, ARMS[arm](UNITS)]
+            layers.append(nn.ReLU())
+        return nn.Sequential(*layers, nn.Linear(UNITS, classes))
+
+
+@cache
+def is_compiled(arm: str, optimizer: str) -> bool:
+    """Whether ``OnlineTrainer`` serves the layers of an arm with an optimizer."""
+    model = network(arm, 2, 2, 0)
+    try:
+        OnlineTrainer(model, OPTIMIZERS[optimizer](model.parameters(), lr=0.01))  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+Steps = Callable[[Tensor, Tensor], Tensor]
+
+
+def learn(run: StreamRun, stream: Stream) -> dict[str, Any]:
+    """Predict and learn row after row; the record of it.
+
+    A network whose output is not finite has diverged. It is wrong about that row and about all that follow.
+    """
+    x, y = FEATURES[run.features](stream.x)[: run.rows], stream.y[: run.rows]
+    model = network(run.arm, x.shape[1], stream.classes, run.seed)
+    optimizer = OPTIMIZERS[run.optimizer](model.parameters(), lr=run.rate)  # type: ignore[call-arg]
+    compiled = is_compiled(run.arm, run.optimizer)
+    if compiled:
+        online = OnlineTrainer(model, optimizer)  # type: ignore[arg-type]
+        steps: Steps = lambda a, b: online.steps(a, b)[1]  # noqa: E731
+    else:
+        attach(model, optimizer)
+        steps = partial(_in_a_loop, model, optimizer)
+    right, diverged, start = [], None, time.perf_counter()
+    for first in range(0, len(x), STEP):
+        few, labels = x[first : first + STEP], y[first : first + STEP]
+        try:
+            outputs = steps(few, labels) if diverged is None else None
+        except OverflowError:  # its weights are lost
+            outputs, diverged = None, first
+        if outputs is not None:
+            correct = outputs.argmax(1) == labels
+            if not (sound := outputs.isfinite().all(1)).all():
+                lost = int(sound.int().argmin())
+                diverged = first + lost
+                correct[lost:] = False
+            right.append(int(correct.sum()))
+        else:
+            right.append(0)
+    return {
+        **run.to_json(),
+        "label": run.name,
+        "learned": len(x),
+        "of": len(stream),
+        "right": right,
+        "diverged": diverged,
+        "drift": stream.drift,
+        "source": stream.source,
+        "seconds": round(time.perf_counter() - start, 3),
+        "by": "compiled steps" if compiled else "a loop",
+        "versions": versions(),
+        "machine": machine(),
+    }
+
+
+def _in_a_loop(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor) -> Tensor:
+    outputs = []
+    for row, label in zip(x.split(1), y.split(1), strict=True):
+        output = model(row)
+        F.cross_entropy(output, label).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        outputs.append(output.detach())
+    return torch.cat(outputs)
+
+
+# --- Many of them, kept
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where streams are from: the data folder, or made up with so many rows each."""
+
+    data_root: Path | None = None
+    made_up: int | None = None
+
+
+@lru_cache(maxsize=32)
+def _stream(name: str, source: Source, seed: int) -> Stream:
+    if source.made_up:
+        return streamdata.made_up(name, seed, source.made_up)
+    return streamdata.load(name, source.data_root, seed)
+
+
+def stream_of(run: StreamRun, source: Source) -> Stream:
+    """The rows that a run learns from."""
+    return _stream(run.stream, source, run.seed if run.stream in streamdata.GENERATORS else 0)
+
+
+def path_of(run: StreamRun, out: Path) -> Path:
+    """Where a run is kept."""
+    cell = run.name.replace(", ", "/").replace(" ", "-")
+    return out / "runs" / cell / f"seed{run.seed}-{run.rows or 'all'}-rows.json"
+
+
+def kept(run: StreamRun, out: Path) -> dict[str, Any] | None:
+    """The record of a run that is done.
+
+    Raises:
+        ValueError: if its file holds another run, or none.
+    """
+    path = path_of(run, out)
+    if not path.is_file():
+        return None
+    record: dict[str, Any] = {}
+    try:
+        record = json.loads(path.read_text())
+        same = {key: record[key] for key in run.to_json()} == run.to_json()
+    except (ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise ValueError(f"{path} does not hold the run {run.name}, seed {run.seed}; delete it to do that run again")
+    return record
+
+
+def _do(job: tuple[StreamRun, Source, Path]) -> dict[str, Any]:
+    run, source, out = job
+    record = finite(learn(run, stream_of(run, source)))
+    write(path_of(run, out), json.dumps(record) + "\n")
+    return record
+
+
+def carry_out(
+    runs: Iterable[StreamRun],
+    source: Source,
+    out: Path,
+    processes: int = 1,
+    threads: int | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, list[dict[str, Any]]]:
+    """Do every run that is not kept; for each name the records of its seeds, in their order."""
+    runs = list(runs)
+    missing = [run for run in runs if kept(run, out) is None]
+    for i, record in enumerate(side_by_side(_do, [(r, source, out) for r in missing], processes, threads), 1):
+        lost = "" if record["diverged"] is None else f", diverged at row {record['diverged'] + 1}"
+        say(f"{i} of {len(missing)}: {record['label']}, seed {record['seed']}: {accuracy(record):.4f}{lost}")
+    records: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        record = kept(run, out)
+        assert record is not None
+        records.setdefault(run.name, []).append(record)
+    return records
+
+
+# --- What a record says
+
+
+def accuracy(record: Mapping[str, Any], first: int | None = None, start: int = 0) -> float:
+    """The share of the rows from ``start`` to ``first`` that were predicted right before they were learned; both are
+    multiples of ``STEP``, or the end."""
+    end = min(record["learned"], first or record["learned"])
+    whole = end == record["learned"]
+    if start % STEP or (end % STEP and not whole):
+        raise ValueError(f"a record counts every {STEP} rows, got rows {start} to {end}")
+    return sum(record["right"][start // STEP : None if whole else end // STEP]) / (end - start)
+
+
+def common(records: Iterable[Sequence[Mapping[str, Any]]]) -> int:
+    """The rows that all of several runs on one stream have learned from."""
+    return min(record["learned"] for seeds in records for record in seeds)
+
+
+def with_seeds(run: StreamRun, seeds: Iterable[int]) -> list[StreamRun]:
+    """A run with each seed."""
+    return [replace(run, seed=seed) for seed in seeds]

@@ -1,0 +1,1 @@
+"""The study ``unrolled``: what runs, what is claimed, what is drawn."""

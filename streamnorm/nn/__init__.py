@@ -1,0 +1,1 @@
+"""Modules: layers, gain and bias, time-specific and recurrent layers. None asks which backend computes."""

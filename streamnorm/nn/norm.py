@@ -1,0 +1,458 @@
+"""The layer: normalization as a ``torch.nn`` module, and the gain and bias that follow it (paper, section 3).
+
+``Norm`` is the whole framework, R x S x policy. Imports the op and what stands below it.
+
+Legend: ``n`` inputs along the first axis = ``g`` mini-batches (steps of the stream) of ``m`` samples; ``c`` features;
+``place`` = x, y, z.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from streamnorm.checks import is_whole
+from streamnorm.definition.layer import Definition
+from streamnorm.definition.operation import Scale, Standardize
+from streamnorm.definition.ref import NormRef
+from streamnorm.definition.stats import Lp
+from streamnorm.ops import backends, cpu
+from streamnorm.ops import functional as _op
+from streamnorm.ops.fused import Fused, FusedCall, is_hooked
+from streamnorm.stream import Memory
+from streamnorm.stream.policy import Policy
+from streamnorm.tracing import is_readable, is_traced, refuse_recorded
+
+Device = torch.device | str | int | None
+NOT_RECOMPUTING = -1
+"""The task of autograd where there is none."""
+FORGOTTEN = 1000
+"""Training calls without a weight update after which a streaming layer asks whether it was forgotten."""
+
+
+class Affine(nn.Module):
+    """The learnable gain and bias, a layer of its own after each normalization (section 3.5).
+
+    ``y = weight x + bias``, one pair a feature; ``x (n, c, *place) -> y (n, c, *place)``.
+
+    >>> Affine(3)(torch.ones(2, 3, 4)).shape
+    torch.Size([2, 3, 4])
+    """
+
+    def __init__(self, num_features: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Gain 1, bias 0."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, trust: float = 1.0) -> Tensor:
+        """``y``; the gradients of gain and bias are multiplied by ``trust``."""
+        if x.ndim < 2 or x.shape[1] != self.num_features:
+            raise ValueError(f"expected (n, {self.num_features}, ...), got {tuple(x.shape)}")
+        weight, bias = self.weight, self.bias
+        if trust != 1:  # the same values, of which a share has gradients
+            weight, bias = (torch.lerp(p.detach(), p, trust) for p in (weight, bias))
+        shape = (-1, *[1] * (x.ndim - 2))
+        return (x * weight.reshape(shape)).add_(bias.reshape(shape)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}"
+
+
+@dataclass(slots=True)
+class Calls:
+    """What a layer remembers of its training calls beside the stream; nothing of it is saved.
+
+    Attributes:
+        reference_size: activations in the smallest reference of the latest call.
+        unfolded: calls since the last weight update.
+        in_cycle: calls in the vectorized cycle that is under way, None outside of one.
+        latest: how the latest call was cut, its s and its estimates, for a call that is computed again; or the compiled
+            call, and whether gain and bias were part of it.
+        fused: the layer's compiled calls, False if there are none for it, None if nobody has asked.
+    """
+
+    reference_size: int | None = None
+    unfolded: int = 0
+    in_cycle: int | None = None
+    latest: Any = None
+    fused: Any = None
+
+
+class Norm(nn.Module):
+    """A normalization layer: NormRef x NormStats x policy (section 3), the framework in one class.
+
+    ``y = N(x, s_hat)`` with ``s = S(R)``; the policy says what s_hat is and what its gradient is.
+
+    Args:
+        num_features: c.
+        ref: R, one of ``SP1 ... SP5``, ``BA1 ... BA6``, any ``NormRef`` or one of your own.
+        moment: S, ``Lp(p, center)`` or one of your own.
+        policy: ``Sample()``, ``Batch()``, ``Streaming()`` or one of your own with F and G.
+        affine: follow with a gain and a bias per feature (``Affine``).
+        op: N, ``Standardize()`` as in the paper, ``Scale()``, or one of your own.
+        device, dtype: as torch's; statistics stay float32 or wider.
+
+    Shapes: ``x (n, c)``, ``(n, c, x)``, ``(n, c, x, y)`` or ``(n, c, x, y, z)`` -> ``y`` of the same shape and dtype.
+    Statistics are kept in float32 or wider.
+
+    A layer that streams needs to be told of every weight update: ``attach(model, optimizer)``, or ``fold()`` after each
+    ``optimizer.step()``.
+
+    Raises:
+        ValueError: for a rank, feature count or map size other than the layer's, and for Setting A with a single
+            activation in a reference; no state has changed then.
+        RuntimeError: when it is tested before it was trained.
+
+    >>> from streamnorm import BA1, Lp, Streaming
+    >>> layer = Norm(3, BA1, Lp(2, "estimate"), Streaming())
+    >>> y = layer(torch.randn(8, 3))
+    >>> layer.fold()
+    >>> layer.eval()(torch.randn(1, 3)).shape
+    torch.Size([1, 3])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        ref: NormRef,
+        moment: Lp,
+        policy: Policy,
+        affine: bool = False,
+        op: Standardize | Scale | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not is_whole(num_features):
+            raise ValueError(f"num_features is a number of features >= 1, got {num_features!r}")
+        if not isinstance(ref, NormRef):
+            raise TypeError(f"ref is a NormRef such as streamnorm.BA1, got {ref!r}")
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policy is a Policy such as streamnorm.Streaming(), got {policy!r}")
+        self.num_features = num_features
+        self.definition = Definition(ref, moment, op or Standardize())
+        self.policy = policy
+        self.steps = 1
+        self.reverse = False
+        self.unit = 1
+        _check_pairing(ref, moment, policy)
+        shape = (2, ref.groups(num_features)) if ref.place == "all" and ref.is_built_in else None
+        self.H1 = None if policy.F is None else Memory(policy.F, shape)
+        self.H2 = None if policy.G is None else Memory(policy.G, shape)
+        self.affine = Affine(num_features) if affine else None
+        self._calls = Calls()
+        if device is not None or dtype is not None:
+            self.to(device=device, dtype=dtype)
+
+    @property
+    def ref(self) -> NormRef:
+        """R, the normalization reference."""
+        return self.definition.ref
+
+    @property
+    def moment(self) -> Lp:
+        """S, the statistics."""
+        return self.definition.moment
+
+    @property
+    def weight(self) -> nn.Parameter | None:
+        """The gain of ``affine``, or None."""
+        return None if self.affine is None else self.affine.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias of ``affine``, or None."""
+        return None if self.affine is None else self.affine.bias
+
+    @property
+    def reference_size(self) -> int | None:
+        """How many activations the smallest reference of the latest training call held."""
+        return self._calls.reference_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._normalize(x, self._modules.get("affine"))
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """``forward`` without the gain and bias."""
+        return self._normalize(x, None)
+
+    def _normalize(self, x: Tensor, affine: nn.Module | None) -> Tensor:
+        remembers = self._modules.get("H1") is not None
+        if not self.training and remembers:
+            y = self._test(x)
+            return y if affine is None else affine(y)
+        if not remembers and not is_readable(x):
+            y = _op.normalize_alone(self._check(x, 1), self.definition).reshape(x.shape)
+            return y if affine is None else affine(y)
+        if self._calls.in_cycle:
+            self._expect_first_call()
+        if is_traced():
+            return self._train_traced(x, affine)
+        if cpu.takes(x) and backends.may_use("cpu"):
+            fused_y = self._fused(x, affine)
+            if fused_y is not None:
+                return fused_y
+        return self._train(x, affine)
+
+    def _test(self, x: Tensor) -> Tensor:
+        view, memory = self._view(x, steps=1), self.H1
+        assert memory is not None
+        if not is_readable(memory.seen):
+            # Nobody can be asked without waiting, or at all: where there are no statistics, y is NaN.
+            return _op.normalize_fixed(view, self.definition, memory.estimate, memory.has_estimate()).reshape(x.shape)
+        if not memory.known:
+            raise RuntimeError(
+                f"{type(self).__name__} is tested (eval mode) before it has seen any training data, so there are no "
+                "statistics to normalize with; run it in train() mode first, or load a state_dict"
+            )
+        return _op.normalize_fixed(view, self.definition, memory.estimate).reshape(x.shape)
+
+    def _expect_first_call(self) -> None:
+        """Raise at a second call in a vectorized cycle, which would bring its mini-batches in another order than the
+        loop does."""
+        if self._is_cyclic() and self.H1 is not None and (is_traced() or not _recomputing()):
+            raise ValueError(
+                f"{self!r} is called twice in a vectorized cycle: all {self.steps} mini-batches of its first call "
+                "would arrive before those of the second, and in the loop they take turns; use the loop over "
+                "mini-batches (DAU(..., vectorize=False)), a layer for each place, or, if a call is a cycle, "
+                "vectorized() for each"
+            )
+
+    def _is_cyclic(self) -> bool:
+        return self.steps > 1 and not self.reverse
+
+    def compiled(self) -> Fused | Literal[False]:
+        """The layer's compiled calls, or False if there are none for it. Its definition, rules and memories may have
+        been replaced."""
+        modules: Any = self._modules
+        fused, H1, H2 = self._calls.fused, modules.get("H1"), modules.get("H2")
+        if fused is None or (fused and not fused.is_of(self.definition, self.policy, H1, H2)):
+            served = Fused.serves(self.definition, H1, H2)
+            self._calls.fused = fused = served and Fused(self.definition, self.policy, H1, H2)
+        return fused
+
+    def _fused(self, x: Tensor, affine: nn.Module | None) -> Tensor | None:
+        """A training call by one compiled kernel, or None where that cannot be."""
+        calls, fused = self._calls, self.compiled()
+        if not fused:
+            return None
+        remembers = fused.H1 is not None
+        if remembers and _recomputing():
+            return self._fused_again(x, affine)
+        way = self.steps if remembers else 1, self.reverse, self.unit
+        weight, bias = _unwatched(affine) or (None, None)
+        call, y = fused.latest, None
+        if call is not None and call.way == way:  # most inputs are of the kind of the one before
+            y = call.forward(x, weight, bias)
+        if y is None or call is None:
+            found = fused.call(x, *way[:2], self._check, way[2])
+            if found is None or found is call:  # a latest call that is not of this way has another key
+                return None
+            call, y = found, found.forward(x, weight, bias)
+            if y is None:
+                return None
+            fused.latest = call
+        calls.reference_size = call.reference_size
+        joined = call.has_gains and weight is not None
+        if remembers:
+            self._count(calls, (call, joined))
+        return y if affine is None or joined else trusting(affine, call.trust)(y)
+
+    def _fused_again(self, x: Tensor, affine: nn.Module | None) -> Tensor | None:
+        """The latest call once more, if it was one by a compiled kernel: activation checkpointing repeats it."""
+        latest = self._calls.latest
+        if latest is None or len(latest) == 3:
+            return None
+        call: FusedCall
+        call, joined = latest
+        y = call.fused.again(x, call, *((gains_of(affine) if joined else None) or (None, None)))
+        return y if affine is None or joined else trusting(affine, call.trust)(y)
+
+    def _check(self, x: Tensor, steps: int) -> Tensor:
+        """The canonical view of a training input that the layer does not refuse."""
+        view = self._view(x, steps)
+        if view.numel():
+            count = self.ref.size(view.shape)
+            self.moment.check_size(self.ref, count)
+            if not is_traced():
+                self._calls.reference_size = count
+        return view
+
+    def _count(self, calls: Calls, latest: Any) -> None:
+        calls.latest = latest
+        calls.unfolded += 1
+        if calls.in_cycle is not None and self._is_cyclic():
+            calls.in_cycle = 1
+        if calls.unfolded == FORGOTTEN and self.policy.uses_estimate:
+            warnings.warn(
+                f"{self!r} has seen {FORGOTTEN} training calls and no weight update; call streamnorm.attach(model, "
+                "optimizer) once, or layer.fold() after each optimizer.step()",
+                stacklevel=5,
+            )
+
+    def _train(self, x: Tensor, affine: nn.Module | None) -> Tensor:
+        """A training call in torch operations."""
+        gains = gains_of(affine)
+        latest = self._calls.latest
+        again = latest if self.H1 is not None and latest and len(latest) == 3 and _recomputing() else None
+        # A sample is normalized by itself, however the first axis is cut; a recomputed call is cut as it was.
+        steps, unit = again[0] if again else (self.steps, self.unit)
+        view = self._check(x, 1 if self.H1 is None else steps)
+        if not view.numel():
+            return x.clone()
+        recall = (again[1], again[2]) if again else None
+        streams = self._streams(view, recall, unit)
+        joined = gains is not None and not x.is_inference() and _op.joins(view, self.definition)
+        y, estimates, s = _op.normalize(view, self.definition, streams, *(gains if joined and gains else ()))
+        if estimates is not None and s is not None and not again:
+            self._count(self._calls, ((steps, unit), s, estimates))
+        # What follows may change it in place (a ReLU), which a view of what a Function returned forbids.
+        y = torch.ops.aten._unsafe_view(y.reshape(x.shape), x.shape)
+        if affine is None or joined:
+            return y
+        return trusting(affine, streams.trust)(y)
+
+    def _train_traced(self, x: Tensor, affine: nn.Module | None) -> Tensor:
+        """A training call for a compiler: nothing of it is remembered outside of buffers.
+
+        Raises:
+            RuntimeError: where it would be wrong without a sign.
+        """
+        if self.policy.uses_estimate:
+            refuse_recorded()
+        view = self._check(x, self.steps)
+        if self._calls.in_cycle is not None and self._is_cyclic():
+            self._calls.in_cycle = 1
+        streams = self._streams(view, None, self.unit)
+        y = _op.normalize_traced(view, self.definition, streams).reshape(x.shape)
+        return y if affine is None else trusting(affine, streams.trust)(y)
+
+    def _streams(self, view: Tensor, recall: tuple[Tensor, Tensor] | None, unit: int) -> _op.Streams:
+        """What a call is given of the stream."""
+        trust = self.policy.trust(view.shape[1])
+        return _op.Streams(self.H1, self.H2, self.policy.uses_estimate, recall, self.reverse, unit, trust)
+
+    def fold(self, happened: Tensor | bool = True) -> None:
+        """A weight update took place: long <- kappa1 long + kappa2 short, short emptied (section 3.3.1, 3.3.2)."""
+        fused = self._calls.fused and self.compiled()
+        if happened is not True or not fused or not backends.may_use("cpu") or is_traced() or not fused.fold():
+            for memory in (self.H1, self.H2):
+                if memory is not None:
+                    memory.fold(happened)
+        self._calls.unfolded = 0
+
+    def _view(self, x: Tensor, steps: int) -> Tensor:
+        c = self.num_features
+        if not 2 <= x.ndim <= 5:
+            raise ValueError(
+                f"expected (n, {c}), (n, {c}, x), (n, {c}, x, y) or (n, {c}, x, y, z), got {tuple(x.shape)}"
+                + ("; for a single sample write x.unsqueeze(0)" if x.ndim == 1 else "")
+            )
+        if x.shape[1] != c:
+            raise ValueError(
+                f"expected {c} features on axis 1, got {tuple(x.shape)}; features come second: (n, {c}, ...)"
+            )
+        if not x.is_floating_point():
+            raise ValueError(f"expected a floating dtype, got {x.dtype}; write x.float()")
+        if x.shape[0] % steps:
+            raise ValueError(f"{x.shape[0]} samples do not divide into {steps} mini-batches of equal size")
+        view = self.ref.view(x, steps)
+        memory = self.H1
+        if memory is not None and memory.shaped and self.ref.place != "all":
+            known, place = tuple(memory.estimate.shape[2:]), tuple(x.shape[2:])
+            if known != place and self.ref.is_built_in:
+                raise ValueError(
+                    f"{self.ref!r} keeps statistics for every place of a map of size {known}, got {place} in "
+                    f"{tuple(x.shape)}; use a reference over all places (BA1, BA2, SP1, SP2), or a layer for each size"
+                )
+        return view
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        strange = {name for name in ("weight", "running_mean") if prefix + name in state_dict} - set(self.state_dict())
+        if strange:
+            gains = "have no place (affine=False)" if self.affine is None else "are affine.weight and affine.bias here"
+            statistics = (
+                ", and its running statistics have no place; streamnorm.recalibrate(model, data) takes them anew"
+                if "running_mean" in strange and self.H1 is not None
+                else ""
+            )
+            warnings.warn(
+                f"what is loaded into {prefix[:-1] or 'it'} ({type(self).__name__}) comes from a layer of torch: its "
+                f"weight and bias {gains}{statistics}",
+                stacklevel=2,
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_calls": Calls(reference_size=self.reference_size)}
+
+    def __repr__(self) -> str:
+        options = ", affine=True" if self.affine is not None else ""
+        if self.definition.op != Standardize():
+            options += f", op={self.definition.op!r}"
+        return f"Norm({self.num_features}, {self.ref!r}, {self.moment!r}, {self.policy!r}{options})"
+
+
+def _check_pairing(ref: NormRef, moment: Lp, policy: Policy) -> None:
+    if not policy.uses_estimate:
+        if policy.F is None and ref.samples != "one":
+            raise ValueError(f"{policy!r} looks at one sample, {ref!r} at the mini-batch; use SP1 ... SP5, or Batch()")
+        if policy.F is not None and ref.samples != "batch":
+            raise ValueError(f"{policy!r} looks at the mini-batch, {ref!r} at one sample; use BA1 ... BA6, or Sample()")
+    elif policy.F is None:
+        raise ValueError(f"{policy!r} trains with F's estimate (uses_estimate) and has no F")
+    if policy.F is None and getattr(moment, "center", None) == "estimate":
+        raise ValueError(f'center="estimate" (Setting B) needs a running estimate and {policy!r} keeps none')
+
+
+def gains_of(affine: nn.Module | None) -> tuple[Tensor, Tensor] | None:
+    """Gain and bias of an ``Affine``, one a feature on one device, that does nothing else and that nobody watches."""
+    found = _unwatched(affine)
+    if found is None or affine is None:
+        return None
+    weight, bias = found
+    return found if weight.shape == bias.shape == (affine.num_features,) and weight.is_cpu == bias.is_cpu else None
+
+
+def _unwatched(affine: nn.Module | None) -> tuple[Tensor, Tensor] | None:
+    """``gains_of`` for an operator, which looks at their shapes itself."""
+    if type(affine) is not Affine or is_hooked(affine):
+        return None
+    parameters: Any = affine._parameters
+    return parameters["weight"], parameters["bias"]
+
+
+def trusting(affine: nn.Module, trust: float) -> Callable[[Tensor], Tensor]:
+    """What follows a layer, with the gradients of its gain and bias multiplied by ``trust``; a forward of its own knows
+    nothing of that and is called as it is."""
+    return affine if trust == 1 else partial(_trusted, affine, trust)
+
+
+def _trusted(affine: nn.Module, trust: float, y: Tensor) -> Tensor:
+    # Asked at every call: the forward of what follows may be replaced between two.
+    takes_trust = (
+        isinstance(affine, Affine) and type(affine).forward is Affine.forward and "forward" not in vars(affine)
+    )
+    return affine(y, trust=trust) if takes_trust else affine(y)
+
+
+def _recomputing() -> bool:
+    """Whether autograd is running a backward pass: a forward call inside it repeats one that has been."""
+    return torch._C._current_graph_task_id() != NOT_RECOMPUTING
+
+
+def norms(model: nn.Module) -> Iterator[Norm]:
+    """Every ``Norm`` layer of a model, each once."""
+    return (module for module in model.modules() if isinstance(module, Norm))

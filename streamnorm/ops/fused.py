@@ -1,0 +1,386 @@
+"""The op in one compiled call: statistics, F, map and the gain and bias that follow, and the same going back.
+
+What ``op`` composes of a backend's functions and the stream, an operator on a CPU does here while the data are in the
+cache, for the rules and references that its kernels know. It is a short cut and nothing else: whatever it does not
+know, and every call in which something is not finite, is left to ``op``, with the memories as they were. Imports the op
+and what stands below it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from streamnorm.definition.layer import Definition, Statistics
+from streamnorm.ops import cpu, eager, library
+from streamnorm.ops.functional import (
+    expect_the_same,
+    observe_back,
+    pack,
+    raise_forgotten,
+    second_derivative,
+    unpack_row,
+)
+from streamnorm.stream import Exponential, LongShort, Memory, Pooled, Residual
+from streamnorm.stream.policy import Policy
+from streamnorm.tracing import is_traced
+
+TABLES = 5
+"""What a kernel keeps of each step for the backward: mu, sigma, their estimates, and the mean slope."""
+KINDS = 16
+"""Kinds of input whose calls a layer remembers."""
+
+_KNOWN: dict[type, tuple[int, Callable[[Any], tuple[float, ...]], tuple[str, str, str, str]]] = {
+    LongShort: (cpu.LONG_SHORT, lambda rule: rule.mix, ("long", "short", "count", "updates")),
+    Exponential: (cpu.EXPONENTIAL, lambda rule: (rule.rate,), ("long", "long", "count", "seen")),
+    Pooled: (cpu.POOLED, lambda rule: (rule.memory, rule.prior, rule.updates), ("long", "short", "count", "held")),
+    Residual: (cpu.RESIDUAL, lambda rule: (rule.memory,), ("theta", "theta", "held", "seen")),
+}
+"""The rules that the kernels know: their kind, their numbers, and the members that stand for long, short, count and
+updates."""
+
+
+class Native:
+    """A memory as the kernels see it: its rule in numbers, and where its members lie in its two buffers.
+
+    Attributes:
+        at: where its buffers are registered.
+        stream: the rest of that, for an operator.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        rule: Any = memory.rule
+        kind, numbers, members = _KNOWN[type(rule)]
+        self.memory, self.rule = memory, rule
+        self.at: Any = memory._buffers
+        self.names = memory._names
+        self._members = (*members[:2], "estimate", *members[2:], "seen", "skipped")
+        long, short, estimate, *counters = map(memory.place, self._members)
+        k, counts = len(memory.tables), len(memory.counts)
+        self.stream = cpu.Stream(
+            cpu.RuleNumbers(kind, (ctypes.c_double * 3)(*numbers(rule))),
+            cpu.Places(long, short, estimate, k, *counters, counts),
+            (ctypes.c_double * 2)(*(rule.keep if type(rule) is LongShort else (1.0, 0.0))),
+        )
+
+    @staticmethod
+    def serves(memory: Memory | None) -> bool:
+        """Whether the kernels know the rule of this memory."""
+        return memory is None or type(memory.rule) in _KNOWN
+
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """``tables`` and ``counts`` of the memory."""
+        tables, counts = self.names
+        return self.at[tables], self.at[counts]
+
+    def pointers(self, dtype: torch.dtype, slots: int) -> cpu.MemoryPointers | None:
+        """Where each member lies, for a kernel; None if those are no tables ``(2, slots)`` of ``dtype`` and whole
+        counters in the memory of the CPU. Buffers move (``.to()``, ``share_memory()``): they are looked at each time.
+        """
+        tables, counts = self.memory.tables, self.memory.counts
+        usable = all(buffer.is_cpu and buffer.is_contiguous() for buffer in (tables, counts))
+        if not usable or tables.dtype != dtype or tables[0].numel() != 2 * slots or counts.dtype != torch.int64:
+            return None
+        table, count = tables.data_ptr(), counts.data_ptr()
+        each = 2 * slots * dtype.itemsize
+        places = [*map(self.memory.place, self._members)]
+        return cpu.MemoryPointers(
+            *(table + place * each for place in places[:3]),
+            *(count + place * 8 for place in places[3:]),
+            self.stream.rule,
+        )
+
+
+class FusedCall:
+    """The call for one kind of input: one shape, layout and dtype.
+
+    Attributes:
+        fused: the layer's calls, of which this is one.
+        way: how the input is cut: ``(steps, is_reversed, unit)``.
+        plan: where the rows lie.
+        bytes: everything as the operators take it.
+        has_gains: whether gain and bias are part of the call.
+        reference_size: activations in the smallest reference.
+        kept: what the latest call has left for its backward.
+    """
+
+    __slots__ = (
+        *("bytes", "dtype", "fused", "has_gains", "kept", "operators", "plan", "reference_size", "size", "slots"),
+        *("steps", "trust", "way", "x_dtype", "x_shape"),
+    )
+
+    def __init__(
+        self, fused: Fused, plan: cpu.Plan, x: Tensor, way: tuple[int, bool, float], has_gains: bool, size: int
+    ) -> None:
+        self.fused = fused
+        self.plan = plan
+        self.way = way
+        self.steps = way[0]
+        self.trust = plan.trust
+        self.slots = plan.slots
+        self.size = plan.k0 * plan.slots
+        self.x_dtype, self.x_shape = x.dtype, x.shape
+        self.dtype = cpu.wide(x.dtype)
+        self.has_gains = has_gains
+        self.reference_size = size
+        self.kept: Tensor | None = None
+        self.operators = _operators()
+        H1, H2 = fused.H1, fused.H2
+        axes = ctypes.c_int64 * cpu.AXES
+        self.bytes = cpu.Call(
+            plan,
+            x.ndim,
+            axes(*x.shape),
+            axes(*x.stride()),
+            self.slots,
+            TABLES * self.size,
+            4 * self.slots,
+            [*cpu.NAMES].index(x.dtype),
+            H1 is not None,
+            H2 is not None,
+            0,
+            *(cpu.Stream() if native is None else native.stream for native in (H1, H2)),
+        ).tensor()
+
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
+        """``y`` in training, of gain and bias too if it ``has_gains``; None if it has to be done otherwise, with
+        everything as it was."""
+        H1, gain, shift = self.fused.H1, _NOTHING[0], _NOTHING[0]
+        if not self.has_gains:
+            weight = bias = None
+        elif weight is not None and bias is not None:
+            gain, shift = as_read(weight, self.dtype), as_read(bias, self.dtype)
+        tables, counts = _NOTHING if H1 is None else H1.buffers()
+        y, kept = self.operators.forward(x, gain, shift, tables, counts, self.bytes)
+        if not kept.numel():
+            return None
+        self.kept = kept
+        return _apply(x, weight, bias, (self, y, kept)) if torch.is_grad_enabled() else y
+
+    def backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor | None, kept: Tensor, needs: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...] | None:
+        """The gradients of x, gain and bias that are needed; None: it has to be done otherwise."""
+        H2 = self.fused.H2
+        tables, counts = _NOTHING if H2 is None else H2.buffers()
+        gain = _NOTHING[0] if weight is None else as_read(weight, self.dtype)
+        rest = (x, gain, kept, tables, counts, self.bytes, needs[0] | 2 * needs[1] | 4 * needs[2])
+        first = needs.index(True)
+        made = None if dy.is_neg() else self.operators.backward(dy, *rest)
+        if made is None or not made[first].numel():  # dy may lie otherwise than x
+            made = self.operators.backward(cpu.like(dy, x), *rest)
+            if not made[first].numel():
+                return None
+        dx, dgain, dbias = made
+        return dx if needs[0] else None, dgain if needs[1] else None, dbias if needs[2] else None
+
+    def fold(self) -> bool:
+        """The weight update of both memories; whether it could be done."""
+        memories = [_NOTHING if native is None else native.buffers() for native in (self.fused.H1, self.fused.H2)]
+        done: bool = self.operators.fold(*memories[0], *memories[1], self.bytes)
+        return done
+
+
+class Fused:
+    """The compiled calls of one layer.
+
+    Args:
+        definition: R, S and N of the layer.
+        policy: of the layer.
+        H1, H2: its memories, or None.
+    """
+
+    def __init__(self, definition: Definition, policy: Policy, H1: Memory | None, H2: Memory | None) -> None:
+        self.definition = definition
+        self.policy = policy
+        self.uses_estimate = policy.uses_estimate
+        self.H1 = None if H1 is None else Native(H1)
+        self.H2 = None if H2 is None else Native(H2)
+        self.latest: FusedCall | None = None
+        self._calls: dict[Any, FusedCall | None] = {}
+
+    @staticmethod
+    def serves(definition: Definition, H1: Memory | None, H2: Memory | None) -> bool:
+        """Whether there are compiled calls for such a layer; ``call`` says for which inputs."""
+        whole = definition.ref.samples == ("one" if H1 is None else "batch")
+        return whole and Native.serves(H1) and Native.serves(H2) and cpu.unsupported(definition) is None
+
+    def is_of(self, definition: Definition, policy: Policy, H1: Memory | None, H2: Memory | None) -> bool:
+        """Whether this was made for just these, with the rules that the memories had."""
+        f, g = self.H1, self.H2
+        return (
+            self.definition is definition
+            and self.policy is policy
+            and (H1 is None if f is None else f.memory is H1 and f.rule is f.memory.rule and f.at is f.memory._buffers)
+            and (H2 is None if g is None else g.memory is H2 and g.rule is g.memory.rule and g.at is g.memory._buffers)
+        )
+
+    def call(
+        self,
+        x: Tensor,
+        steps: int,
+        is_reversed: bool,
+        check: Callable[[Tensor, int], Tensor],
+        unit: float = 1,
+    ) -> FusedCall | None:
+        """The call for such an input; None: there are no kernels for it.
+
+        ``unit``: what gradients are multiplied by on their way to G.
+        ``check(x, steps)`` is asked for every new kind of input: it returns its canonical view, and raises for those
+        that the layer refuses.
+        """
+        way = steps, is_reversed, unit
+        key = (x.shape, x.stride(), x.dtype, way)
+        if key in self._calls:
+            return self._calls[key]
+        view = check(x, steps)
+        shape, trust = tuple(x.shape), self.policy.trust(x.shape[0] // steps)
+        plan = cpu.plan(self.definition, steps, shape, x.stride(), self.uses_estimate, is_reversed, unit, trust)
+        memories = [native.memory for native in (self.H1, self.H2) if native is not None]
+        if plan is not None and any(memory.estimate.numel() != 2 * plan.slots for memory in memories):
+            return None  # a memory that gets its shape from this very call
+        own = self.definition.ref.groups(x.shape[1]) == x.shape[1]
+        has_gains = plan is not None and self.H1 is not None and own and plan.slots == x.shape[1]
+        size = self.definition.ref.size(view.shape) if view.numel() else 0
+        if len(self._calls) == KINDS:
+            self._calls.clear()
+        call = self._calls[key] = None if plan is None else FusedCall(self, plan, x, way, has_gains, size)
+        return call
+
+    def fold(self) -> bool:
+        """The weight update of both memories in one call; False: it has to be done otherwise."""
+        return self.latest is not None and self.latest.fold()
+
+    def again(self, x: Tensor, call: FusedCall, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """``y`` of the latest such call, computed once more, so that nothing is observed twice.
+
+        Raises:
+            RuntimeError: if ``x`` is not the input of that call.
+        """
+        shape, d, kept = _stat_shape(x, call, self.definition), self.definition, call.kept
+        if shape is None or kept is None:
+            raise_forgotten()
+        mu, sigma, est_mu, est_sigma = (table.reshape(shape) for table in kept[: 4 * call.size].chunk(4))
+        view = d.ref.view(x.detach(), call.steps)
+        data = view.to(call.dtype)
+        expect_the_same(eager.mean(data, d), mu)
+        y = eager.apply(data, d, *((est_mu, est_sigma) if self.uses_estimate else (mu, sigma)))
+        if weight is not None and bias is not None:
+            per_feature = (-1, *[1] * (y.ndim - 3))
+            y = y * weight.detach().reshape(per_feature) + bias.detach().reshape(per_feature)
+        y = torch.empty_like(x).copy_(y.reshape(x.shape))
+        return _apply(x, weight, bias, (call, y, kept)) if torch.is_grad_enabled() else y
+
+
+class Operators(NamedTuple):
+    """What ``csrc/register.cpp`` has registered."""
+
+    forward: Any
+    backward: Any
+    fold: Any
+
+
+@cache
+def _operators() -> Operators:
+    of = library.operators()
+    # Without what an ``OpOverload`` does around it in Python, which nobody sees who sees operators (``cpu.takes``).
+    return Operators(of.forward.default._op, of.backward.default._op, of.fold.default._op)
+
+
+_NOTHING = torch.empty(0, device="cpu"), torch.empty(0, dtype=torch.int64, device="cpu")
+"""What stands for a memory that is not there, and the first of them for a parameter."""
+
+
+def _stat_shape(x: Tensor, call: FusedCall, d: Definition) -> list[int] | None:
+    """The shape of a statistic beside the canonical view of ``x``, if that is an input of this call."""
+    if x.shape != call.x_shape or x.dtype != call.x_dtype:
+        return None
+    view = d.ref.view(x, call.steps)
+    whole = d.ref.dims(view.ndim)
+    return [1 if axis in whole else size for axis, size in enumerate(view.shape)]
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody wants to know of this module's calls, or has put another ``forward`` in its place."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
+    )
+
+
+def as_read(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gain or bias as the kernels read it."""
+    if parameter.dtype is dtype and not parameter.is_neg() and parameter.is_contiguous():
+        return parameter
+    return parameter.detach().to(dtype).contiguous().resolve_neg()
+
+
+class _Backward(torch.autograd.Function):
+    """The backward of a call that has been computed: ``apply(x, weight, bias, (call, y, kept))`` is y."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, made: tuple[FusedCall, Tensor, Tensor]
+    ) -> Tensor:
+        ctx.call, y, kept = made
+        ctx.save_for_backward(x, weight, kept)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (dy,), call, needs = grads, ctx.call, ctx.needs_input_grad
+        x, weight, kept = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            d, H1 = call.fused.definition, call.fused.H1
+            view, grad = (d.ref.view(t, call.steps) for t in (x, dy))
+            return second_derivative(view, grad, d, H1 and H1.memory).reshape(x.shape), None, None, None
+        if not is_traced() and not x.is_neg():
+            found = call.backward(dy, x, weight, kept, needs)
+            if found is not None:
+                return *found, None
+        x, kept = x.to(call.x_dtype), kept.to(call.dtype)  # hooks may have kept them otherwise
+        return *_composed(dy, x, weight, kept, call, call.fused.H2 if needs[0] else None), None
+
+
+# Without what torch's own ``apply`` does for transforms of functions, which never come here (``cpu.takes``).
+_apply: Callable[..., Tensor] = super(torch.autograd.Function, _Backward).apply  # type: ignore[misc]
+
+
+def _composed(
+    dy: Tensor, x: Tensor, weight: Tensor | None, kept: Tensor, call: FusedCall, H2: Native | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The backward in torch operations, for what is not finite and for who is watching."""
+    fused = call.fused
+    d = fused.definition
+    data, grad = (d.ref.view(t.to(call.dtype), call.steps) for t in (x, dy))
+    shape = _stat_shape(x, call, d)
+    assert shape is not None
+    mu, sigma, est_mu, est_sigma = (table.reshape(shape) for table in kept[: 4 * call.size].chunk(4))
+    mu_hat, sigma_hat = (est_mu, est_sigma) if fused.uses_estimate else (mu, sigma)
+    dweight = dbias = None
+    if weight is not None:
+        rest = [axis for axis in range(data.ndim) if axis != 2]
+        dweight = (grad * eager.apply(data, d, mu_hat, sigma_hat)).sum(rest) * call.trust
+        dbias = grad.sum(rest) * call.trust
+        grad = grad * weight.to(call.dtype).reshape(-1, *[1] * (data.ndim - 3))
+    g_mu, g_sigma = eager.stat_grads(grad, data, d, mu_hat, sigma_hat)
+    if H2 is not None:
+        _, is_reversed, unit = call.way
+        s = pack(mu, sigma, d.ref), pack(mu_hat, sigma_hat, d.ref)
+        g = pack(g_mu, g_sigma, d.ref) * unit
+        g_hat = observe_back(H2.memory, g, None, is_reversed, data.shape[1], s) / unit
+        g_mu, g_sigma = unpack_row(g_hat[:, 0], g_mu), unpack_row(g_hat[:, 1], g_sigma)
+    center = est_mu if d.moment.center == "estimate" else None
+    statistics = Statistics(mu, sigma, center, mu_hat, sigma_hat)
+    dx = eager.input_grad(grad, data, d, statistics, g_mu, g_sigma)
+    return dx.reshape(x.shape).to(x.dtype), dweight, dbias

@@ -1,0 +1,321 @@
+"""Pure online learning, one sample and one weight update at a time, in one compiled call for a step or for many.
+
+What a step of a multi-layer perceptron costs at one sample is reading and writing its weights. An ordinary loop does
+that several times over (the gradient of each weight is a matrix of its own); ``csrc/online.cpp`` reads them
+once backward, and once forward while it moves them. The model, its buffers and the optimizer stay what they are and
+hold the same numbers, so that either kind of step can follow the other. Imports ``dau``, the plan and what stands below
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from streamnorm.ops import library
+from streamnorm.ops.backends import may_use
+from streamnorm.stream import Pooled
+from streamnorm.tracing import is_traced
+from streamnorm.train.dau import Warmup, attach
+from streamnorm.train.online.plan import CROSS_ENTROPY, Plan, compiled_steps
+from streamnorm.train.online.rates import Served
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+WHY = ("", "input", "target", "activations", "loss", "gradients")
+"""What of a sample is not finite, in the numbers of the compiled step."""
+
+
+class OnlineTrainer:
+    """Trains a multi-layer perceptron on one sample after another, with a weight update for each.
+
+    A step is, up to rounding, ``loss_fn(model(x), target).backward(); optimizer.step(); optimizer.zero_grad()`` with
+    ``attach(model, optimizer, warmup)``, and with the compiled kernels it takes a fraction of the time. It is just that
+    without them, in eval mode, while parameters are frozen, and while modules have hooks or the optimizer has others
+    than those of ``attach`` (clipping, for instance).
+
+    A sample is learned if it is finite: its input, its target, all activations, the loss, and all gradients as large as
+    the optimizer needs them (times the rate of SGD, squared for Adam). Nothing of any other sample enters the weights,
+    the optimizer or the statistics.
+
+    Args:
+        model: ``nn.Sequential`` of ``nn.Linear``, each of them but the last followed, in this order, by a norm
+            (``StreamingNorm`` with p = 1 or 2 in Setting B or C, or ``nn.LayerNorm``) and ``nn.ReLU``, or either, or
+            nothing. A norm may stand before the first of them, for raw input. float32 or float64, on the CPU.
+        optimizer: ``torch.optim.SGD``, ``Adam`` or ``AdamW``; its rates, averages and weight decay are read at each
+            call.
+        loss_fn: ``F.cross_entropy`` for integer targets, ``F.mse_loss`` for targets of the shape of the output, or
+            ``nn.CrossEntropyLoss()`` and ``nn.MSELoss()``.
+        warmup: as for ``attach``, which is called here: the model needs no other.
+        on_nonfinite: what becomes of a sample that is not finite: ``"skip"``, its loss and output are NaN; or
+            ``"raise"``, it ends the call with an error after the samples before it were learned.
+
+    Attributes:
+        link: what ``attach`` returned; its ``state_dict()`` belongs into a checkpoint while a warm-up may be under way.
+        skipped: samples that were not finite.
+
+    Raises:
+        TypeError, ValueError: for what cannot be trained so, with the module and what to do; nothing has changed then.
+        OverflowError: from ``step`` and ``steps``, when parameters are not finite any more.
+
+    >>> from streamnorm import StreamingNorm
+    >>> model = nn.Sequential(nn.Linear(4, 8, bias=False), StreamingNorm(8), nn.ReLU(), nn.Linear(8, 3))
+    >>> online = OnlineTrainer(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    >>> loss, output = online.step(torch.randn(4), torch.tensor(2))
+    >>> output.shape
+    torch.Size([3])
+    >>> losses, outputs = online.steps(torch.randn(20, 4), torch.randint(3, (20,)))
+    >>> outputs.shape
+    torch.Size([20, 3])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Served,
+        loss_fn: Loss = F.cross_entropy,
+        warmup: Warmup = 0,
+        on_nonfinite: Literal["skip", "raise"] = "skip",
+    ) -> None:
+        if on_nonfinite not in ("skip", "raise"):
+            raise ValueError(f'on_nonfinite is "skip" or "raise", got {on_nonfinite!r}')
+        self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
+        self.on_nonfinite, self.skipped = on_nonfinite, 0
+        self._plan = Plan(model, optimizer, loss_fn)
+        self.link = attach(model, optimizer, warmup)
+        self._own = [hook.id for hook in self.link.hooks]
+
+    def step(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Train on one sample ``x (d,)`` or ``(1, d)`` with its ``target``, a class ``()`` or ``(1,)``, or values
+        of the shape of the output.
+
+        Returns:
+            Its loss ``()`` and the model's output before the update, ``(c,)`` or ``(1, c)``, detached.
+
+        Raises:
+            ValueError: for another shape or dtype, or a class that the model does not know; nothing has changed then.
+                With ``on_nonfinite="raise"`` for a sample that is not finite.
+        """
+        lead = (1,) if x.ndim == 2 else ()
+        self._check(x, target, lead)
+        plan = self._plan
+        loss, output = x.new_empty(()), x.new_empty((*lead, plan.outputs))
+        self._train(x, target, 1, loss, output)
+        return loss, output
+
+    def steps(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Train on the samples ``x (n, d)`` in their order, with n weight updates: what n calls of ``step`` do, and
+        faster. It cannot be interrupted; hand over as many at a time as you would like to wait for.
+
+        Returns:
+            The losses ``(n,)`` and the outputs ``(n, c)``, each from before its own update, detached.
+
+        Raises:
+            ValueError: as for ``step``, before the first sample; for one that is not finite after those before it.
+        """
+        lead = (*x.shape[:1],)
+        self._check(x, targets, lead)
+        plan = self._plan
+        losses, outputs = x.new_empty(lead), x.new_empty((*lead, plan.outputs))
+        self._train(x, targets, len(x), losses, outputs)
+        return losses, outputs
+
+    def _check(self, x: Tensor, targets: Tensor, lead: tuple[int, ...]) -> None:
+        """Refuse what does not fit the model as it is now."""
+        plan = self._renew()
+        if x.shape != (*lead, plan.inputs):
+            raise ValueError(f"a sample is {plan.inputs} values, got {tuple(x.shape)}; for many samples call steps")
+        if x.dtype is not plan.dtype or not x.is_cpu:
+            raise ValueError(f"the model computes in {plan.dtype} on the CPU, got {x.dtype} on {x.device}")
+        by_class = plan.loss == CROSS_ENTROPY
+        dtype, shape = (torch.int64, lead) if by_class else (plan.dtype, (*lead, plan.outputs))
+        if targets.shape != shape or targets.dtype is not dtype or not targets.is_cpu:
+            raise ValueError(
+                f"the targets of a loss by {self.loss_fn} are {dtype} of {shape} here, got {targets.dtype} of "
+                f"{tuple(targets.shape)} on {targets.device}"
+            )
+        if by_class and targets.numel():
+            least, most = map(int, (targets, targets) if targets.numel() == 1 else targets.aminmax())
+            if least < 0 or most >= plan.outputs:
+                raise ValueError(f"the model knows the classes 0 to {plan.outputs - 1}, got {least} to {most}")
+
+    def _renew(self) -> Plan:
+        """The plan, made anew if anything lies elsewhere than it did."""
+        if not self._plan.holds():
+            plan = Plan(self.model, self.optimizer, self.loss_fn)
+            if plan.norms != self.link.layers:
+                raise ValueError("the model has other norms than it had; make another OnlineTrainer for it")
+            self._plan = plan
+        return self._plan
+
+    def _train(self, x: Tensor, targets: Tensor, n: int, losses: Tensor, outputs: Tensor) -> None:
+        """Train on n samples and write down their losses and outputs."""
+        x, targets = x.contiguous(), targets.contiguous()
+        done = 0
+        while done < n:
+            served = self._is_served()
+            warming = self._is_warming()
+            many = 1 if warming else n - done
+            if not (served and self._compiled(x, targets, n, done, many, warming, losses, outputs)):
+                many = 1
+                samples, wanted = x.detach().reshape(n, -1), targets.detach().reshape(n, *targets.shape[x.ndim - 1 :])
+                result = self._ordinary(samples[done : done + 1], wanted[done : done + 1], done)
+                losses.view(n)[done], outputs.view(n, -1)[done] = result
+            done += many
+            if done < n:
+                self._renew()
+
+    def _is_warming(self) -> bool:
+        return not self.link._warm and self.link.warming_up
+
+    def _is_served(self) -> bool:
+        """Whether the next step may be a compiled one."""
+        optimizer, plan = self.optimizer, self._plan
+        if (
+            library.library() is None
+            or not may_use("cpu")
+            or is_traced()
+            or any(plan.hooks)
+            or _has_any_global_hook()
+            or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in plan.params)
+            or not plan.all_move
+            or self._begins()
+            or [*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks] != self._own
+        ):
+            return False
+        for norm in plan.norms:
+            if not norm.training:
+                return False
+            norm._calls.reference_size = 1
+        return True
+
+    def _begins(self) -> bool:
+        """Whether a norm has its first sample before it: its first estimate is made of all features, by torch."""
+        memories = (norm.H1 for norm in self._plan.norms)
+        return any(m is not None and isinstance(m.rule, Pooled) and m.rule.prior and not m.known for m in memories)
+
+    def _compiled(
+        self, x: Tensor, targets: Tensor, n: int, start: int, many: int, warming: bool, losses: Tensor, outputs: Tensor
+    ) -> bool:
+        """Train on ``many`` of n samples from ``start`` in one call. False: that cannot be, and nothing has changed."""
+        plan = self._plan
+        if not plan.reads(moving=not warming):
+            return False
+        addresses = [tensor.data_ptr() for tensor in (x, targets, losses, outputs)]
+        if start:
+            sizes = [t.numel() // n * t.element_size() for t in (x, targets, losses, outputs)]
+            addresses = [address + start * size for address, size in zip(addresses, sizes, strict=True)]
+        net = plan.net
+        net.raises = self.on_nonfinite == "raise"
+        done = compiled_steps()(plan.address, *addresses, many, plan.dtype is torch.float64, not warming)
+        self.skipped += net.skipped
+        if net.learned:
+            plan.written(moved=not warming)
+            for norm in plan.norms:
+                norm._calls.unfolded = 0
+                if warming and norm.H2 is not None:
+                    norm.H2.clear()
+            self.link._steps += net.learned
+            self.optimizer._opt_called = True  # type: ignore[union-attr]  # schedulers ask whether it stepped
+        if net.broken >= 0:
+            raise self._lost(start + net.latest if net.latest >= 0 else None)
+        if net.why:
+            raise _refused(start + done, WHY[net.why])
+        return True
+
+    def _ordinary(self, x: Tensor, target: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """The same step in torch's own code."""
+        why, loss, output = self._try(x, target)
+        if why not in ("input", "target") and not all(p.isfinite().all() for p in self._plan.params):
+            raise self._lost(None if why else number)
+        if not why:
+            return loss, output[0]
+        if self.on_nonfinite == "raise":
+            raise _refused(number, why)
+        self.skipped += 1
+        nothing = x.new_tensor(float("nan"))
+        return nothing, nothing.expand(self._plan.outputs)
+
+    @torch.enable_grad()
+    def _try(self, x: Tensor, target: Tensor) -> tuple[str, Tensor, Tensor]:
+        """An ordinary step, or what of the sample is not finite, and then everything is as it was."""
+        if not x.isfinite().all():
+            return "input", x, x
+        if not target.isfinite().all():
+            return "target", x, x
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        calls = [(norm._calls, norm._calls.unfolded) for norm in self._plan.norms]
+        refusals = self._refusals()
+        self.optimizer.zero_grad()
+        with _watching(self.model) as strange:
+            output = self.model(x)
+        loss, why = self.loss_fn(output, target), ""
+        if strange or self._refusals() != refusals:
+            why = "activations"
+        elif not loss.isfinite():
+            why = "loss"
+        else:
+            loss.backward()
+            if not self._is_warming() and (self._refusals() != refusals or not self._fits()):
+                why = "gradients"
+        if not why:
+            self.optimizer.step()
+        else:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+            for call, unfolded in calls:
+                call.unfolded = unfolded
+        self.optimizer.zero_grad()
+        return why, loss.detach(), output.detach()
+
+    def _refusals(self) -> list[int]:
+        """Arrivals that the memories of norms have refused."""
+        memories = [memory for norm in self._plan.norms for memory in (norm.H1, norm.H2)]
+        return [int(memory.skipped) for memory in memories if memory is not None]
+
+    def _fits(self) -> bool:
+        """Whether the optimizer can take all gradients."""
+        for group in self.optimizer.param_groups:
+            for grad in [p.grad for p in group["params"] if p.grad is not None]:
+                most = grad.abs().max()
+                if not (most.isfinite() and (most * (most if self._plan.rates.of_adam else group["lr"])).isfinite()):
+                    return False
+        return True
+
+    def _lost(self, number: int | None) -> OverflowError:
+        names = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
+        when = "before the call" if number is None else f"after the update by sample {number} of this call"
+        return OverflowError(
+            f"parameters are not finite any more {when}: {', '.join(names)}. Go back to a checkpoint, with a smaller lr"
+        )
+
+
+@contextmanager
+def _watching(model: nn.Module) -> Iterator[list[Any]]:
+    """Inside, modules of ``model`` whose output is not finite are gathered, and layer norms of what has no variance."""
+    strange: list[Any] = []
+
+    def look(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        no_variance = isinstance(module, nn.LayerNorm) and not inputs[0].var(correction=0).isfinite()
+        if no_variance or not output.isfinite().all():
+            strange.append(module)
+
+    handles = [module.register_forward_hook(look) for module in model._modules.values()]  # type: ignore[union-attr]
+    try:
+        yield strange
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _refused(number: int, why: str) -> ValueError:
+    return ValueError(
+        f"sample {number} of this call is not finite in its {why}; the {number} before it were learned, it and those "
+        'after it were not. Mend or leave it out, or take on_nonfinite="skip"'
+    )
