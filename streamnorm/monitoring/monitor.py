@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from streamnorm.files import append, named, write
 from streamnorm.monitoring.sites import (
     PERCENTILES,
     ROWS,
@@ -33,6 +34,7 @@ from streamnorm.monitoring.sites import (
     percentiles_of_rows,
 )
 from streamnorm.nn.norm import Norm
+from streamnorm.reading import read_lines
 from streamnorm.stream import Memory
 
 Record = dict[str, Any]
@@ -221,8 +223,7 @@ class Monitor:
             self._records.append(record)
         else:
             # One write of one whole line: a process that is killed leaves whole lines, and a last one cut off at most.
-            with self.path.open("ab", buffering=0) as file:
-                file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+            append(self.path, json.dumps(record, allow_nan=False).encode())
         if self._writer is not None:
             for tag, value in _scalars(record):
                 self._writer.add_scalar(tag, value, self.steps)
@@ -263,7 +264,7 @@ class Monitor:
         from streamnorm.monitoring.curves import picture
 
         path = Path(path)
-        path.write_bytes(picture(self.records))
+        write(path, picture(self.records))
         return path
 
     def close(self) -> None:
@@ -327,6 +328,17 @@ OPENING = b'{"step": '
 """What every line begins with."""
 
 
+TABLE = {name: ([], [float] * len(PERCENTILES)) for name in ("mu", "sigma")}
+OURS = {str: {str: (float, None, TABLE)}}
+TORCHS = {"batches": (int, None), "running": TABLE}
+SHAPE = {
+    "step": range(2**62),
+    "preactivations": {str: {f"p{p}": (float, None) for p in PERCENTILES}},
+    "norms": {str: (OURS, TORCHS)},
+}
+"""Of a record."""
+
+
 def read(path: str | Path) -> list[Record]:
     """The records of a file; a last line that was cut off is left out.
 
@@ -338,25 +350,14 @@ def read(path: str | Path) -> list[Record]:
 
 def _lines(path: Path) -> Iterator[tuple[Record, int]]:
     """Every record of a file, and where its line ends."""
-    end = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if not isinstance(record, dict) or not {"step", "preactivations", "norms"} <= record.keys():
-                raise ValueError(f"{path} is no file of a monitor: line {number} is no record")
-            end += len(line)
-            yield record, end
+    return read_lines(path, SHAPE, "is it no file of a monitor? Give another path, or delete it")
 
 
 def _opened(path: Path, start: int | None) -> Path:
     """The file, ready for the record of step ``start``; later ones are cut off, for they will be made again."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the path of a file, for instance {path / 'monitor.jsonl'}")
+    kept = 0
     if path.exists() and path.stat().st_size:
         lines = list(_lines(path))
         with path.open("rb") as file:
@@ -367,9 +368,11 @@ def _opened(path: Path, start: int | None) -> Path:
                 f"{path} holds records up to step {lines[-1][0]['step']}; to go on there say how many weight updates "
                 "the model has behind it, start=..., or give another path"
             )
-        os.truncate(path, max((end for record, end in lines if record["step"] < (start or 0)), default=0))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
+        kept = max((end for record, end in lines if record["step"] < (start or 0)), default=0)
+    with named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.truncate(path, kept)
     return path
 
 

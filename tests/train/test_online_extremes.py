@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from twins import NORMS, RATES, TERMS, Pair, close, compiled, mlp, online, samples
 
-from streamnorm import OnlineTrainer, kernels
+from streamnorm import OnlineTrainer, StreamingNorm, kernels
 
 INF, NAN = float("inf"), float("nan")
 
@@ -161,4 +161,36 @@ def test_an_update_that_overflows_is_reported(layer: int, many: int, path: None)
         model[layer].weight[1, 0] = 3e38  # type: ignore[index]
     trainer = online(model, {"lr": 1e-3, "weight_decay": 3e3})
     with pytest.raises(OverflowError, match=f"after the update by sample 0 of this call: {layer}.weight"):
+        trainer.steps(x.float(), y)
+
+
+@pytest.mark.parametrize("norm", ["p2-zero", "default", "layer", "none"])
+@pytest.mark.parametrize("what", ["input", "target"])
+def test_a_stream_that_begins_with_samples_that_are_not_finite(what: str, norm: str, path: None) -> None:
+    """As if it began with the first one that is; they take no ordinary step each, and many are spoken of."""
+    x, y = samples(112, loss=F.mse_loss)
+    for at in range(104):
+        SPOILERS[what](x, y, at)
+    model = mlp(StreamingNorm if norm == "default" else NORMS[norm]).double()
+    begun = online(model, {"lr": 1e-3}, F.mse_loss)
+    whole = online(copy.deepcopy(model), {"lr": 1e-3}, F.mse_loss)
+    with pytest.warns(UserWarning, match=r"104 of 112 samples were skipped, for they were not finite"):
+        losses, outputs = whole.steps(x, y)
+    want = begun.steps(x[104:], y[104:])
+    assert (whole.skipped, begun.skipped) == (104, 0)
+    assert losses[:104].isnan().all()
+    assert outputs[:104].isnan().all()
+    assert torch.equal(losses[104:], want[0])
+    assert torch.equal(outputs[104:], want[1])
+    for name, value in begun.model.state_dict().items():
+        assert torch.equal(whole.model.state_dict()[name], value), name
+    assert whole.steps(x[:50], y[:50])[0].isnan().all(), "it is said once"
+
+
+def test_one_sample_that_is_not_finite_at_first_is_refused_with_its_number(path: None) -> None:
+    trainer = online(nn.Sequential(nn.Linear(19, 4), StreamingNorm(4), nn.Linear(4, 3)), {"lr": 1e-3})
+    trainer.on_nonfinite = "raise"
+    x, y = samples(3, (19, 4, 3))
+    x[0, 0] = NAN
+    with pytest.raises(ValueError, match="sample 0 of this call is not finite in its input"):
         trainer.steps(x.float(), y)

@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from streamnorm.files import append, write
 from streamnorm.lab.bench.case import Case, Traffic
 from streamnorm.lab.bench.floor import Row
 from streamnorm.lab.bench.timing import Times
+from streamnorm.reading import ReadError, misfit, parsed
 
 Line = dict[str, Any]
 
@@ -36,6 +38,21 @@ class Timed:
     """Measured by the same process."""
 
 
+SHAPES = {
+    "start": {"asked": {str: object}, "facts": {str: object}},
+    "floor": {"allocator": str, "rows": [object, ...]},
+    "green": {"command": str, "case": str},
+    "case": {
+        **dict.fromkeys(("allocator", "group", "name", "reference", "series"), str),
+        "size": int,
+        "ours": [str, ...],
+        "traffic": {str: {str: object}},
+        "times": {str: object},
+    },
+}
+"""Of each kind of line."""
+
+
 class Journal:
     """Reads and extends the file at ``path``."""
 
@@ -44,17 +61,21 @@ class Journal:
 
     def start(self, asked: Line, facts: Line) -> None:
         """A new file, which says what was asked and the facts of the machine."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("")
+        write(self.path, "")
         self._add({"kind": "start", "asked": asked, "facts": facts})
 
     def lines(self) -> Iterator[Line]:
         """Every line; one that was cut off when the process ended is left out."""
-        for text in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                yield json.loads(text)
-            except json.JSONDecodeError:
-                continue
+        for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
+            found, wrong = parsed(line, {"kind": ("start", "floor", "green", "case")})
+            if found is not None and not wrong:
+                wrong = misfit(found, SHAPES[found["kind"]])
+            if found is not None and wrong:
+                raise ReadError(
+                    f"{self.path} is no journal of a benchmark: in line {number} {wrong}; give another --out"
+                )
+            if found is not None:
+                yield found
 
     def head(self) -> tuple[Line, Line]:
         """What was asked, and the facts of the machine.
@@ -62,8 +83,8 @@ class Journal:
         Raises:
             ValueError: for a file that is no journal.
         """
-        first = next(self.lines(), {})
-        if first.get("kind") != "start":
+        first = next(self.lines(), None)
+        if first is None or first["kind"] != "start":
             raise ValueError(f"{self.path} is no journal of a benchmark; give another --out")
         return first["asked"], first["facts"]
 
@@ -106,8 +127,4 @@ class Journal:
         return list(found.values())
 
     def _add(self, line: Line) -> None:
-        with self.path.open("rb+") as file:
-            size = file.seek(0, 2)
-            file.seek(max(size - 1, 0))
-            cut_off = file.read() not in (b"", b"\n")
-            file.write(b"\n" * cut_off + json.dumps(line).encode() + b"\n")
+        append(self.path, json.dumps(line).encode())

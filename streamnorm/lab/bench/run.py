@@ -21,6 +21,7 @@ from streamnorm.lab.bench.record import sentences, write_record
 from streamnorm.lab.bench.registry import check_names
 from streamnorm.lab.bench.settings import Bench
 from streamnorm.lab.bench.worker import INTERRUPTED, RED
+from streamnorm.lab.runs.lock import held
 from streamnorm.lab.runs.underway import differences
 
 TUNED = {
@@ -54,12 +55,13 @@ def bench(command: Bench) -> tuple[Path, list[str]]:
         "quick": command.quick,
         "compile": command.compile,
     }
-    journal = Journal(_path(command))
-    _begin(journal, asked, command.resume)
-    wishes = {**asked, "groups": command.groups, "journal": str(journal.path), "command": uuid.uuid4().hex}
-    for allocator in ("tuned", "default") if command.allocator == "both" else (command.allocator,):
-        _work({**wishes, "allocator": allocator}, threads)
-    return write_record(journal), sentences(journal)
+    with held(command.out, "a benchmark"):
+        journal = Journal(_path(command))
+        _begin(journal, asked, command.resume)
+        wishes = {**asked, "groups": command.groups, "journal": str(journal.path), "command": uuid.uuid4().hex}
+        for allocator in ("tuned", "default") if command.allocator == "both" else (command.allocator,):
+            _work({**wishes, "allocator": allocator}, threads)
+        return write_record(journal), sentences(journal)
 
 
 def _path(command: Bench) -> Path:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from streamnorm.lab.runs.classifier.run import Run, Settings
+from streamnorm.reading import read_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from streamnorm.lab.runs.classifier.data import Data
 
 ARMS = ("none", "layer", "batch", "streaming")
 
@@ -77,10 +82,9 @@ def compare(command: Compare) -> None:
     """Train every run of the comparison that is not finished yet; write and show the report."""
     from rich.console import Console
 
-    from streamnorm.lab.commands.progress import progress
     from streamnorm.lab.runs.classifier.data import load
-    from streamnorm.lab.runs.classifier.loop import expect_enough, train
-    from streamnorm.lab.runs.keeping import expect_folder
+    from streamnorm.lab.runs.classifier.loop import expect_enough
+    from streamnorm.lab.runs.lock import describe, expect_folder, expect_own, held
     from streamnorm.lab.runs.report import write_report
     from streamnorm.lab.runs.summary import sentence, summarize
 
@@ -92,13 +96,34 @@ def compare(command: Compare) -> None:
     settings = command.settings
     out = command.out or Path("runs") / f"compare-{settings.data}"
     expect_folder(out)
-    _keep_report(out, runs)
     data = load(settings.data, command.data_root, train_limit=settings.train_limit, test_limit=settings.test_limit)
     for run in runs:
         expect_enough(run, data)
-    console.print(
-        f"{data.name}: {len(data.train_x)} to train on, {len(data.test_x)} to test; {len(runs)} runs in {out}"
-    )
+    what = "a comparison"
+    with held(out, f"{what} on {data.name}"):
+        expect_own(out, what)
+        _keep_report(out, runs)
+        describe(out, what, {"runs": [{"label": run.label, "seed": run.seed} for run in runs]})
+        console.print(
+            f"{data.name}: {len(data.train_x)} to train on, {len(data.test_x)} to test; {len(runs)} runs in {out}"
+        )
+        records = _trained(runs, data, out, console)
+        title = f"{data.name}, architecture {settings.network}"
+        report = write_report(records, out, title)
+    rows = summarize(records)
+    console.print(_table(rows, title))
+    for row in rows:
+        if row.failed:
+            console.print(f"{row.label}: {row.failed}", highlight=False)
+    console.print(f"\n{sentence(rows)}\n", highlight=False, soft_wrap=True)
+    console.print(f"Report: {report}", soft_wrap=True)
+
+
+def _trained(runs: Sequence[Run], data: Data, out: Path, console: Console) -> list[dict[str, Any]]:
+    """The records of all runs, each trained to its end in a folder of its own."""
+    from streamnorm.lab.commands.progress import progress
+    from streamnorm.lab.runs.classifier.loop import train
+
     records = []
     with progress(console) as move:
         for number, run in enumerate(runs, 1):
@@ -113,15 +138,7 @@ def compare(command: Compare) -> None:
 
             folder = out / re.sub(r"[^\w.-]+", "-", run.label) / f"seed{run.seed}"
             records.append(train(run, data, folder, show, tell=tell))
-    title = f"{data.name}, architecture {settings.network}"
-    report = write_report(records, out, title)
-    rows = summarize(records)
-    console.print(_table(rows, title))
-    for row in rows:
-        if row.failed:
-            console.print(f"{row.label}: {row.failed}", highlight=False)
-    console.print(f"\n{sentence(rows)}\n", highlight=False, soft_wrap=True)
-    console.print(f"Report: {report}", soft_wrap=True)
+    return records
 
 
 def _expect_images(data: str) -> None:
@@ -137,8 +154,10 @@ def _expect_images(data: str) -> None:
 def _keep_report(out: Path, runs: Sequence[Run]) -> None:
     """Refuse to replace the report of runs that this comparison does not have."""
     results = out / "results.json"
-    if results.is_file():
-        there = {(run["label"], run["seed"]) for run in json.loads(results.read_text())["runs"]}
+    if results.exists():
+        shape = {"runs": [{"label": str, "seed": int}, ...]}
+        remedy = "move it away to have it made anew, or give another folder with --out"
+        there = {(run["label"], run["seed"]) for run in read_json(results, shape, remedy)["runs"]}
         if lost := sorted(there - {(run.label, run.seed) for run in runs}):
             named = ", ".join(f"{label}, seed {seed}" for label, seed in lost[:3]) + (" ..." if lost[3:] else "")
             raise ValueError(f"{out} has a report that also holds {named}; name those too, or another --out")

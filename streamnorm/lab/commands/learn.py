@@ -95,13 +95,17 @@ def learn(command: Learn) -> None:
 
     with opened(job.name) as file, session(job, out, file, tell) as under_way:
         tell(_beginning(under_way))
+        is_written = True
         try:
             with _shown(console, under_way) as show:
                 under_way.run(show)
+        except OSError:  # what is full or gone takes no report, and its own error is the one to show
+            is_written = False
+            raise
         finally:
             tell(_reached(under_way))
             record = under_way.record()
-            report = write_report(record, out) if under_way.learner.rows else None
+            report = write_report(record, out) if under_way.learner.rows and is_written else None
         if under_way.stop.asked:
             raise KeyboardInterrupt(f"row {under_way.learner.rows:,}, all of them kept")
         console.print(_table(record))

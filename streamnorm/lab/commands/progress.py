@@ -1,15 +1,16 @@
-"""What every command shows of work under way: a bar, and where a run goes on. Imports nothing of ours."""
+"""What every command shows of work under way: a bar, and where a run goes on. Imports how files are read."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
+
+from streamnorm.reading import ReadError, read_lines
 
 
 @contextmanager
@@ -34,9 +35,10 @@ def progress(console: Console, text: str = "", unit: str = "update") -> Iterator
 
 def say_where(console: Console, folder: Path) -> None:
     """Tell how far a run that is kept in ``folder`` has come before; nothing if it begins."""
-    metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+    metrics, lines = folder / "metrics.jsonl", []
+    with suppress(OSError, ReadError):  # they are for people, and are written anew from the checkpoint
+        lines = [line for line, _ in read_lines(metrics, {"updates": int}, "it is made anew")]
     if lines:
-        reached = json.loads(lines[-1])["updates"]
+        reached = lines[-1]["updates"]
         said = f"Its metrics reach update {reached} already; what is missing goes on from the last checkpoint."
         console.print(said, soft_wrap=True)

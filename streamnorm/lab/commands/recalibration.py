@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from collections.abc import Iterator
@@ -66,9 +65,7 @@ class Gap:
 
 def recalibrate_run(command: Recalibrate) -> None:
     """Recalibrate the network of a checkpoint; write it into a folder of its own and test it."""
-    from streamnorm.calibration.recalibrate import recalibrate
-    from streamnorm.lab.runs import checkpoint
-    from streamnorm.lab.runs.keeping import CHECKPOINT, expect_folder
+    from streamnorm.lab.runs.lock import expect_folder, held
 
     folder = command.folder.parent if command.folder.is_file() else command.folder
     beside = folder if folder.name else folder.resolve()
@@ -77,8 +74,33 @@ def recalibrate_run(command: Recalibrate) -> None:
     if out.resolve() == folder.resolve():
         raise ValueError(f"{out} is the run itself, whose statistics would be lost; give another folder with --out")
     expect_folder(out)
-    if (out / CHECKPOINT).is_file() and "recalibrated" not in checkpoint.load(out / CHECKPOINT):
-        raise ValueError(f"{out} holds another run, which would be lost; give another folder with --out")
+    with held(out, f"recalibrating {run.label}"):
+        before, after, passes, said = _recalibrated(run, source, command, out)
+    print(
+        f"{run.label}: statistics of {source.count} {source.unit} of {source.name}, {command.estimator}, {passes} "
+        f"pass{'es' if passes > 1 else ''}; kept in {out}"
+    )
+    print(f"before  {before}\nafter   {after}")
+    for warning in said:
+        print(f"streamnorm: {warning.message}", file=sys.stderr)
+
+
+def _recalibrated(
+    run: Reopened, source: Source, command: Recalibrate, out: Path
+) -> tuple[str, str, int, list[warnings.WarningMessage]]:
+    """What the tests before and after say, how many passes it took, and what was warned of; the result is kept."""
+    from streamnorm.calibration.recalibrate import recalibrate
+    from streamnorm.lab.runs import checkpoint
+    from streamnorm.lab.runs.keeping import CHECKPOINT
+    from streamnorm.lab.runs.lock import describe, expect_own
+
+    what = "a recalibrated run"
+    expect_own(out, what)
+    path = out / CHECKPOINT
+    if path.exists():
+        there = checkpoint.load(path)
+        if "recalibrated" not in there or there.get("run") != run.state["run"]:
+            raise ValueError(f"{out} holds another run, which would be lost; give another folder with --out")
     before = run.test()
     with warnings.catch_warnings(record=True) as said, _bar() as show:
         passes = recalibrate(
@@ -92,15 +114,9 @@ def recalibrate_run(command: Recalibrate) -> None:
     after = run.test()
     done = {"estimator": command.estimator, "passes": passes, source.unit: source.count, "data": source.name}
     state = {**run.state, "model": dict(run.model.state_dict()), "recalibrated": done}
-    checkpoint.save(out / CHECKPOINT, state)
-    checkpoint.write(out / "run.json", json.dumps({**run.description, "recalibrated": done}, indent=1))
-    print(
-        f"{run.label}: statistics of {source.count} {source.unit} of {source.name}, {command.estimator}, {passes} "
-        f"pass{'es' if passes > 1 else ''}; kept in {out}"
-    )
-    print(f"before  {before}\nafter   {after}")
-    for warning in said:
-        print(f"streamnorm: {warning.message}", file=sys.stderr)
+    describe(out, what, {**run.description, "recalibrated": done})
+    checkpoint.save(path, state)
+    return before, after, passes, said
 
 
 def show_gap(command: Gap) -> None:

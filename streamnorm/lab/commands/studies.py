@@ -22,5 +22,13 @@ class Reproduce:
 
 
 def reproduce(command: Reproduce) -> None:
-    """Carry out a study and say where its record is."""
-    print(f"Record: {study(command.name)(command.arguments)}")
+    """Carry out a study, in a folder that no other command writes to meanwhile, and say where its record is."""
+    from streamnorm.lab.runs.lock import describe, expect_own, held
+
+    carry_out, arguments = study(command.name), command.arguments
+    out, what = arguments.folder(command.name), f"the study {command.name}, tier {arguments.tier}"
+    with held(out, what):
+        expect_own(out, what)
+        describe(out, what, {})
+        record = carry_out(arguments)
+    print(f"Record: {record}")

@@ -95,6 +95,12 @@ class Encoder:
             x[tuple(torch.tensor(at).T)] = 1.0
         return x
 
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Of its state."""
+        scaler = self.scaler.shape if self.scaler else None
+        return {"has_words": bool, "not_finite": range(2**62), "unknown": {str: range(2**62)}, "scaler": scaler}
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
         return {

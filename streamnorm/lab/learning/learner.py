@@ -21,7 +21,8 @@ from streamnorm.lab.learning.rows import Row
 from streamnorm.lab.learning.scaling import Standardizer
 from streamnorm.lab.learning.settings import Settings
 from streamnorm.lab.learning.stepping import stepper
-from streamnorm.lab.runs.underway import load_model
+from streamnorm.lab.runs.checkpoint import CheckpointError, expect
+from streamnorm.lab.runs.underway import load_model, load_part, shape_of
 
 FARTHEST = 10.0
 """Standard deviations from its mean at which a number to be learned is taken to be, if it is farther."""
@@ -113,10 +114,16 @@ class Arm:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state_dict()`` was taken, once the network has grown as far as it had."""
+        """Go on where ``state_dict()`` was taken, once the network has grown as far as it had.
+
+        Raises:
+            CheckpointError: for a state of another shape.
+        """
+        parts = {"optimizer": shape_of(self.optimizer), "link": shape_of(self.trainer.link)}
+        expect(state, {**parts, "failed": (str, None), "seconds": float})
         load_model(self.network.model, state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.trainer.link.load_state_dict(state["link"])
+        load_part(self.optimizer, state["optimizer"])
+        load_part(self.trainer.link, state["link"])
         self.track.load_state_dict(state["track"])
         self.failed, self.seconds = state["failed"], state["seconds"]
 
@@ -250,16 +257,50 @@ class Learner:
             "beside": {name: self.tracks[name].state_dict() for name in self.baselines.names},
         }
 
+    def _expect(self, state: dict[str, Any]) -> None:
+        """Refuse a state of another shape, as far as what it is made of does not."""
+        expect(
+            state,
+            {
+                "rows": range(2**62),
+                "classes": [str, ...],
+                "encoder": self.encoder.shape,
+                "targets": self.targets.shape,
+                "baselines": self.baselines.SHAPE,
+                "arms": {name: {"model": {str: Tensor}} for name in self.arms},
+                "beside": {name: {str: object} for name in self.baselines.names},
+            },
+        )
+        rows, classes, counts = state["rows"], state["classes"], state["baselines"]["_counts"]
+        expect(state, {"curve": self.curve.shape_of(rows), "baselines": {"_most": (range(len(counts)), None)}})
+        for track in (*(state["arms"][name].get("track") for name in self.arms), *state["beside"].values()):
+            expect(track, {"count": range(rows + 1)})
+            expect(track, Track.shape_of(track["count"]))
+        if len({*classes}) < len(classes) or len(counts) != len(classes):
+            raise CheckpointError(f"the checkpoint is damaged: it has {len(classes)} classes and counts {len(counts)}")
+        inputs = len(self.schema.columns) + (self.settings.words if state["encoder"]["has_words"] else 0)
+        for name in self.arms:
+            weights = [*state["arms"][name]["model"].values()] or [torch.empty(0)]
+            first, readout = weights[0], weights[-1]
+            if first.ndim != 2 or first.shape[1] > inputs or readout.ndim != 1 or len(readout) > max(len(classes), 1):
+                raise CheckpointError(f"the checkpoint is damaged: the weights of {name} are of other rows")
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state_dict()`` was taken."""
+        """Go on where ``state_dict()`` was taken.
+
+        Raises:
+            CheckpointError: for a state of another shape.
+        """
+        self._expect(state)
         self.rows = state["rows"]
         self.classes = {name: k for k, name in enumerate(state["classes"])}
         for name in ("encoder", "targets", "baselines", "curve"):
             getattr(self, name).load_state_dict(state[name])
-        for name, held in state["arms"].items():
+        for name in self.arms:
+            held = state["arms"][name]
             weights = held["model"]
             first, readout = next(iter(weights.values())), weights[[*weights][-1]]
             self.arms[name].grow(first.shape[1], len(readout))
             self.arms[name].load_state_dict(held)
-        for name, held in state["beside"].items():
-            self.tracks[name].load_state_dict(held)
+        for name in self.baselines.names:
+            self.tracks[name].load_state_dict(state["beside"][name])

@@ -54,6 +54,11 @@ class Track:
         """All of it."""
         return {"count": self.count, "sum": self.sum, "latest": torch.tensor([*self._latest], dtype=torch.float64)}
 
+    @staticmethod
+    def shape_of(count: int) -> dict[str, Any]:
+        """That of a state with so many scores."""
+        return {"count": count, "sum": float, "latest": torch.empty(min(count, WINDOW), dtype=torch.float64)}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict()`` was taken."""
         self.count, self.sum = state["count"], state["sum"]
@@ -94,6 +99,15 @@ class Curve:
         """All of it."""
         return {"stride": self.stride, "rows": list(self.rows), "so_far": self.so_far, "recent": self.recent}
 
+    def shape_of(self, rows: int) -> dict[str, Any]:
+        """That of a state after so many rows."""
+        stride = FIRST_STRIDE
+        while rows // stride > POINTS:
+            stride *= 2
+        points = [*range(stride, rows + 1, stride)]
+        lines = {name: [(float, None)] * len(points) for name in self.so_far}
+        return {"stride": stride, "rows": points, "so_far": lines, "recent": lines}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict()`` was taken."""
         self.stride, self.rows = state["stride"], list(state["rows"])
@@ -105,6 +119,15 @@ class Baselines:
 
     A predictor that has seen nothing yet is wrong about a class, and has no score for a number.
     """
+
+    SHAPE = {  # noqa: RUF012
+        "last": (float, None),
+        "_counts": [range(2**62), ...],
+        "_most": (int, None),
+        "_count": range(2**62),
+        "_mean": float,
+    }
+    """Of their state."""
 
     def __init__(self, task: str) -> None:
         self.by_class = task == "classification"
@@ -137,10 +160,9 @@ class Baselines:
 
     def state_dict(self) -> dict[str, Any]:
         """All of it."""
-        names = ("last", "_counts", "_most", "_count", "_mean")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in self.SHAPE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict()`` was taken."""
-        for name, held in state.items():
-            setattr(self, name, held)
+        for name in self.SHAPE:
+            setattr(self, name, state[name])

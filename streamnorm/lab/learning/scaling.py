@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 
 class Standardizer:
@@ -37,6 +38,12 @@ class Standardizer:
     def scaled(self, numbers: Sequence[float | None]) -> list[float]:
         """Standardized numbers; 0, their mean, for what is missing."""
         return [0.0 if x is None else (x - self.mean[i]) / self.sd(i) for i, x in enumerate(numbers)]
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Of its state."""
+        size = len(self.count)
+        return {"count": [range(2**62)] * size, "mean": [float] * size, "squares": [float] * size}
 
     def state_dict(self) -> dict[str, list[float]]:
         """All that was seen."""

@@ -5,7 +5,6 @@ Chunks are for speed alone: what is learned does not depend on them. Imports the
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 import time
@@ -22,18 +21,20 @@ from streamnorm.checks import expect_whole
 from streamnorm.lab.learning.arms import norm_of
 from streamnorm.lab.learning.learner import Learner, Schema, task_of
 from streamnorm.lab.learning.lines import Lines, Mark, Stopped
-from streamnorm.lab.learning.lock import held
 from streamnorm.lab.learning.rows import LOOKED_AT, READERS, JsonRows, Row, shown
 from streamnorm.lab.learning.settings import Settings
 from streamnorm.lab.runs import checkpoint
 from streamnorm.lab.runs.checkpoint import CheckpointError
-from streamnorm.lab.runs.keeping import CHECKPOINT, expect_folder
+from streamnorm.lab.runs.keeping import CHECKPOINT
+from streamnorm.lab.runs.lock import describe, expect_folder, expect_own, held
 from streamnorm.lab.runs.underway import differences, machine, versions
 
 CHUNK = 256
 """Rows that are read and learned at a time, at most."""
 CHUNK_SIZE = 1 << 22
 """Bytes, after which a chunk is ended too."""
+WHAT = "what was learned from a stream"
+"""What a folder of a session holds."""
 TOLD = 5
 """Rows that cannot be used of which it is said why; all are counted."""
 
@@ -79,6 +80,15 @@ class Job:
         """What a checkpoint is of."""
         mine = {"arms": list(self.arms), "target": self.target, "ignore": list(self.ignore), "format": self.format}
         return {**self.settings.to_json(), **mine}
+
+
+SHAPE = {
+    "schema": {"target": str, "columns": [str, ...], "task": ("classification", "regression")},
+    "mark": {name: range(2**62) for name in ("size", "lines", "crc")},
+    "skipped": {"count": range(2**62), "first": [[int, str], ...]},
+    "learner": {str: object},
+}
+"""Of a checkpoint, beside what it is of; what a learner takes it checks itself."""
 
 
 @dataclass
@@ -127,11 +137,12 @@ class Session:
         self.why: str | None = None
         self._ended = False
         self._error: ValueError | None = None
-        self._lines = Lines(file, "standard input" if job.name == "-" else job.name, lambda: stop.asked)
+        self.name = "standard input" if job.name == "-" else job.name
+        self._lines = Lines(file, self.name, lambda: stop.asked)
         self.reader = READERS[job.format](self._lines, job.target, job.ignore)
         self._rows: Iterator[Row] = self.reader.rows()
         self._looked: list[Row] = []
-        self._is_new = not (folder / CHECKPOINT).is_file()
+        self._is_new = not (folder / CHECKPOINT).exists()
         schema = self._look() if self._is_new else None
         self._mark = self._lines.mark
         self._schema = schema
@@ -142,22 +153,19 @@ class Session:
         Raises:
             CheckpointError: if the folder holds other learning, or a damaged checkpoint, or the stream has changed.
         """
-        if self._is_new == (self.folder / CHECKPOINT).is_file():
+        path = self.folder / CHECKPOINT
+        expect_own(self.folder, WHAT)
+        if self._is_new == path.exists():
             raise ValueError(f"{self.folder} has changed meanwhile; the same command goes on there")
         checkpoint.sweep(self.folder)
         if self._schema is not None:
             self.learner = Learner(self.job.settings, self._schema, self.job.arms)
         else:
-            try:
-                self._restore(checkpoint.load(self.folder / CHECKPOINT))
-            except (CheckpointError, KeyError) as error:
-                reason = error if isinstance(error, CheckpointError) else f"the checkpoint lacks {error}"
-                raise CheckpointError(
-                    f"{reason}; give another folder with --out, or delete {self.folder} to start over"
-                ) from error
+            with checkpoint.said_of(path, f"; give another folder with --out, or delete {self.folder} to start over"):
+                self._restore(checkpoint.load(path))
         described = {**self.job.identity(), "task": self.learner.schema.task, "source": self.job.name}
         described |= {"columns": list(self.learner.schema.columns), "versions": versions(), "machine": machine()}
-        checkpoint.write(self.folder / "run.json", json.dumps(described, indent=1))
+        describe(self.folder, WHAT, described)
 
     @property
     def finished(self) -> bool:
@@ -208,9 +216,11 @@ class Session:
         checkpoint.save(self.folder / CHECKPOINT, state)
 
     def _restore(self, state: dict[str, Any]) -> None:
+        checkpoint.expect(state, {"run": {str: object}})
         there = {k: v for k, v in state["run"].items() if k not in ("arch", "data")}
         if state["run"].get("arch") != "stream":
             raise CheckpointError("the checkpoint is of another kind of run")
+        checkpoint.expect(state, SHAPE)
         if differing := differences(there, self.job.identity()):
             raise CheckpointError(f"the checkpoint is of other learning: {differing}")
         schema = Schema(state["schema"]["target"], tuple(state["schema"]["columns"]), state["schema"]["task"])
@@ -388,7 +398,7 @@ def session(job: Job, folder: Path, file: BinaryIO, tell: Callable[[str], None])
     with one_thread(), interruptible() as stop, ExitStack() as stack:
         try:
             made = Session(job, folder, file, tell, stop)
-            stack.enter_context(held(folder))
+            stack.enter_context(held(folder, f"learning from {made.name}"))
             made.begin()
         except Stopped:
             raise KeyboardInterrupt("the first rows") from None

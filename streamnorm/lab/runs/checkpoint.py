@@ -1,25 +1,29 @@
 """Checkpoints: one safetensors file that holds a nested state, written whole or not at all.
 
 Tensors go into the file as they are, everything else as JSON into its header, and there a sha256 of all of it: the
-format itself vouches for no tensor. Imports torch and safetensors.
+format itself vouches for no tensor. Imports torch, safetensors, and how files are written and read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from streamnorm.files import sweep as sweep
+from streamnorm.files import write as write
+from streamnorm.reading import ReadError, misfit
+
 FORMAT = "streamnorm checkpoint 1"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(ReadError):
     """A checkpoint that cannot be read, or that belongs to another run."""
 
 
@@ -41,6 +45,8 @@ def load(path: Path) -> dict[str, Any]:
     """
     from safetensors import SafetensorError, safe_open
 
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder, and a checkpoint is a file; move it away to start over")
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
@@ -53,38 +59,35 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no checkpoint of this version: it says {said!r}, not {FORMAT!r}")
     if _digest(header.get("state", ""), tensors) != header.get("sha256"):
         raise CheckpointError(f"{path} is damaged (its contents do not fit their sha256); delete it to start over")
-    return _put(json.loads(header["state"]), tensors)
-
-
-def write(path: Path, data: bytes | str) -> None:
-    """Put ``data`` at ``path`` so that a reader finds the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with part.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        _sync(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
+        return _put(json.loads(header["state"]), tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, StopIteration, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged (its state is no nest of ours); delete it to start over") from error
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a process that was killed inside ``write`` left in ``folder``; nobody else may be writing there."""
-    for part in folder.glob(".*.part"):
-        part.unlink(missing_ok=True)
+def expect(state: Any, shape: Any) -> None:
+    """Refuse the state of a checkpoint that is not as ``shape`` says (``streamnorm.reading``).
+
+    Raises:
+        CheckpointError: with where it is not.
+    """
+    if wrong := misfit(state, shape):
+        raise CheckpointError(f"the checkpoint is damaged: {wrong}")
 
 
-def _sync(folder: Path) -> None:
-    """Make the names in ``folder`` last, where the system can: a rename alone may be lost with the power."""
-    with suppress(OSError):
-        entry = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(entry)
-        finally:
-            os.close(entry)
+@contextmanager
+def said_of(path: Path, remedy: str = "") -> Iterator[None]:
+    """Inside, what cannot be done with the checkpoint at ``path`` is said with that path, and the ``remedy``.
+
+    Raises:
+        CheckpointError: for each ``ValueError``, and for what torch says of sizes that no network has.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
+        said = str(error).partition("\n")[0]
+        where = "" if str(path) in said else f"{path}: "
+        raise CheckpointError(f"{where}{said}{remedy}") from error
 
 
 def _digest(rest: str, tensors: dict[str, Tensor]) -> str:

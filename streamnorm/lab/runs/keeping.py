@@ -1,6 +1,6 @@
 """A training run in a folder: resumed from its checkpoint, saved as it goes, its metrics beside it for people to read.
 
-It knows a trainer by what it can do and nothing of what it trains. Imports the checkpoints.
+It knows a trainer by what it can do and nothing of what it trains. Imports the checkpoints and the lock.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from streamnorm.lab.runs import checkpoint
+from streamnorm.lab.runs.lock import RUN, describe, expect_own, held
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 CHECKPOINT = "checkpoint.safetensors"
@@ -24,6 +27,15 @@ MADE_BY = {
     "a learner of a stream": "streamnorm learn",
 }
 """Every kind of run, and a command that makes one."""
+STATE = {
+    "run": {str: object},
+    "data": {str: object},
+    "model": {str: Tensor},
+    "failed": (str, None),
+    "done": int,
+    "updates": int,
+}
+"""The shape of the checkpoint of each of these, but of a learner of a stream."""
 Tell = Callable[[dict[str, Any]], None]
 
 
@@ -64,7 +76,13 @@ def state_at(path: Path) -> dict[str, Any]:
         FileNotFoundError: if there is none.
         CheckpointError: if it is damaged.
     """
-    return checkpoint.load(path / CHECKPOINT if path.is_dir() else path)
+    file = path / CHECKPOINT if path.is_dir() else path
+    state = checkpoint.load(file)
+    with checkpoint.said_of(file):
+        checkpoint.expect(state, {"run": {str: object}})
+        if kind(state["run"]) != "a learner of a stream":
+            checkpoint.expect(state, STATE)
+    return state
 
 
 def expect_trained(state: dict[str, Any], path: Path) -> None:
@@ -133,22 +151,39 @@ def run_to_end(
     Raises:
         CheckpointError: if the folder holds another run, or a damaged checkpoint.
         NotADirectoryError: if it is a file, or inside of one.
+        ValueError: if another process trains there, or the folder holds something else.
+        OSError: if a file cannot be written, with its name.
     """
-    if folder is not None:
-        expect_folder(folder)
-    if folder is not None and (folder / CHECKPOINT).is_file():
-        try:
-            trainer.restore(checkpoint.load(folder / CHECKPOINT))
-        except checkpoint.CheckpointError as error:
-            raise checkpoint.CheckpointError(
-                f"{error}; give another folder with --out, or delete {folder} to start over"
-            ) from error
-    if begin:
-        begin()
-    if folder is not None:
-        checkpoint.sweep(folder)
-        checkpoint.write(folder / "run.json", json.dumps(described, indent=1))
-        _save_metrics(trainer, folder)
+    with ExitStack() as stack:
+        if folder is not None:
+            what = ", ".join(str(described[name]) for name in ("label", "data") if name in described)
+            stack.enter_context(held(folder, f"{what}, seed {described.get('seed')}"))
+            _go_on(trainer, folder)
+        if begin:
+            begin()
+        if folder is not None:
+            checkpoint.sweep(folder)
+            describe(folder, RUN, described)
+            _save_metrics(trainer, folder)
+        _step_to_end(trainer, folder, progress, within, tell)
+
+
+def _go_on(trainer: Kept, folder: Path) -> None:
+    """From the last checkpoint, if the folder holds one."""
+    expect_own(folder, RUN)
+    path = folder / CHECKPOINT
+    if path.exists():
+        with checkpoint.said_of(path, f"; give another folder with --out, or delete {folder} to start over"):
+            trainer.restore(checkpoint.load(path))
+
+
+def _step_to_end(
+    trainer: Kept,
+    folder: Path | None,
+    progress: Callable[[], None] | None,
+    within: Callable[[], AbstractContextManager[Any]],
+    tell: Tell | None,
+) -> None:
     _tell(trainer.metrics, tell)
     saved, lines = time.monotonic(), len(trainer.metrics)
     with within():
@@ -162,17 +197,6 @@ def run_to_end(
                 saved = time.monotonic()
             _tell(trainer.metrics[lines:], tell)
             lines = len(trainer.metrics)
-
-
-def expect_folder(folder: Path) -> None:
-    """Refuse a path where no folder can be made.
-
-    Raises:
-        NotADirectoryError: with the file that is in its way.
-    """
-    for path in (folder, *folder.parents):
-        if path.is_file():
-            raise NotADirectoryError(f"{path} is a file, and the run needs a folder; give another one with --out")
 
 
 def _tell(lines: list[dict[str, Any]], tell: Tell | None) -> None:

@@ -20,6 +20,7 @@ from streamnorm.lab.runs.autoencoder import model as autoencoder
 from streamnorm.lab.runs.language import model as language
 from streamnorm.lab.runs.language import loop as language_loop
 from streamnorm.lab.runs.classifier import loop
+from streamnorm.lab.runs.checkpoint import said_of
 from streamnorm.lab.runs.classifier.data import load
 from streamnorm.lab.runs.autoencoder.documents import load_documents, same_documents
 from streamnorm.lab.runs.keeping import expect_trained, kind
@@ -83,9 +84,10 @@ def reopen(path: Path, state: dict[str, Any], data_root: Path | None = None) -> 
         CheckpointError: if its weights are not those of its run.
         ValueError: for a run that could not train, or data that are not those of its training.
     """
-    kind_at(path, state)
+    held = kind_at(path, state)
     expect_trained(state, path)
-    return KINDS[kind(state["run"])].open(path, state, data_root)
+    with said_of(path):
+        return KINDS[held].open(path, state, data_root)
 
 
 def kind_at(path: Path, state: dict[str, Any]) -> str:

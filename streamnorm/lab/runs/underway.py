@@ -36,6 +36,8 @@ class UnderWay:
     Attributes:
         PARTS: names of what has a state of its own, beside the model, that a checkpoint holds.
         KEPT: names of what else it holds as it is.
+        SHAPES: of what is in KEPT (``streamnorm.reading``).
+        LINE: the shape of a line of metrics.
         WHY_EPOCHS: why a run does not go on for more epochs than it was begun with, where there is a reason.
         updates: weight updates to do; ``done`` of them are.
         metrics: a line for each test so far.
@@ -45,6 +47,8 @@ class UnderWay:
 
     PARTS: ClassVar[tuple[str, ...]] = ("optimizer",)
     KEPT: ClassVar[tuple[str, ...]] = ()
+    SHAPES: ClassVar[dict[str, Any]] = {}
+    LINE: ClassVar[dict[str, Any]] = {}
     WHY_EPOCHS: ClassVar[str] = ""
 
     def __init__(self, run: Any, data: Named, model: nn.Module, optimizer: Optimizer, updates: int) -> None:
@@ -64,6 +68,10 @@ class UnderWay:
         """Whether there is nothing left to do."""
         return self.failed is not None or self.done == self.updates
 
+    def tested(self, done: int) -> list[int]:
+        """After which of the first ``done`` updates there is a line of metrics."""
+        raise NotImplementedError
+
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""
         return {
@@ -80,20 +88,40 @@ class UnderWay:
         """Go on where ``state()`` was taken.
 
         Raises:
-            CheckpointError: if it was taken of another run or of other data.
+            CheckpointError: if it was taken of another run or of other data, or is damaged.
         """
+        checkpoint.expect(state, {"run": {str: object}, "data": {str: object}})
         there = {**self.run.defaults(), **state["run"], **state["data"]}  # an older run lacks newer settings
         if differing := differences(there, {**self.run.to_json(), **self.identity()}):
             reason = self.WHY_EPOCHS if there["epochs"] != self.run.epochs else ""
             raise checkpoint.CheckpointError(f"the checkpoint is of another run: {differing}{reason}")
         if missing := [name for name in (*self.PARTS, *self.KEPT) if name not in state]:
             raise checkpoint.CheckpointError(f"the checkpoint is of another kind of run: it lacks {', '.join(missing)}")
+        self._expect(state)
+        load_random(self.random, state["random"])
         load_model(self.model, state["model"])
         for name in self.PARTS:
-            getattr(self, name).load_state_dict(state[name])
-        self.random.set_state(state["random"])
+            load_part(getattr(self, name), state[name])
         for name in ("done", "metrics", "failed", *self.KEPT):
             setattr(self, name, state[name])
+
+    def _expect(self, state: dict[str, Any]) -> None:
+        """Refuse a state with which it could not go on."""
+        shape = {
+            "model": {str: Tensor},
+            "random": self.random.get_state(),
+            "updates": self.updates,
+            "done": range(self.updates + 1),
+            "metrics": [{"updates": int, **self.LINE}, ...],
+            "failed": (str, None),
+            **{name: shape_of(getattr(self, name)) for name in self.PARTS},
+            **self.SHAPES,
+        }
+        checkpoint.expect(state, shape)
+        if [line["updates"] for line in state["metrics"]] != (tested := self.tested(state["done"])):
+            raise checkpoint.CheckpointError(
+                f"the checkpoint is damaged: of {state['done']} updates it has not just the {len(tested)} metrics"
+            )
 
     def record(self) -> dict[str, Any]:
         """What a report reads."""
@@ -110,7 +138,7 @@ def load_model(model: nn.Module, state: dict[str, Tensor]) -> None:
     """``model.load_state_dict``, refusing another architecture before anything is changed.
 
     Raises:
-        CheckpointError: with the names and shapes that do not fit.
+        CheckpointError: with the names, shapes and dtypes that do not fit.
     """
     mine, there = model.state_dict(), {_first_step(name) for name in state}
     missing = sorted(name for name in mine if _first_step(name) not in there)
@@ -121,14 +149,73 @@ def load_model(model: nn.Module, state: dict[str, Tensor]) -> None:
         for name, value in state.items()
         if (here := mine.get(_first_step(name))) is not None and here.numel() and value.shape != here.shape
     ]
-    if missing or unknown or shapes:
+    dtypes = [
+        f"{name} {value.dtype} there and {here.dtype} here"
+        for name, value in state.items()
+        if (here := mine.get(_first_step(name))) is not None and value.dtype != here.dtype
+    ]
+    if missing or unknown or shapes or dtypes:
         parts = [
             f"{title}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
-            for title, names in (("missing there", missing), ("unknown here", unknown), ("of another shape", shapes))
+            for title, names in (
+                ("missing there", missing),
+                ("unknown here", unknown),
+                ("of another shape", shapes),
+                ("of another dtype", dtypes),
+            )
             if names
         ]
         raise checkpoint.CheckpointError(f"the checkpoint is of another architecture; {'; '.join(parts)}")
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, IndexError) as error:  # of a memory that took its shape from there
+        said = " ".join(str(error).split())
+        raise checkpoint.CheckpointError(f"the checkpoint is of another architecture; {said}") from error
+
+
+def load_random(random: torch.Generator, state: Tensor) -> None:
+    """``random.set_state``, refusing numbers that no generator has.
+
+    Raises:
+        CheckpointError: for those.
+    """
+    try:
+        random.set_state(state)
+    except (RuntimeError, TypeError) as error:
+        raise checkpoint.CheckpointError("the checkpoint is damaged: random is no state of a generator") from error
+
+
+def shape_of(part: Any) -> Any:
+    """The shape of the state of a part: an optimizer, or the link of ``attach``."""
+    if not isinstance(part, Optimizer):
+        return {"updates": range(2**62)}
+    groups = [{"lr": float} for _ in part.param_groups]
+    return {"state": {int: {str: (Tensor, float, None)}}, "param_groups": groups}
+
+
+def load_part(part: Any, state: dict[str, Any]) -> None:
+    """``part.load_state_dict`` of a state of its shape; of the options of an optimizer only the rate is taken, for the
+    run says what the others are.
+
+    Raises:
+        CheckpointError: if what an optimizer remembers is not of its parameters.
+    """
+    if not isinstance(part, Optimizer):
+        part.load_state_dict(state)
+        return
+    parameters = [parameter for group in part.param_groups for parameter in group["params"]]
+    held = state["state"]
+    first = next(iter(held.values()), {})
+    alike = {key: value if isinstance(value, Tensor) and not value.ndim else None for key, value in first.items()}
+    if len(held) not in (0, len(parameters)):
+        raise checkpoint.CheckpointError(
+            f"the checkpoint is damaged: its optimizer remembers {len(held)} of {len(parameters)} parameters"
+        )
+    for i in range(len(held)):
+        own = {key: parameters[i].detach() if value is None else value for key, value in alike.items()}
+        checkpoint.expect(held, {i: own})
+    groups = zip(part.state_dict()["param_groups"], state["param_groups"], strict=True)
+    part.load_state_dict({"state": held, "param_groups": [{**own, "lr": there["lr"]} for own, there in groups]})
 
 
 def _first_step(name: str) -> str:

@@ -38,6 +38,10 @@ class Arguments:
         if self.processes < 1:
             raise ValueError(f"processes is a whole number >= 1, got {self.processes}")
 
+    def folder(self, name: str) -> Path:
+        """Where the study ``name`` is kept."""
+        return self.out or Path("runs") / f"{name}-{self.tier}"
+
     def seeds_or(self, default: tuple[int, ...] = SEEDS) -> tuple[int, ...]:
         """The seeds that were asked for, or those of the study."""
         return self.seeds or default
@@ -63,4 +67,4 @@ def begin(arguments: Arguments, name: str, sizes: Mapping[str, Size], side_by_si
         print(SMOKE)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    return sizes[arguments.tier], arguments.out or Path("runs") / f"{name}-{arguments.tier}"
+    return sizes[arguments.tier], arguments.folder(name)

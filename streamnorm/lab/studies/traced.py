@@ -15,6 +15,7 @@ class TracedTrainer(Trainer):
     move, and one at the end. A study says in ``look`` what it looks at."""
 
     KEPT = (*Trainer.KEPT, "trace")
+    SHAPES = {**Trainer.SHAPES, "trace": [{str: object}, ...]}  # noqa: RUF012
 
     def __init__(self, run: Run, data: Data, every: int, first: int = 0) -> None:
         super().__init__(run, data)

@@ -9,6 +9,7 @@ them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -27,6 +28,8 @@ from streamnorm.train.online.plan import CROSS_ENTROPY, Plan, compiled_steps
 from streamnorm.train.online.rates import Served
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+MANY = 100
+"""Samples that are skipped, and at least half of all: from there on it is said, once."""
 WHY = ("", "input", "target", "activations", "loss", "gradients")
 """What of a sample is not finite, in the numbers of the compiled step."""
 
@@ -53,7 +56,8 @@ class OnlineTrainer:
             ``nn.CrossEntropyLoss()`` and ``nn.MSELoss()``.
         warmup: as for ``attach``, which is called here: the model needs no other.
         on_nonfinite: what becomes of a sample that is not finite: ``"skip"``, its loss and output are NaN; or
-            ``"raise"``, it ends the call with an error after the samples before it were learned.
+            ``"raise"``, it ends the call with an error after the samples before it were learned. Many that are skipped
+            are warned of, once.
 
     Attributes:
         link: what ``attach`` returned; its ``state_dict()`` belongs into a checkpoint while a warm-up may be under way.
@@ -86,6 +90,7 @@ class OnlineTrainer:
             raise ValueError(f'on_nonfinite is "skip" or "raise", got {on_nonfinite!r}')
         self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
         self.on_nonfinite, self.skipped = on_nonfinite, 0
+        self._seen, self._has_warned = 0, False
         self._plan = Plan(model, optimizer, loss_fn)
         self.link = attach(model, optimizer, warmup)
         self._own = [hook.id for hook in self.link.hooks]
@@ -156,7 +161,8 @@ class OnlineTrainer:
     def _train(self, x: Tensor, targets: Tensor, n: int, losses: Tensor, outputs: Tensor) -> None:
         """Train on n samples and write down their losses and outputs."""
         x, targets = x.contiguous(), targets.contiguous()
-        done = 0
+        skipped = self.skipped
+        done = self._skip_leading(x, targets, n, losses, outputs)
         while done < n:
             served = self._is_served()
             warming = self._is_warming()
@@ -169,6 +175,25 @@ class OnlineTrainer:
             done += many
             if done < n:
                 self._renew()
+        self._seen += n
+        if self.skipped > skipped and not self._has_warned and self.skipped >= max(MANY, self._seen / 2):
+            self._has_warned = True
+            warnings.warn(
+                f"{self.skipped:,} of {self._seen:,} samples were skipped, for they were not finite in their input, "
+                'target, activations, loss or gradients; on_nonfinite="raise" says which and in what',
+                stacklevel=4,
+            )
+
+    def _skip_leading(self, x: Tensor, targets: Tensor, n: int, losses: Tensor, outputs: Tensor) -> int:
+        """Skip at once what is not finite before the first sample that a norm begins with; how many those are."""
+        if self.on_nonfinite == "raise" or not self._begins():
+            return 0
+        sound = x.detach().reshape(n, -1).isfinite().all(1) & targets.detach().reshape(n, -1).isfinite().all(1)
+        leading = int(sound.int().argmax()) if sound.any() else n
+        losses.view(n)[:leading] = float("nan")
+        outputs.view(n, -1)[:leading] = float("nan")
+        self.skipped += leading
+        return leading
 
     def _is_warming(self) -> bool:
         return not self.link._warm and self.link.warming_up

@@ -148,7 +148,8 @@ def test_killed_while_it_writes_a_checkpoint_it_goes_on_from_the_one_before(
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     with session(job(), tmp_path, io.BytesIO(TEXT.encode()), lambda _: None) as made:
         made.run(lambda: None)
-        with pytest.raises(ValueError, match=f"is in use: process {os.getpid()} is learning there; wait until it ends"):
+        said = f"is in use by process {os.getpid()}: learning from rows; wait until it ends, or give another folder"
+        with pytest.raises(ValueError, match=said):
             learned(TEXT, tmp_path)
     assert learned(TEXT, tmp_path)[0].resumed == 600
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from streamnorm.reading import misfit, parsed
 from streamnorm.lab.runs.classifier.data import ENVIRONMENT, DataError, read_gzip
 
 VOCABULARY = 1992
@@ -309,14 +310,11 @@ def read_lines(path: Path) -> list[Document]:
 
 
 def _document(line: str) -> Document | None:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("title", "text")):
+    row, wrong = parsed(line, {"title": str, "text": str})
+    if wrong:
         return None
     year, genres = row.get("year"), row.get("genres", [])
-    if not isinstance(genres, list) or not all(isinstance(genre, str) for genre in genres):
+    if misfit([year, genres], [(float, str, None), [str, ...]]):
         return None
     return Document(row["title"] if year is None else f"{row['title']} ({year})", row["text"], tuple(genres))
 

@@ -24,6 +24,7 @@ from streamnorm.train.dau import attach, vectorized
 from streamnorm.definition.stats import DegenerateReferenceError
 from streamnorm.lab.runs.classifier.architectures import NormFactory, norm_factory
 from streamnorm.lab.runs.autoencoder.run import AutoencoderRun
+from streamnorm.lab.runs.checkpoint import expect, said_of
 from streamnorm.lab.runs.autoencoder.documents import Bags, Documents
 from streamnorm.lab.runs.keeping import Tell, recorded, run_to_end, trained_state
 from streamnorm.lab.runs.language.model import tested
@@ -200,6 +201,12 @@ class AutoencoderTrainer(UnderWay):
 
     PARTS = ("optimizer", "link")
     KEPT = ("sums",)
+    SHAPES = {"sums": {"cost": float, "seconds": float}}  # noqa: RUF012
+    LINE = {  # noqa: RUF012
+        **dict.fromkeys(("epoch", "updates", "documents"), int),
+        **dict.fromkeys(("train_cost", "norm", "top_norm", "seconds"), float),
+        "test_cost": (float, None),
+    }
     run: AutoencoderRun
     model: Autoencoder
 
@@ -223,6 +230,9 @@ class AutoencoderTrainer(UnderWay):
 
     def identity(self) -> dict[str, Any]:
         return {"documents": self.documents.source}
+
+    def tested(self, done: int) -> list[int]:
+        return [*range(self.per_epoch, done + 1, self.per_epoch)]
 
     def step(self) -> None:
         """One cycle of mini-batches and its weight update; before that, at the end of an epoch, a test.
@@ -321,7 +331,8 @@ def trained(path: Path) -> tuple[AutoencoderRun, Autoencoder, dict[str, Any]]:
         ValueError: if it is of no auto-encoder, or of a run that could not train.
     """
     state = trained_state(path, "an auto-encoder")
-    return *rebuilt(state), state
+    with said_of(path):
+        return *rebuilt(state), state
 
 
 def rebuilt(state: dict[str, Any]) -> tuple[AutoencoderRun, Autoencoder]:
@@ -330,6 +341,7 @@ def rebuilt(state: dict[str, Any]) -> tuple[AutoencoderRun, Autoencoder]:
     Raises:
         CheckpointError: if its weights are not those of its run.
     """
+    expect(state, {"data": {"documents": str}})
     run = AutoencoderRun.from_json(state["run"])
     model = build(run, run.vocabulary)
     load_model(model, state["model"])

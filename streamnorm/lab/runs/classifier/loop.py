@@ -79,6 +79,12 @@ class Trainer(UnderWay):
     """The run of a classifier under way. A study with a network of its own says so in ``network``."""
 
     KEPT = ("sums",)
+    SHAPES = {"sums": {"loss": float, "wrong": int, "seconds": float}}  # noqa: RUF012
+    LINE = {  # noqa: RUF012
+        **dict.fromkeys(("epoch", "updates", "samples"), int),
+        **dict.fromkeys(("train_loss", "train_error", "test_error", "seconds"), float),
+        "test_loss": (float, None),
+    }
     WHY_EPOCHS = LATE
     run: Run
     data: Data
@@ -109,6 +115,9 @@ class Trainer(UnderWay):
     def identity(self) -> dict[str, Any]:
         sizes = {"training samples": len(self.data.train_x), "test samples": len(self.data.test_x)}
         return {"data set": self.data.name, **sizes}
+
+    def tested(self, done: int) -> list[int]:
+        return [*range(self.per_epoch, done + 1, self.per_epoch)]
 
     def step(self) -> None:
         """One cycle of mini-batches and its weight update; before that, at the end of an epoch, a test.

@@ -1,4 +1,4 @@
-"""Run: everything that decides what a training run computes, as a frozen dataclass. Imports checks alone.
+"""Run: everything that decides what a training run computes, as a frozen dataclass. Imports checks and reading alone.
 
 The command line is derived from it, a record of results repeats it, and a checkpoint is refused by another one.
 """
@@ -6,9 +6,10 @@ The command line is derived from it, a record of results repeats it, and a check
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_type_hints
 
 from streamnorm.checks import expect_finite, expect_whole, is_whole
+from streamnorm.reading import misfit, of_annotation
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,14 @@ class Described:
         """The run that ``to_json`` described.
 
         Raises:
-            ValueError: for a field that a run of this version does not have.
+            ValueError: for a field that a run of this version does not have, or a value that is none of its type.
         """
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"{cls.KIND} has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        hints = get_type_hints(cls)
+        if wrong := misfit(values, {name: of_annotation(hints[name]) for name in values}):
+            raise ValueError(f"{cls.KIND} is described otherwise: {wrong}")
         fields_: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**fields_)
 

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 
 from streamnorm.train.dau import attach, take_mean
 from streamnorm.definition.stats import DegenerateReferenceError
+from streamnorm.lab.runs import checkpoint
+from streamnorm.lab.runs.checkpoint import said_of
 from streamnorm.lab.runs.keeping import Tell, recorded, run_to_end, trained_state
 from streamnorm.lab.runs.language.model import LanguageModel, State, bits, build, detached, validate
 from streamnorm.lab.runs.classifier.manhattan import Manhattan
@@ -41,6 +43,13 @@ class TextTrainer(UnderWay):
 
     PARTS = ("optimizer", "link")
     KEPT = ("states", "losses", "seconds")
+    SHAPES = {"losses": [float, ...], "seconds": float}  # noqa: RUF012
+    LINE = {  # noqa: RUF012
+        **dict.fromkeys(("updates", "batches", "characters"), int),
+        **dict.fromkeys(("epoch", "train_loss", "seconds"), float),
+        **dict.fromkeys(("validation_loss", "validation_bits"), (float, None)),
+        "train_losses": [float, ...],
+    }
     WHY_EPOCHS = LATE
     run: TextRun
     model: LanguageModel
@@ -67,6 +76,13 @@ class TextTrainer(UnderWay):
     def identity(self) -> dict[str, Any]:
         return {"text": self.text.source, "vocabulary": self.text.vocabulary}
 
+    def _is_tested(self, done: int) -> bool:
+        n, every = self.run.batches_per_update, self.run.validate_every
+        return done == self.updates or done * n // every > (done - 1) * n // every
+
+    def tested(self, done: int) -> list[int]:
+        return [update for update in range(1, done + 1) if self._is_tested(update)]
+
     @property
     def characters(self) -> int:
         """How many have been trained on, those of earlier epochs again."""
@@ -89,13 +105,12 @@ class TextTrainer(UnderWay):
     def step(self) -> None:
         """One cycle of mini-batches, a line of metrics where a validation is due, and the weight update, except after
         the last cycle. What cannot go on says why in ``failed``; a validation that is not finite is a result."""
-        n, every = self.run.batches_per_update, self.run.validate_every
         with self._timed():
             self._accumulate()
         if self.failed:
             return
         self.done += 1
-        if self.finished or self.done * n // every > (self.done - 1) * n // every:
+        if self._is_tested(self.done):
             self._validate()
         if not self.finished:
             with self._timed():
@@ -154,6 +169,14 @@ class TextTrainer(UnderWay):
         )
         self.losses = []
 
+    def _expect(self, state: dict[str, Any]) -> None:
+        super()._expect(state)
+        run, weight = self.run, self.model.readout.weight
+        h = weight.new_empty(run.layers, run.samples_per_batch, run.hidden)
+        one = [h, h] if run.arch == "lstm" else h
+        begun = state["done"] and not state["failed"]
+        checkpoint.expect(state, {"states": [one if begun else (None, one)] * run.batches_per_update})
+
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
         # Copies lie in memory as a layer's own results do: sums over it round alike, and the run goes on bit for bit.
@@ -205,7 +228,8 @@ def trained(path: Path) -> tuple[TextRun, LanguageModel, dict[str, Any]]:
         ValueError: if it is of no language model, or of a run that could not train.
     """
     state = trained_state(path, "a language model")
-    return *rebuilt(state), state
+    with said_of(path):
+        return *rebuilt(state), state
 
 
 def rebuilt(state: dict[str, Any]) -> tuple[TextRun, LanguageModel]:
@@ -214,6 +238,7 @@ def rebuilt(state: dict[str, Any]) -> tuple[TextRun, LanguageModel]:
     Raises:
         CheckpointError: if its weights are not those of its run.
     """
+    checkpoint.expect(state, {"data": {"text": str, "vocabulary": str}})
     run = TextRun.from_json(state["run"])
     model = build(run, len(state["data"]["vocabulary"]))
     load_model(model, state["model"])

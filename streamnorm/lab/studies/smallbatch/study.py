@@ -30,6 +30,7 @@ from streamnorm.lab.runs.classifier.data import Data, load
 from streamnorm.lab.runs.classifier.loop import Trainer
 from streamnorm.lab.runs.classifier.run import Run
 from streamnorm.lab.runs.keeping import finite
+from streamnorm.lab.runs.underway import differences
 from streamnorm.lab.studies.arguments import Arguments, begin
 from streamnorm.lab.studies.record import opening, verdicts
 from streamnorm.lab.studies.sidebyside import side_by_side
@@ -46,6 +47,7 @@ from streamnorm.lab.studies.study import (
     together,
     with_failures,
 )
+from streamnorm.reading import ReadError, parsed
 from streamnorm.train.dau import vectorized
 
 UPDATE = {"A": 64, "B": 32}
@@ -198,23 +200,35 @@ def path_of(name: str, run: Run, out: Path) -> Path:
     return out / "runs" / name.replace(": ", "/").replace(" ", "-") / f"seed{run.seed}.json"
 
 
+SHAPE = {
+    **dict.fromkeys(("label", "arm", "data", "source"), str),
+    "seed": int,
+    "run": {str: object},
+    "versions": {str: str},
+    "machine": {str: (str, int)},
+    "metrics": [Trainer.LINE, ...],
+    "failed": (str, None),
+    "training_mode_error": (float, None),
+}
+"""Of a record."""
+
+
 def kept(name: str, run: Run, out: Path) -> Record | None:
     """The record of a run that is done.
 
     Raises:
-        ValueError: if its file holds another run, or none.
+        ReadError: if its file holds another run, or none.
     """
     path = path_of(name, run, out)
-    if not path.is_file():
+    if not path.exists():
         return None
-    record: Record = {}
-    try:
-        record = json.loads(path.read_text())
-        same = {**Run.defaults(), **record["run"]} == run.to_json()
-    except (ValueError, KeyError, TypeError):
-        same = False
-    if not same:
-        raise ValueError(f"{path} does not hold the run {name}, seed {run.seed}; delete it to do that run again")
+    record, wrong = parsed(path.read_bytes(), SHAPE)
+    if not wrong:
+        wrong = differences({**Run.defaults(), **record["run"]}, run.to_json())
+    if wrong:
+        raise ReadError(
+            f"{path} does not hold the run {name}, seed {run.seed} ({wrong}); delete it to do that run again"
+        )
     return record
 
 

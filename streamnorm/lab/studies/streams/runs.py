@@ -33,6 +33,7 @@ from streamnorm.lab.studies.streams.data import Stream
 from streamnorm.nn.layers import StreamingNorm
 from streamnorm.nn.norm import Norm
 from streamnorm.nn.rivals import OnlineNorm
+from streamnorm.reading import ReadError, parsed
 from streamnorm.stream.policy import Sample
 from streamnorm.train.dau import attach
 from streamnorm.train.online.trainer import OnlineTrainer
@@ -218,23 +219,35 @@ def path_of(run: StreamRun, out: Path) -> Path:
     return out / "runs" / cell / f"seed{run.seed}-{run.rows or 'all'}-rows.json"
 
 
+SHAPE = {
+    **dict.fromkeys(("label", "source", "by"), str),
+    **dict.fromkeys(("learned", "of"), range(1, 2**62)),
+    "right": [range(STEP + 1), ...],
+    "diverged": (int, None),
+    "drift": (int, None),
+    "seconds": float,
+    "versions": {str: str},
+    "machine": {str: (str, int)},
+}
+"""Of a record, beside the run."""
+
+
 def kept(run: StreamRun, out: Path) -> dict[str, Any] | None:
     """The record of a run that is done.
 
     Raises:
-        ValueError: if its file holds another run, or none.
+        ReadError: if its file holds another run, or none.
     """
     path = path_of(run, out)
-    if not path.is_file():
+    if not path.exists():
         return None
-    record: dict[str, Any] = {}
-    try:
-        record = json.loads(path.read_text())
-        same = {key: record[key] for key in run.to_json()} == run.to_json()
-    except (ValueError, KeyError, TypeError):
-        same = False
-    if not same:
-        raise ValueError(f"{path} does not hold the run {run.name}, seed {run.seed}; delete it to do that run again")
+    record, wrong = parsed(path.read_bytes(), {**run.to_json(), **SHAPE})
+    if not wrong and len(record["right"]) != -(-record["learned"] // STEP):
+        wrong = f"right does not count {record['learned']} rows"
+    if wrong:
+        raise ReadError(
+            f"{path} does not hold the run {run.name}, seed {run.seed} ({wrong}); delete it to do that run again"
+        )
     return record
 
 

@@ -1,0 +1,98 @@
+"""Files that are written whole or not at all, and what is said where one cannot be. The standard library alone."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+ELSEWHERE = "make it writable, or give another folder with --out"
+REMEDIES = {
+    errno.ENOSPC: "make room on the disk; the same command goes on then",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f); the same command goes on then",
+    errno.EROFS: ELSEWHERE,
+    errno.EACCES: ELSEWHERE,
+    errno.EPERM: ELSEWHERE,
+    errno.EISDIR: "move that folder away, or give another one with --out",
+    errno.ENOTDIR: "a file is in the place of its folder; give another one with --out",
+}
+if hasattr(errno, "EDQUOT"):  # not on every system
+    REMEDIES[errno.EDQUOT] = "make room in your quota; the same command goes on then"
+
+
+def write(path: Path, data: bytes | str) -> None:
+    """Put ``data`` at ``path`` so that a reader finds the old file or the new one, never a part.
+
+    Raises:
+        OSError: with the path and what to do, if the system refuses; the old file is left.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with named(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+            _sync(path.parent)
+        finally:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+def append(path: Path, line: bytes) -> None:
+    """Put a whole line, without its end, behind the others of a file. What a write that broke off left of the last one
+    becomes a line of its own.
+
+    Raises:
+        OSError: with the path and what to do, if the system refuses; then the file is as it was, as far as it can be.
+    """
+    with named(path), path.open("ab+", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        data = memoryview(b"\n" * (file.read(1) not in (b"", b"\n")) + line + b"\n")
+        try:
+            while data:  # a write into the last room of a disk takes a part
+                data = data[file.write(data) :]
+        except OSError:
+            with suppress(OSError):
+                file.truncate(size)
+            raise
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a process that was killed inside ``write`` left in ``folder``; nobody else may be writing there."""
+    for part in folder.glob(".*.part"):
+        with named(part):
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Inside, an error of the system says that ``path`` cannot be written, why, and what to do.
+
+    >>> with named(Path("runs/run.json")):
+    ...     raise OSError(errno.ENOSPC, "No space left on device")
+    Traceback (most recent call last):
+    OSError: runs/run.json cannot be written: No space left on device; make room on the disk; the same command goes ...
+    """
+    try:
+        yield
+    except OSError as error:
+        remedy = REMEDIES.get(error.errno or 0)
+        said = type(error)(f"{path} cannot be written: {error.strerror or error}" + (f"; {remedy}" if remedy else ""))
+        said.errno = error.errno
+        raise said from error
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in ``folder`` last, where the system can: a rename alone may be lost with the power."""
+    with suppress(OSError):
+        entry = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(entry)
+        finally:
+            os.close(entry)
