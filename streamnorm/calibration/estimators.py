@@ -69,6 +69,11 @@ class Estimator(ABC):
     def needs_center(moment: Lp) -> bool:
         """Whether sigma can be told only once the mean of all data is known."""
 
+    @property
+    def waits(self) -> bool:
+        """``needs_center`` of its own moment."""
+        return self.needs_center(self.moment)
+
     def add(self, view: Tensor) -> Tensor:
         """Take in a mini-batch; its own s, a table."""
         n = self.ref.size(view.shape)

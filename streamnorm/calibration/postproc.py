@@ -9,11 +9,11 @@ Legend: a table is ``(2, ...)``, row 0 the mean, row 1 sigma; a site is one set 
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from streamnorm.calibration.estimators import Estimator
+from streamnorm.calibration.estimators import Estimator, Mean, Pooled
 from streamnorm.definition.ref import BA1, NormRef
 from streamnorm.definition.stats import Lp
 from streamnorm.nn.norm import Norm
@@ -186,41 +186,101 @@ def layers(model: nn.Module) -> list[Layer]:
 # --- the state postproc ---
 
 
-class Gather:
-    """What a layer does in the state postproc, before it normalizes: it hands its input to the estimator of the site.
+class Told:
+    """What a pass through the data has told.
 
-    Args:
-        make: the estimator of a site that is called for the first time.
-        fixed: the sites that normalize with what is stored. Others normalize a mini-batch with its own statistics, or,
-            if it holds a single activation, with what is stored.
-        told: of all layers, the estimators of the sites that were called, in the order of their first calls.
-        finite: of all layers, whether the statistics of each call of this batch are finite.
+    Attributes:
+        batches: how many there were.
+        sites: the estimator of every site that was called, in the order of their first calls.
+        behind: the sites that were called before a call of a site, in the same batch; itself too, if it was.
+        first: of the sites that a batch calls first, an estimator of these calls alone.
+        rounding: by how much of itself rounding may change a number that a site is given.
+        finite: whether the statistics of each call of the present batch are finite.
     """
 
-    def __init__(
-        self,
-        layer: Layer,
-        make: Callable[[Site], Estimator],
-        fixed: Container[Site],
-        told: dict[Site, Estimator],
-        finite: list[tuple[Site, Tensor]],
-    ) -> None:
-        self.layer, self.make, self.fixed, self.told, self.finite = layer, make, fixed, told, finite
+    def __init__(self, make: Callable[[Site], Estimator]) -> None:
+        self.make = make
+        self.batches = 0
+        self.sites: dict[Site, Estimator] = {}
+        self.behind: dict[Site, set[Site]] = {}
+        self.first: dict[Site, Estimator] = {}
+        self.rounding: dict[Site, float] = {}
+        self.finite: list[tuple[Site, Tensor]] = []
+        self._called: set[Site] = set()
+        self._was_empty = False
+
+    def begin(self, batch: int) -> None:
+        """So many batches with the one that comes now."""
+        self.batches = batch
+        self.finite.clear()
+        self._called.clear()
+
+    def add(self, site: Site, x: Tensor) -> Tensor | None:
+        """Take in what a site is given; its own s, a table, or None where there is no sample in it."""
+        if not x.numel():
+            self._was_empty = True
+            return None
+        view = site.view(x).double()
+        if site not in self.sites:
+            self.sites[site], self.behind[site], self.rounding[site] = self.make(site), set(), 0.0
+        if not self._called:
+            self.first.setdefault(site, _plain(site)).add(view)
+        table = self.sites[site].add(view)
+        self.behind[site] |= self._called
+        self._called.add(site)
+        self.rounding[site] = max(self.rounding[site], torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0)
+        self.finite.append((site, table.isfinite().all()))
+        return table
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether a layer's statistics act on what it is given itself, at a later call."""
+        try:
+            TopologicalSorter(self.behind).prepare()
+        except CycleError:
+            return True
+        return False
+
+    def expect_something(self) -> None:
+        """Raise a ValueError if there were no data, or none for a layer."""
+        if not self.batches:
+            raise ValueError(
+                "the data yield no batches; an iterator that was used before is empty: give a list or a loader"
+            )
+        if not self.sites and self._was_empty:
+            raise ValueError(
+                f"the data yield only empty batches, {self.batches} of them; give some with samples in them"
+            )
+        if not self.sites:
+            raise ValueError(f"{self.batches} batches, and no layer that keeps statistics was called")
+
+
+def _plain(site: Site) -> Estimator:
+    """An estimator for which neither the order of the data nor how they are batched matters."""
+    kind = Mean if site.ref.samples == "one" else Pooled
+    return kind(site.ref, Lp(2, "batch", getattr(site.moment, "eps", 0.0)))
+
+
+class Gather:
+    """What a layer does in the state postproc, before it normalizes: it hands on its input.
+
+    Args:
+        fixed: the sites that normalize with what is stored. Others normalize a mini-batch with its own statistics, or,
+            if it holds a single activation, with what is stored.
+        told: takes the inputs of all layers.
+    """
+
+    def __init__(self, layer: Layer, fixed: Container[Site], told: Told) -> None:
+        self.layer, self.fixed, self.told = layer, fixed, told
 
     @torch.no_grad()
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x, *rest = (*args, *kwargs.values())
-        if not x.numel():
-            return
         site = self.layer.at(rest[0] if rest else 0)
-        view = site.view(x).double()
-        if site not in self.told:
-            self.told[site] = self.make(site)
-        table = self.told[site].add(view)
-        self.finite.append((site, table.isfinite().all()))
-        if site in self.fixed:
+        table = self.told.add(site, x)
+        if table is None or site in self.fixed:
             return
-        if site.ref.size(view.shape) > 1:
+        if site.ref.size(site.view(x).shape) > 1:
             site.store(table)
         elif site.stored() is None:
             site.store(torch.stack([torch.zeros_like(table[0]), torch.ones_like(table[1])]))
@@ -256,29 +316,6 @@ def _postproc(model: nn.Module, gathers: list[Gather]) -> Iterator[None]:
             module.training = training
 
 
-@dataclass(frozen=True, eq=False)
-class Told:
-    """What a pass through the data has told.
-
-    Attributes:
-        batches: how many there were.
-        sites: the estimator of every site that was called, in the order of their first calls.
-    """
-
-    batches: int
-    sites: Mapping[Site, Estimator]
-
-    @property
-    def calls(self) -> int:
-        """How many calls of layers a batch takes."""
-        return sum(math.ceil(one.arrivals / self.batches) for one in self.sites.values())
-
-    @property
-    def is_recurrent(self) -> bool:
-        """Whether a layer's statistics act on what it is given itself, at a later call."""
-        return self.calls > len(self.sites)
-
-
 def once_through(
     model: nn.Module,
     data: Iterable[Any],
@@ -299,24 +336,17 @@ def once_through(
     Raises:
         ValueError: for no data, and for statistics that are not finite.
     """
-    batches = 0
-    told: dict[Site, Estimator] = {}
-    finite: list[tuple[Site, Tensor]] = []
-    with _postproc(model, [Gather(layer, make, fixed, told, finite) for layer in found]):
-        for batches, batch in enumerate(data, 1):
+    told = Told(make)
+    with _postproc(model, [Gather(layer, fixed, told) for layer in found]):
+        for number, batch in enumerate(data, 1):
+            told.begin(number)
             with torch.no_grad():
                 call(model, batch)
-            if bad := next((site.name for site, is_finite in finite if not is_finite), None):
+            if bad := next((site.name for site, is_finite in told.finite if not is_finite), None):
                 raise ValueError(
-                    f"batch {batches} (counted from 1) has statistics that are not finite, first in layer {bad!r}; "
+                    f"batch {number} (counted from 1) has statistics that are not finite, first in layer {bad!r}; "
                     "look at that batch with torch.isfinite, or leave it out"
                 )
-            finite.clear()
-            show(batches)
-    if not batches:
-        raise ValueError(
-            "the data yield no batches; an iterator that was used before is empty: give a list or a loader"
-        )
-    if not told:
-        raise ValueError(f"{batches} batches, and no layer that keeps statistics was called")
-    return Told(batches, told)
+            show(number)
+    told.expect_something()
+    return told

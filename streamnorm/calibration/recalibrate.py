@@ -14,12 +14,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from streamnorm.calibration.course import TOLERANCE, Course
 from streamnorm.calibration.estimators import DECAY, Across, Corrected, Estimator, Mean, Moving, Pooled, alone
 from streamnorm.calibration.postproc import Site, Told, layers, once_through
 from streamnorm.checks import is_whole
@@ -30,14 +32,8 @@ ESTIMATORS: dict[str, type[Estimator]] = {"pooled": Pooled, "moving": Moving, "c
 Call = Callable[[nn.Module, Any], Any]
 Progress = Callable[[int, int, int | None], None]
 
-TOLERANCE = 1e-5
-"""Passes end when no mean moved further than so many sigmas, and no sigma by a larger share."""
 LEFT = 0.01
 """How much of its initial value a moving average may hold without a warning: 44 mini-batches at a decay of 0.9."""
-NEAR = 0.1
-"""Statistics that moved by less since the pass before are used in the next one, though they may not be exact yet."""
-PATIENCE = 50
-"""Passes for statistics that act on themselves, after those that a chain needs."""
 BAR = 30
 """Characters of a progress bar."""
 
@@ -80,7 +76,26 @@ def _show(progress: bool | Progress, data: Iterable[Any], number: int) -> Callab
     return (lambda batch: draw(number, batch, batches)) if draw else lambda batch: None
 
 
-def _check(data: Iterable[Any], estimator: str) -> None:
+class _Taken:
+    """So many batches of data that may have no end."""
+
+    def __init__(self, data: Iterable[Any], batches: int) -> None:
+        self.data, self.batches = data, batches
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Any]:
+        came = 0
+        for batch in islice(self.data, self.batches):
+            came += 1
+            yield batch
+        if came < self.batches:
+            raise ValueError(f"batches={self.batches}, and {came} came from the data; give more data, or fewer batches")
+
+
+def _checked(data: Iterable[Any], batches: int | None, estimator: str = "pooled") -> Iterable[Any]:
+    """What to go through in each pass."""
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator is one of {', '.join(ESTIMATORS)}, got {estimator!r}")
     if isinstance(data, Tensor) or not isinstance(data, Iterable):
@@ -88,6 +103,9 @@ def _check(data: Iterable[Any], estimator: str) -> None:
             f"data is a loader, a list or anything else that yields batches, got {type(data).__name__}; of a tensor, "
             "give its batches: x.split(64)"
         )
+    if batches is not None and not is_whole(batches):
+        raise ValueError(f"batches is a number of batches >= 1, or None, got {batches!r}")
+    return data if batches is None else _Taken(data, batches)
 
 
 def recalibrate(
@@ -97,6 +115,7 @@ def recalibrate(
     estimator: Choice = "pooled",
     decay: float = DECAY,
     passes: int | None = None,
+    batches: int | None = None,
     call: Call | None = None,
     across: Across | None = None,
     progress: bool | Progress = False,
@@ -126,7 +145,8 @@ def recalibrate(
     Args:
         model: in any mode.
         data: a loader, or any iterable of batches: tensors, tuples that begin with the input, dictionaries of
-            arguments. One that can be gone through once only (an iterator) needs ``passes=1``.
+            arguments. One that can be gone through once only (an iterator) needs ``passes=1``. A loader that draws
+            anew in each pass will do: each layer is taken from one of them, while those before it stand still.
         estimator: ``"pooled"``: S of all data as one reference. ``"moving"``: the running average of the s of
             mini-batches, the mean from 0, sigma from 1, as proposed in "Batch Normalization: The Untold Story"; shuffle
             the data. ``"corrected"``: the same without what the initial values weigh.
@@ -134,6 +154,7 @@ def recalibrate(
         passes: so many at most. 1 is the single pass that is usual elsewhere, in which layers before the one that is
             looked at normalize each mini-batch with its own statistics. None: until all are exact, and 1 for moving
             averages.
+        batches: so many in each pass, of data that may have no end; None: all. An iterator is gone through further.
         call: ``call(model, batch)`` runs the model on a batch that is none of the above.
         across: the sum of a tensor over all replicas, each of which has batches of its own; they are weighted by their
             counts.
@@ -143,14 +164,15 @@ def recalibrate(
         How many passes there were.
 
     Raises:
-        ValueError: for a model without such layers, data that yield nothing, statistics that are not finite, or an
-            iterator where several passes are needed.
+        ValueError: for a model without such layers, data that yield nothing or fewer than ``batches``, statistics that
+            are not finite, or an iterator where several passes are needed.
         DegenerateReferenceError: for a sigma that single activations were to tell.
         TypeError: for a batch that needs ``call``.
 
     Warns:
         UserWarning: where the initial values still weigh more than 0.01 in a moving average; for layers that were not
-            called, which keep their statistics; if the statistics of layers that are called several times still move.
+            called, which keep their statistics; for data that differ from pass to pass; if the statistics of layers
+            that are called several times still move.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 3), nn.BatchNorm1d(3))
     >>> x = torch.randn(100, 4)
@@ -159,7 +181,7 @@ def recalibrate(
     >>> torch.allclose(model[1].running_mean, model[0](x).mean(0), atol=1e-6)
     True
     """
-    _check(data, estimator)
+    data = _checked(data, batches, estimator)
     if not 0 < decay < 1:
         raise ValueError(f"decay is the weight of the old value, between 0 and 1, got {decay!r}")
     if passes is not None and not is_whole(passes):
@@ -168,62 +190,44 @@ def recalibrate(
     if most != 1 and isinstance(data, Iterator):
         raise ValueError(
             f"data may be needed several times, and {type(data).__name__} can be gone through once; give a list or a "
-            "loader, or passes=1"
+            "loader, or passes=1, or with batches=... so many for each pass"
         )
     found = layers(model)
     sites = [site for layer in found for site in layer.sites]
     before = [(site, site.snapshot()) for site in sites]
-    tables: dict[Site, Tensor] = {}
-    fixed: set[Site] = set()
-    number, share, move = 0, 1.0, None
+    course, number = Course(most), 0
     try:
         while True:
             number += 1
-            make = partial(_estimator, estimator, decay, tables)
-            told = once_through(model, data, found, make, fixed, call or _given, _show(progress, data, number))
-            new = _values(told, across)
-            moves = {site: _move(tables[site], new[site]) for site in new if site in tables}
-            still = max((way.abs().max().item() for way in moves.values()), default=math.inf)
-            settled = fixed >= set(told.sites)
-            if told.is_recurrent and settled:
-                last, move = move, torch.cat([moves[site].flatten() for site in moves])
-                share = _share(share, last, move)
-                new = {site: _on_the_way(tables[site], new[site], share) for site in new}
-            for site, one in told.sites.items():
-                site.store(new[site], one.arrivals)
-            tables |= new
-            if number >= (most or _enough(told)) or (settled and still <= TOLERANCE):
+            make = partial(_estimator, estimator, decay, course.tables)
+            told = once_through(model, data, found, make, course.fixed, call or _given, _show(progress, data, number))
+            first = {site: one.value(across or alone) for site, one in told.first.items()}
+            for site, table in course.take(told, _values(told, across), first).items():
+                site.store(table, told.sites[site].arrivals)
+            if course.is_over:
                 break
-            fixed = _exact(told, number) | {site for site, way in moves.items() if way.abs().max() <= NEAR}
+        for site, table in course.best().items():
+            site.store(table, told.sites[site].arrivals if site in told.sites else told.batches)
     except BaseException as error:
         for site, snapshot in before:
             site.put_back(snapshot)
         error.add_note(f"in pass {number} of streamnorm.recalibrate; the model is as it was before")
         raise
-    _warn(sites, told)
-    if most is None and told.is_recurrent and still > TOLERANCE:
+    _warn([site for site in sites if site not in course.tables], told)
+    if course.differs:
+        site, far = course.differs
         warnings.warn(
-            f"after {number} passes, statistics of layers that are called several times still move, by {still:.2g} of "
-            f"their sigma; if that is too much, give passes={2 * number}",
+            f"the data differ from pass to pass (statistics at {site.name!r} moved by {far:.2g} of a sigma), so "
+            "statistics have the noise of a single pass; for exact ones give the same data each time: list(loader)",
+            stacklevel=2,
+        )
+    elif most is None and course.is_recurrent and course.still > TOLERANCE:
+        warnings.warn(
+            f"after {number} passes, statistics of layers that are called several times still move, by "
+            f"{course.still:.2g} of their sigma; if that is too much, give passes={2 * number}",
             stacklevel=2,
         )
     return number
-
-
-def _exact(told: Told, number: int) -> set[Site]:
-    """The sites that are exact after so many passes, if each is called once: in the order of their calls one more after
-    each pass, or after two where sigma has to wait for the mean."""
-    exact, cost = set(), 0
-    for site, one in told.sites.items():
-        cost += 1 + one.needs_center(one.moment)
-        if cost <= number:
-            exact.add(site)
-    return exact
-
-
-def _enough(told: Told) -> int:
-    """So many passes make all sites exact, if each is called once."""
-    return sum(1 + one.needs_center(one.moment) for one in told.sites.values()) + PATIENCE * told.is_recurrent
 
 
 def _estimator(choice: str, decay: float, tables: Mapping[Site, Tensor], site: Site) -> Estimator:
@@ -256,31 +260,8 @@ def _values(told: Told, across: Across | None) -> dict[Site, Tensor]:
     return values
 
 
-def _move(old: Tensor, new: Tensor) -> Tensor:
-    """How far statistics have moved: means in sigmas, sigmas as the logarithm of their ratio."""
-    tiny = torch.finfo(new.dtype).tiny
-    before, sigma = old[1].clamp_min(tiny), new[1].clamp_min(tiny)
-    return torch.stack([(new[0] - old[0]) / sigma, (sigma / before).log()])
-
-
-def _share(share: float, last: Tensor | None, move: Tensor) -> float:
-    """Of the next move of statistics that act on themselves, which share to take: less where they swing about their
-    value, more where they creep up to it (Irons and Tuck 1969), from the share and the moves of the last two passes."""
-    turn = None if last is None or last.shape != move.shape else move - last
-    if last is None or turn is None or not turn.any():
-        return share
-    return min(max(-share * (last @ turn / (turn @ turn)).item(), 0.1), 2.0)
-
-
-def _on_the_way(old: Tensor, new: Tensor, share: float) -> Tensor:
-    """The statistics that lie ``share`` of the way from old to new: means on a line, sigmas by their ratio."""
-    tiny = torch.finfo(new.dtype).tiny
-    before, sigma = old[1].clamp_min(tiny), new[1].clamp_min(tiny)
-    return torch.stack([old[0].lerp(new[0], share), before * (sigma / before) ** share])
-
-
-def _warn(sites: list[Site], told: Told) -> None:
-    if missed := [site.name for site in sites if site not in told.sites]:
+def _warn(missing: list[Site], told: Told) -> None:
+    if missed := [site.name for site in missing]:
         shown = ", ".join(map(repr, missed[:5])) + (" ..." if missed[5:] else "")
         warnings.warn(f"not called, and left as they were: {shown}", stacklevel=3)
     share, one = max(((one.initial_share, one) for one in told.sites.values()), key=lambda pair: pair[0])
@@ -344,6 +325,7 @@ def gap(
     model: nn.Module,
     data: Iterable[Any],
     *,
+    batches: int | None = None,
     call: Call | None = None,
     across: Across | None = None,
     progress: bool | Progress = False,
@@ -354,7 +336,7 @@ def gap(
     there is no gap. For p other than 2, sigma is taken about the stored mean.
 
     Args:
-        model, data, call, across, progress: as for ``recalibrate``.
+        model, data, batches, call, across, progress: as for ``recalibrate``.
 
     Raises:
         ValueError: as ``recalibrate``.
@@ -368,7 +350,7 @@ def gap(
     >>> gap(model, x.split(8)).largest < 1e-5
     True
     """
-    _check(data, "pooled")
+    data = _checked(data, batches)
     found = layers(model)
     sites = {site for layer in found for site in layer.sites}
     stored = {site: table for site in sites if (table := site.stored()) is not None}

@@ -213,6 +213,8 @@ class Norm(nn.Module):
             # Nobody can be asked without waiting, or at all: where there are no statistics, y is NaN.
             return _op.normalize_fixed(view, self.definition, memory.estimate, memory.has_estimate()).reshape(x.shape)
         if not memory.known:
+            if not view.numel():
+                return x.clone()
             raise RuntimeError(
                 f"{type(self).__name__} is tested (eval mode) before it has seen any training data, so there are no "
                 "statistics to normalize with; run it in train() mode first, or load a state_dict"

@@ -201,7 +201,7 @@ def test_statistics_that_act_on_themselves_agree_with_what_testing_meets(name: s
 
 
 def test_statistics_that_go_on_moving_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamnorm.calibration.recalibrate.PATIENCE", 0)
+    monkeypatch.setattr("streamnorm.calibration.course.PATIENCE", 0)
     net, x = NormRNN(3, 4, norm=BatchNorm), torch.randn(SEQUENCES)
     with pytest.warns(UserWarning, match=r"after 2 passes, .* still move, by .* give passes=4"):
         recalibrate(net, x.split(4, 1))

@@ -194,6 +194,29 @@ def test_replicas_count_by_what_they_have_seen(norm: Callable[[int], nn.Module],
     assert_close("by the number of batches", one[0], shares[0] / 5 + shares[1] * 4 / 5, dtype=torch.float32, terms=8)
 
 
+def test_replicas_agree_that_data_differ_where_one_of_them_draws_anew() -> None:
+    models, replicas, x, said = [deep(BatchNorm) for _ in range(2)], Replicas(2), 3 + torch.randn(60, 6), []
+    models[1].load_state_dict(models[0].state_dict())
+
+    class Drawn:
+        def __iter__(self) -> Iterator[Tensor]:
+            return iter(x[torch.randint(40, (40,))].split(8))
+
+    def run(rank: int, data: Any) -> None:
+        with pytest.raises(UserWarning, match="the data differ from pass to pass") as raised:  # warnings are errors
+            recalibrate(models[rank], data, across=partial(replicas.sum, rank))
+        said.append(raised)
+
+    threads = [threading.Thread(target=run, args=pair) for pair in enumerate([Drawn(), x[40:].split(5)])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(said) == 2
+    one, other = (torch.stack(stored(model)) for model in models)
+    assert_close("replicas agree", one, other, dtype=torch.float32)
+
+
 def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[Any] = []
     recalibrate(deep(BatchNorm, depth=2), X.split(16), progress=lambda *now: seen.append(now))
