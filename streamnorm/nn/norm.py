@@ -22,6 +22,7 @@ from streamnorm.definition.layer import Definition
 from streamnorm.definition.operation import Scale, Standardize
 from streamnorm.definition.ref import NormRef
 from streamnorm.definition.stats import Lp
+from streamnorm.inputs import expect_floating, expect_tensor
 from streamnorm.ops import backends, cpu
 from streamnorm.ops import functional as _op
 from streamnorm.ops.fused import Fused, FusedCall, is_hooked
@@ -58,8 +59,10 @@ class Affine(nn.Module):
 
     def forward(self, x: Tensor, trust: float = 1.0) -> Tensor:
         """``y``; the gradients of gain and bias are multiplied by ``trust``."""
+        expect_tensor("the input", x)
         if x.ndim < 2 or x.shape[1] != self.num_features:
             raise ValueError(f"expected (n, {self.num_features}, ...), got {tuple(x.shape)}")
+        expect_floating("the input", x)
         weight, bias = self.weight, self.bias
         if trust != 1:  # the same values, of which a share has gradients
             weight, bias = (torch.lerp(p.detach(), p, trust) for p in (weight, bias))
@@ -193,8 +196,9 @@ class Norm(nn.Module):
         if not self.training and remembers:
             y = self._test(x)
             return y if affine is None else affine(y)
-        if not remembers and not is_readable(x):
-            y = _op.normalize_alone(self._check(x, 1), self.definition).reshape(x.shape)
+        if not remembers and not (isinstance(x, Tensor) and is_readable(x)):
+            view = self._check(x, 1)
+            y = _op.normalize_alone(view, self.definition).reshape(x.shape) if view.numel() else x.clone()
             return y if affine is None else affine(y)
         if self._calls.in_cycle:
             self._expect_first_call()
@@ -313,7 +317,7 @@ class Norm(nn.Module):
         steps, unit = again[0] if again else (self.steps, self.unit)
         view = self._check(x, 1 if self.H1 is None else steps)
         if not view.numel():
-            return x.clone()
+            return _empty(x, affine)
         recall = (again[1], again[2]) if again else None
         streams = self._streams(view, recall, unit)
         joined = gains is not None and not x.is_inference() and _op.joins(view, self.definition)
@@ -335,6 +339,8 @@ class Norm(nn.Module):
         if self.policy.uses_estimate:
             refuse_recorded()
         view = self._check(x, self.steps)
+        if not view.numel():
+            return _empty(x, affine)
         if self._calls.in_cycle is not None and self._is_cyclic():
             self._calls.in_cycle = 1
         streams = self._streams(view, None, self.unit)
@@ -357,6 +363,7 @@ class Norm(nn.Module):
 
     def _view(self, x: Tensor, steps: int) -> Tensor:
         c = self.num_features
+        expect_tensor("the input", x)
         if not 2 <= x.ndim <= 5:
             raise ValueError(
                 f"expected (n, {c}), (n, {c}, x), (n, {c}, x, y) or (n, {c}, x, y, z), got {tuple(x.shape)}"
@@ -366,8 +373,7 @@ class Norm(nn.Module):
             raise ValueError(
                 f"expected {c} features on axis 1, got {tuple(x.shape)}; features come second: (n, {c}, ...)"
             )
-        if not x.is_floating_point():
-            raise ValueError(f"expected a floating dtype, got {x.dtype}; write x.float()")
+        expect_floating("the input", x)
         if x.shape[0] % steps:
             raise ValueError(f"{x.shape[0]} samples do not divide into {steps} mini-batches of equal size")
         view = self.ref.view(x, steps)
@@ -405,6 +411,12 @@ class Norm(nn.Module):
         if self.definition.op != Standardize():
             options += f", op={self.definition.op!r}"
         return f"Norm({self.num_features}, {self.ref!r}, {self.moment!r}, {self.policy!r}{options})"
+
+
+def _empty(x: Tensor, affine: nn.Module | None) -> Tensor:
+    """What becomes of no values: nothing is remembered, and gain and bias have gradients of 0."""
+    y = x.clone()
+    return y if affine is None else affine(y)
 
 
 def _check_pairing(ref: NormRef, moment: Lp, policy: Policy) -> None:

@@ -74,7 +74,7 @@ class OnlineNorm(Norm):
         return y
 
     def _train(self, x: Tensor, affine: nn.Module | None) -> Tensor:
-        steps, self.steps = self.steps, max(1, len(x))
+        steps, self.steps = self.steps, max(1, len(self._view(x, 1)[0]))
         try:
             return super()._train(x, affine)
         finally:

@@ -76,6 +76,8 @@ class TimeSpecificNorm(nn.Module):
         known = len(self.times)
         norm = self._at(t) if t < known else self._fresh()
         y = norm._normalize(x, self.affine)
+        if not x.numel():
+            return y
         # Only what did not fail is kept; whoever begins in the middle leaves empty steps behind.
         self.times.extend([*(self._fresh() for _ in range(known, t)), norm] if t >= known else [])
         return y
@@ -115,7 +117,8 @@ class TimeSpecific:
     """Time-specific batch normalization in a recurrent layer: statistics per time step (section 4.2).
 
     ``y_t = N(x_t, s_t)``; training is that of ``norm``, testing uses the running estimate of time step t. There are as
-    many sets as the longest training sequence has steps; the gain and the bias are shared over time.
+    many sets as the longest training sequence has steps; the gain and the bias are shared over time. The backward
+    direction of a bidirectional layer counts from the end of each sequence: its time step 0 is the last one.
 
     Args:
         norm: makes the batch normalization of c features: ``BatchNorm``, a ``functools.partial`` of it, a function.

@@ -9,7 +9,9 @@ In Setting A, c = mu moves with x: g_mu gains ``-g_sigma mean(sign(d) (|d| / sig
 
 Where every feature map of one mini-batch has statistics of its own (BA1), torch's batch normalization in its testing
 mode is the fastest map there is, its backward pass the fastest pair of sums, and the gain and bias come with them. It
-computes ``a x + b``, which costs digits where a mean is large beside its deviation: then the plain forms serve.
+computes ``a x + b``, which costs digits where a mean is large beside its deviation: then the plain forms serve. It
+guesses a tensor's layout from all strides, those of axes of size 1 too, which may be anything; where it guesses one
+layout for x and another for dy, its gradients are wrong (torch 2.13). So it is given strides that leave no choice.
 """
 
 from __future__ import annotations
@@ -94,7 +96,7 @@ def apply(
     """``y = N(x, s_hat)`` with one new tensor of the size of x; ``gain`` and ``shift (c,)`` where ``joins`` holds."""
     if type(d.op) is Scale:
         return x / sigma_hat
-    flat = _maps(x, d)
+    flat = None if x.requires_grad and torch.is_grad_enabled() else _maps(x, d)  # dy may lie in any way
     if flat is None or not _is_moderate(mu_hat, sigma_hat):
         y = (x - mu_hat).div_(sigma_hat)
         if gain is None or shift is None:
@@ -112,9 +114,9 @@ def stat_grads(dy: Tensor, x: Tensor, d: Definition, mu_hat: Tensor, sigma_hat: 
     if flat is None or not _is_moderate(mu_hat, sigma_hat):
         g_mu = -_total(dy, mu_hat) / sigma_hat
         return g_mu, -_total((x - mu_hat).mul_(dy), sigma_hat) / sigma_hat / sigma_hat
-    deviation = sigma_hat.flatten()
+    deviation, grad = sigma_hat.flatten(), dy.reshape(flat.shape)
     _, scaled, plain = torch.ops.aten.native_batch_norm_backward(
-        dy.reshape(flat.shape),
+        grad if grad.stride() == flat.stride() else torch.empty_like(flat).copy_(grad),
         flat,
         torch.ones_like(deviation),
         mu_hat.flatten(),
@@ -171,7 +173,16 @@ def _maps(x: Tensor, d: Definition) -> Tensor | None:
         return None
     if not x.numel() or not is_readable(x):
         return None
-    return x[0].flatten(1, 2) if d.ref.groups(x.shape[2]) == x.shape[2] == x[0, 0].shape[:2].numel() else None
+    one_each = d.ref.groups(x.shape[2]) == x.shape[2] == x[0, 0].shape[:2].numel()
+    return _dense(x[0].flatten(1, 2)) if one_each else None
+
+
+def _dense(x: Tensor) -> Tensor | None:
+    """``x (n, c, *place)`` with the strides of a new tensor, places or features together; None: it lies otherwise."""
+    if x.is_contiguous():
+        return x.view(-1).view(x.shape)
+    last = x.movedim(1, -1)
+    return last.view(-1).view(last.shape).movedim(-1, 1) if last.is_contiguous() else None
 
 
 def _is_moderate(center: Tensor, deviation: Tensor) -> bool:

@@ -19,11 +19,12 @@ def packed(sizes: list[int], rows: int, width: int = 4) -> PackedSequence:
 
 
 BAD: dict[str, tuple[Any, Any, type[Exception], str]] = {
-    "no steps": (torch.randn(0, 5, 4), None, ValueError, r"5 sequences of 0 time steps in \(0, 5, 4\)"),
-    "no sequences": (torch.randn(6, 0, 4), None, ValueError, r"0 sequences of 6 time steps"),
+    "no steps": (torch.randn(0, 5, 4), None, ValueError, r"5 sequences of no time steps in \(0, 5, 4\)"),
     "input size": (torch.randn(6, 5, 3), None, ValueError, r"input_size 4, got \(6, 5, 3\)"),
     "rank": (torch.randn(4), None, ValueError, r"\(T, n, input_size\) or \(T, input_size\).*got \(4,\)"),
     "no tensor": ([1.0], None, TypeError, "or a PackedSequence, got list"),
+    "complex": (torch.randn(6, 5, 4) + 0j, None, ValueError, "the input has to be real, got torch.complex64; give"),
+    "whole": (torch.ones(6, 5, 4).long(), None, ValueError, r"a floating dtype, got torch.int64; write x.float\(\)"),
     "dtype": (torch.randn(6, 5, 4).double(), None, ValueError, "the input is torch.float64 on cpu"),
     "state": (torch.randn(6, 5, 4), torch.randn(1, 4, 3), ValueError, r"\(num_layers, n, hidden_size\) = \(1, 5, 3\)"),
     "state of one": (torch.randn(6, 4), torch.randn(1, 1, 3), ValueError, r"\(num_layers, hidden_size\) = \(1, 3\)"),

@@ -10,7 +10,7 @@ import torch
 from close import assert_close
 from sequences import NETS, NORMS, STEPS, flat, initial, same_state, sequences, state_of
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence, pad_sequence
 
 import streamnorm as sn
 from streamnorm.nn.norm import norms
@@ -41,7 +41,8 @@ def test_one_state_for_all_time_steps(name: str, norm: str) -> None:
 @pytest.mark.parametrize("lengths", [(6,) * 5, (6, 6, 3, 2)], ids=["equal", "packed"])
 @pytest.mark.parametrize("backwards", [False, True], ids=["forwards", "backwards"])
 def test_the_layer_is_a_loop_over_its_cell(name: str, norm: str, lengths: tuple[int, ...], backwards: bool) -> None:
-    """The projection of all time steps at once with its norm changes nothing, neither going back nor in the state."""
+    """The projection of all time steps at once with its norm changes nothing, neither going back nor in the state.
+    Backwards, each sequence is read from its own end."""
     net = NETS[name](4, 3, norm=EVERY[norm], bidirectional=backwards).double()
     ours = net.cells["l0_reverse" if backwards else "l0"]
     theirs = copy.deepcopy(ours)
@@ -58,15 +59,16 @@ def test_the_layer_is_a_loop_over_its_cell(name: str, norm: str, lengths: tuple[
         grads = [part.grad for part in parts]
 
         copies = [part.detach().requires_grad_() for part in parts]
-        state, outputs = start, torch.zeros_like(rows)
+        state, outputs = start, [[] for _ in lengths]
         for k in range(6):
-            t = 5 - k if backwards else k
-            n = sum(t < T for T in lengths)
-            x = torch.stack([part[t] for part in copies[:n]])
+            n = sum(k < T for T in lengths)
+            x = torch.stack([part[T - 1 - k if backwards else k] for part, T in zip(copies[:n], lengths, strict=False)])
             now = tuple(part[:n] for part in state)
             new = flat(theirs(x, now if len(now) > 1 else now[0], k))
             state = tuple(torch.cat([a, b[n:]]) for a, b in zip(new, state, strict=True))
-            outputs = torch.cat([outputs[:t], torch.cat([new[0], outputs[t, n:]])[None], outputs[t + 1 :]])
+            for one, h in zip(outputs, new[0], strict=False):
+                one.insert(0 if backwards else k, h)
+        outputs = pad_sequence([torch.stack(one) for one in outputs])
         (outputs * weights).sum().backward()
         assert_close(f"{step} output", rows.detach(), outputs.detach(), STEPS)
         for a, b in zip(flat(final), state, strict=True):

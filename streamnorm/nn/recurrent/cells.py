@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from streamnorm.checks import expect_whole
+from streamnorm.inputs import expect_floating, expect_tensor
 from streamnorm.nn.layers import StreamingNorm
 from streamnorm.nn.timespecific import Factory, TimeSpecificNorm
 
@@ -77,6 +78,7 @@ class Cell(nn.Module):
         yield from () if self.norm_hh is None else self.norm_hh.values()
 
     def forward(self, x: Tensor, hx: Any = None, t: int = 0) -> Any:
+        expect_tensor("the input", x)
         n = tuple(x.shape[:-1])[:1]
         expect("the input", x, (*n, self.input_size), self.weight_ih)
         words = "(n, hidden_size)" if n else "(hidden_size,)"
@@ -264,6 +266,7 @@ def expect(what: str, x: Tensor, shape: tuple[int, ...], weight: Tensor, words: 
     """Raise unless ``x`` has this shape, and can be multiplied with ``weight``."""
     if tuple(x.shape) != shape:
         raise ValueError(f"{what} has shape {tuple(x.shape)}, expected {words + ' = ' if words else ''}{shape}")
+    expect_floating(what, x)
     if x.device != weight.device or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
         raise ValueError(
             f"{what} is {x.dtype} on {x.device} and the weights are {weight.dtype} on {weight.device}; "

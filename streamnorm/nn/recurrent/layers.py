@@ -80,17 +80,15 @@ class _Sequences:
             )
         steps_first = x.unsqueeze(1) if x.ndim == 2 else x.transpose(0, 1) if batch_first else x
         T, n = steps_first.shape[:2]
-        if not T or not n:
-            raise ValueError(
-                f"{name} got {n} sequences of {T} time steps in {tuple(x.shape)}; give at least one of each"
-            )
+        if not T:
+            raise ValueError(f"{name} got {n} sequences of no time steps in {tuple(x.shape)}; give at least one step")
         expect("the input", x, tuple(x.shape), weight)
 
         def write(rows: Tensor) -> Tensor:
-            y = rows.reshape(T, n, -1)
+            y = rows.reshape(T, n, rows.shape[1])
             return y.squeeze(1) if x.ndim == 2 else y.transpose(0, 1) if batch_first else y
 
-        return _Sequences(steps_first.reshape(T * n, -1), (n,) * T, (None, None), write)
+        return _Sequences(steps_first.reshape(T * n, x.shape[-1]), (n,) * T, (None, None), write)
 
     @staticmethod
     def _packed(x: PackedSequence, name: str, input_size: int, weight: Tensor) -> _Sequences:
@@ -213,6 +211,8 @@ class Recurrent(nn.Module):
             update. Where h_0 = 0, W_h h_0 is the same for all sequences and as good as a single activation: sigma is
             sqrt(eps), H2 would remember a gradient divided by that, and ``attach`` has to know and warm up.
         """
+        if not sequences.sizes[0]:
+            return []
         smallest = sequences.data.new_empty(min(sequences.sizes), self.hidden_size)
         alike = {norm for cell in cells for norm in (cell.norm_hh or {}).values()} if from_zeros else set()
         references = []

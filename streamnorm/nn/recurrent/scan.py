@@ -31,27 +31,28 @@ def scan(
     Args:
         sizes: how many sequences each step has; their rows follow each other in ``data``, longer sequences first.
         start: the state before the first step, ``(n, hidden_size)`` each.
-        from_the_end: take the steps from the last to the first.
+        from_the_end: read each sequence from its own last step, which is its time step 0: a mini-batch holds the rows
+            that are equally far from the ends of their sequences.
 
     Returns:
         h of every step ``(N, hidden_size)``, and every sequence's state after its last step.
     """
+    if not sizes[0]:
+        sizes = sizes[:1]  # of no sequences one step is as good as all
     if from_the_end:
-        data, sizes = torch.cat(data.split(list(sizes))[::-1]), sizes[::-1]
+        output, state = scan(cell, _reversed(data, sizes), sizes, start)
+        return _reversed(output, sizes), state
     runs = _runs(sizes)
     parts = _split(data, runs)
     inputs: list[Sequence[Tensor]] = []  # of this run and those to come, if they cannot be normalized on the way
     weights: Weights | None = None
-    state: State = tuple(part[: sizes[0]] for part in start)
+    state = start
     outputs: list[Tensor] = []
     ended: list[State] = []
     for i, (first, steps, n) in enumerate(runs):
-        before = len(state[0])
-        if n < before:
+        if n < len(state[0]):
             ended.append(tuple(part[n:] for part in state))
             state = tuple(part[:n] for part in state)
-        elif n > before:  # from the end, shorter sequences begin later
-            state = tuple(torch.cat([part, late[before:n]]) for part, late in zip(state, start, strict=True))
         rows = None if inputs else fused.run(cell, parts[i], steps, state[0])
         norms = cell.hidden_norms() if rows is None else cell.norms()  # of this run alone
         if rows is None:
@@ -65,11 +66,22 @@ def scan(
                 state = cell.step(now, state, weights, t)
                 outputs.append(state[0])
         else:
-            outputs.extend(rows.split(n) if from_the_end else [rows])
+            outputs.append(rows)
             state = (rows[-n:],)
     if ended:
         state = tuple(torch.cat(parts) for parts in zip(state, *reversed(ended), strict=True))
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs[::-1] if from_the_end else outputs)), state
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)), state
+
+
+def _reversed(rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    """``rows (N, features)`` with the steps of each sequence in the reversed order."""
+    if sizes[0] == sizes[-1]:
+        return rows.unflatten(0, (len(sizes), sizes[0])).flip(0).flatten(0, 1)
+    size, (t, i) = torch.tensor(sizes), (torch.arange(k) for k in (len(sizes), sizes[0]))
+    there = i < size[:, None]
+    from_the_end = there.sum(0) - 1 - t[:, None]  # below 0 where nothing is there
+    order = ((size.cumsum(0) - size)[from_the_end] + i)[there]
+    return rows.index_select(0, order.to(rows.device))
 
 
 Run = tuple[int, int, int]

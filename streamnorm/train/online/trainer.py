@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from streamnorm.inputs import expect_floating, expect_tensor
 from streamnorm.ops import library
 from streamnorm.ops.backends import may_use
 from streamnorm.stream import Pooled
@@ -106,6 +107,7 @@ class OnlineTrainer:
             ValueError: for another shape or dtype, or a class that the model does not know; nothing has changed then.
                 With ``on_nonfinite="raise"`` for a sample that is not finite.
         """
+        expect_tensor("a sample", x)
         lead = (1,) if x.ndim == 2 else ()
         self._check(x, target, lead)
         plan = self._plan
@@ -123,6 +125,7 @@ class OnlineTrainer:
         Raises:
             ValueError: as for ``step``, before the first sample; for one that is not finite after those before it.
         """
+        expect_tensor("the input", x)
         lead = (*x.shape[:1],)
         self._check(x, targets, lead)
         plan = self._plan
@@ -132,9 +135,11 @@ class OnlineTrainer:
 
     def _check(self, x: Tensor, targets: Tensor, lead: tuple[int, ...]) -> None:
         """Refuse what does not fit the model as it is now."""
+        expect_tensor("the target", targets)
         plan = self._renew()
         if x.shape != (*lead, plan.inputs):
             raise ValueError(f"a sample is {plan.inputs} values, got {tuple(x.shape)}; for many samples call steps")
+        expect_floating("a sample", x)
         if x.dtype is not plan.dtype or not x.is_cpu:
             raise ValueError(f"the model computes in {plan.dtype} on the CPU, got {x.dtype} on {x.device}")
         by_class = plan.loss == CROSS_ENTROPY
