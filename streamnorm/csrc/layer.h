@@ -7,7 +7,7 @@
 #include "direct.h"
 #include "product.h"
 
-// A norm of W h or W x, or all null; mirrored by `Site` in streamnorm/nn/recurrent/fused.py.
+// A norm of W h or W x, or all null.
 struct sn_site {
     const sn_plan *plan;
     const sn_memory *h1, *h2;
@@ -15,7 +15,7 @@ struct sn_site {
     void *dweight, *dbias;             // (H)
 };
 
-// A layer; mirrored by `Layer` in streamnorm/nn/recurrent/fused.py. All that is named here is dense.
+// A layer. All that is named here is dense.
 struct sn_layer {
     int64_t T, n, H;
     int32_t paths, relu;               // into the gates; RNN: one; GRU: reset, update, candidate

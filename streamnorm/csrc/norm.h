@@ -27,7 +27,7 @@ struct sn_plan {
     double trust;                      // what gradients of gain and bias are multiplied by
 };
 
-// H1 or H2 with its rule; mirrored by `MemoryPointers` in kernels/cpu.py. Tables (2, slots) of float, or double for double.
+// H1 or H2 with its rule. Tables (2, slots) of float, or double for double.
 struct sn_memory {
     void *long_, *short_, *estimate;
     int64_t *count, *updates, *seen, *skipped;

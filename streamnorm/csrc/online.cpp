@@ -19,54 +19,15 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("O3")  // loops over units are left to the compiler, which has to see that they are vectors
 #endif
-#include "parallel.h"
-#include "rule.h"
-#include "vec.h"
+#include "online.h"
 
 namespace {
 
-// --- The network, mirrored by the structures of streamnorm/train/online/plan.py and onlinerates.py ---
-
-enum Kind_of_optimizer { SGD, ADAM_L2, ADAM_W };
-struct Rates {             // of an optimizer's group of parameters
-    int64_t kind;
-    double lr, decay, momentum, dampening, nesterov;  // Adam's beta1 is `momentum`
-    double beta2, eps;
-};
-struct Param {                       // a parameter of T, or null
-    void *at, *average, *square;     // `average`: momentum buffer or first moment; `square`: second moment
-    void *count;                     // Adam's steps, a float or, where `wide_count`, a double
-    int64_t group, fresh, wide_count;  // the group of its rates; whether the average holds nothing yet
-};
-struct Stream {            // H1 with F, or H2 with G: tables (2, out) of T
-    void *long_, *short_, *estimate;
-    int64_t *count, *updates, *seen, *skipped;
-    sn_rule rule;
-    double keep[2];
-};
-enum Kind { NONE, STREAMING, LAYER };
-struct Layer {
-    int64_t in, out, kind, p, about_zero, relu;
-    double eps, trust;         // `trust`: what gradients of gain and shift are multiplied by
-    Param weight, bias, gain, shift;  // without a weight: a norm of the input, `in` is `out`
-    Stream F, G;
-    int64_t pending, proven, back;  // weights wait to be moved; are known to be finite; where their next pass starts
-
-    bool learns() const { return weight.at || gain.at || shift.at; }
-};
-enum Loss { CROSS_ENTROPY, SQUARED_ERROR };
-struct Net {
-    int64_t depth, loss;
-    Layer *layers;
-    Rates *rates;
-    void *scratch;
-    int64_t threads;
-    int64_t raises;                  // a sample that is not finite ends the run
-    int64_t learned, skipped;        // samples
-    int64_t why, latest, broken;     // why the run ended; the last sample learned; the layer of WEIGHTS
-};
-enum Why { FINE, INPUT, TARGET, ACTIVATIONS, LOSS, GRADIENT, WEIGHTS };
-constexpr int64_t SERIAL = 1 << 18;  // weights that one thread has passed before a second one has begun
+typedef sn_online Layer;
+typedef sn_param Param;
+typedef sn_net Net;
+typedef sn_why Why;
+constexpr int64_t ALONE = 1 << 18;  // weights that one thread has passed before a second one has begun
 
 // --- Scratch: what a forward pass leaves for the backward pass, and that for the next one ---
 
@@ -75,12 +36,10 @@ template <class T> struct Room {
     T *out;                     // (out,): what goes to the layer above, one for each `side`
     T *grad, *by_gain, *by_shift;  // (out,): what comes from the layer above, then of the products; of gain and shift
 
-    static int64_t size(const Layer &l) { return 13 * padded(l.out); }
-    static int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
     Room(const Net &net, int64_t k, int side) {
         T *at = (T *)net.scratch;
-        for (int64_t i = 0; i < k; i++) at += size(net.layers[i]);
-        int64_t n = padded(net.layers[k].out);
+        for (int64_t i = 0; i < k; i++) at += sn_scratch(net.layers[i]);
+        int64_t n = sn_rounded(net.layers[k].out);
         s = at, s_hat = at + 2 * n, g = at + 4 * n, g_hat = at + 6 * n, out = at + (8 + side) * n;
         grad = at + 10 * n, by_gain = at + 11 * n, by_shift = at + 12 * n;
     }
@@ -118,11 +77,11 @@ template <class T> SN_INLINE T sum_of(vec<T> v) {  // in pairs: a row has one, s
 // --- F and G: one arrival of one sample, then a weight update (observe and fold of LongShort and Pooled) ---
 
 template <class T> struct Arrival {
-    const Stream &m;
+    const sn_memory &m;
     bool ok, known;  // whether it is taken in; whether there is anything to make an estimate of
     T share, to_long, to_short, to_now;
 
-    Arrival(const Stream &memory, bool is_ok, int row = 0) : m(memory), ok(is_ok) {
+    Arrival(const sn_memory &memory, bool is_ok, int row = 0) : m(memory), ok(is_ok) {
         if (m.rule.kind == POOLED) {
             const double M = sn_pooled(&m.rule, *m.updates, row), N = (double)(*m.count + ok);
             known = M + N > 0;
@@ -154,7 +113,7 @@ template <class T> struct Arrival {
             for (int64_t i = begin; i < end; i++)
                 s_hat[i] = to_long * lng[i] + short_term(old, s, i, ok, share) * to_short;
     }
-    void remember_and_fold(const T *s, const T *s_hat, int64_t n) const {
+    void remember_and_fold(const T *s, const T *s_hat, int64_t n, const double *shares) const {
         T *lng = (T *)m.long_, *old = (T *)m.short_;
         if (ok || finite(s_hat, n)) memcpy(m.estimate, s_hat, n * sizeof(T));
         *(ok ? m.seen : m.skipped) += 1;
@@ -165,7 +124,7 @@ template <class T> struct Arrival {
             *m.updates = sn_pooled_after(&m.rule, *m.updates, *m.count + ok), *m.count = 0;
             return;
         }
-        T keep = (T)m.keep[0], take = (T)m.keep[1];
+        T keep = (T)shares[0], take = (T)shares[1];
         if (*m.updates > 0)
             for (int64_t i = 0; i < n; i++) lng[i] = keep * lng[i] + take * short_term(old, s, i, ok, share);
         else
@@ -177,7 +136,7 @@ template <class T> struct Arrival {
 
 // G as the residual of a regression over the stream, for one sample (`regress` of slots.h): what is handed on, and in the
 // place of g the coefficients that it makes.
-template <class T> void regress(const Stream &m, const T *s, const T *s_hat, T *g, T *g_hat, int64_t n) {
+template <class T> void regress(const sn_memory &m, const T *s, const T *s_hat, T *g, T *g_hat, int64_t n) {
     const T *v = (const T *)m.long_, *u = v + n;
     const double held = (double)*m.count + 1;
     const T M = (T)(held < m.rule.a[0] ? held : m.rule.a[0]), d_v = M + 1;
@@ -192,7 +151,7 @@ template <class T> void regress(const Stream &m, const T *s, const T *s_hat, T *
         g_hat[i] = -new_v * inverse, g_hat[n + i] = -new_u * scale * inverse;
     }
 }
-template <class T> void remember_coefficients(const Stream &m, const T *theta, const T *g_hat, int64_t n) {
+template <class T> void remember_coefficients(const sn_memory &m, const T *theta, const T *g_hat, int64_t n) {
     memcpy(m.long_, theta, n * sizeof(T));
     memcpy(m.estimate, g_hat, n * sizeof(T));
     *m.seen += 1, *m.count += 1;
@@ -214,13 +173,13 @@ template <class T> struct Move {  // one step of a parameter
     T keep = 1, beta2 = 0, gain2 = 0, scale = 0, eps = 0;  // of w; of squares and their root, which is corrected
 
     Move() {}
-    Move(const Rates &r, const Param &p) : nesterov(r.nesterov != 0), momentum((T)r.momentum) {
+    Move(const sn_rates &r, const Param &p) : nesterov(r.nesterov != 0), momentum((T)r.momentum) {
         lr = (T)r.lr, decay = (T)r.decay, gain = (T)(p.fresh ? 1 : 1 - r.dampening);
         how = r.momentum != 0 ? HEAVY : r.decay != 0 ? DECAY : PLAIN;
-        if (r.kind == SGD) return;
+        if (r.is(SGD)) return;
         double count = (p.wide_count ? *(double *)p.count : *(float *)p.count) + 1;
         how = ADAM;
-        if (r.kind == ADAM_W) decay = 0, keep = (T)(1 - r.lr * r.decay);
+        if (r.is(ADAM_W)) decay = 0, keep = (T)(1 - r.lr * r.decay);
         gain = (T)(1 - r.momentum), beta2 = (T)r.beta2, gain2 = (T)(1 - r.beta2), eps = (T)r.eps;
         lr = (T)(r.lr / (1 - pow(r.momentum, count))), scale = (T)(1 / sqrt(1 - pow(r.beta2, count)));
     }
@@ -243,12 +202,11 @@ template <class T> struct Move {  // one step of a parameter
 };
 
 // The next step of a parameter, which is counted.
-template <class T> Move<T> next_move(const Net &net, Param &p) {
-    const Rates &rates = net.rates[p.group];
-    Move<T> move(rates, p);
-    p.fresh = 0;
-    if (rates.kind != SGD && p.wide_count) *(double *)p.count += 1;
-    if (rates.kind != SGD && !p.wide_count) *(float *)p.count += 1;
+template <class T> Move<T> next_move(Param &p) {
+    Move<T> move(*p.rates, p);
+    p.fresh = false;
+    if (p.count && p.wide_count) *(double *)p.count += 1;
+    if (p.count && !p.wide_count) *(float *)p.count += 1;
     return move;
 }
 
@@ -263,18 +221,18 @@ template <class Body> SN_INLINE void by_constant(How how, const Body &body) {
 }
 
 // Whether the optimizer can take gradients of at most this magnitude: the step of SGD has to be finite, Adam's square.
-template <class T> bool fits(const Net &net, const Param &p, T most) {
+template <class T> bool fits(const Param &p, T most) {
     if (!p.at) return true;
-    const Rates &r = net.rates[p.group];
-    return most <= largest<T>() && most * (r.kind == SGD ? (T)fabs(r.lr) : most) <= largest<T>();
+    const sn_rates &r = *p.rates;
+    return most <= largest<T>() && most * (r.is(SGD) ? (T)fabs(r.lr) : most) <= largest<T>();
 }
 
 template <class T> bool finite(const Param &p, int64_t n) { return !p.at || finite((const T *)p.at, n); }
 
 // A parameter of n values, at once. False: it is not finite any more.
-template <class T> bool move(const Net &net, Param &p, const T *grad, int64_t n) {
+template <class T> bool move(Param &p, const T *grad, int64_t n) {
     if (!p.at) return true;
-    const Move<T> m = next_move<T>(net, p);
+    const Move<T> m = next_move<T>(p);
     T *w = (T *)p.at, *average = (T *)p.average, *square = (T *)p.square, none = 0;
     by_constant(m.how, [&](auto how) {
         for (int64_t i = 0; i < n; i++)
@@ -358,7 +316,7 @@ void pass_some(const Pass<T> &p, const Move<T> &m, bool back, int64_t in, int64_
 // add to the gradient below one after another.
 template <class T, int how, int what>
 void pass_all(const Net &net, const Layer &l, const Pass<T> &p, const Move<T> &m, bool back) {
-    const int threads = what == BELOW || l.in * l.out < SERIAL ? 1 : (int)net.threads;
+    const int threads = what == BELOW || l.in * l.out < ALONE ? 1 : (int)net.threads;
     parallel(threads, threads, [&](int64_t task) {
         pass_some<T, how, what>(p, m, back, l.in, l.out * task / threads, l.out * (task + 1) / threads);
     });
@@ -488,7 +446,7 @@ template <class T> struct Run {
         pass.bias = (const T *)l.bias.at, pass.ahead = ahead, pass.products = at.s;
         Move<T> m;
         if (l.pending) {
-            m = next_move<T>(net, l.weight);
+            m = next_move<T>(l.weight);
             pass.g = at.grad, pass.x = input(k, learned, !side);
             l.pending = l.proven = false;
         }
@@ -500,7 +458,6 @@ template <class T> struct Run {
         Layer &l = layers[k];
         if (!l.proven) l.proven = finite<T>(l.weight, l.in * l.out);
         if (l.proven && finite<T>(l.bias, l.out) && finite<T>(l.gain, l.out) && finite<T>(l.shift, l.out)) return false;
-        net.broken = k;
         return true;
     }
 
@@ -519,12 +476,12 @@ template <class T> struct Run {
         for (int64_t k = net.depth - 1; k >= 0 && layers[k].learns(); k--) {
             const Layer &l = layers[k];
             Room<T> at = room(k);
-            bool ok = backward_norm(l, at) && fits(net, l.gain, peak(at.by_gain, l.gain.at ? l.out : 0)) &&
-                      fits(net, l.shift, peak(at.by_shift, l.shift.at ? l.out : 0));
+            bool ok = backward_norm(l, at) && fits(l.gain, peak(at.by_gain, l.gain.at ? l.out : 0)) &&
+                      fits(l.shift, peak(at.by_shift, l.shift.at ? l.out : 0));
             if (!l.weight.at) return ok ? FINE : GRADIENT;
             T most = peak(at.grad, l.out);
-            ok = ok && most <= largest<T>() && fits(net, l.bias, most);
-            if (!ok || !fits(net, l.weight, most * peak(input(k, x, side), l.in))) return GRADIENT;
+            ok = ok && most <= largest<T>() && fits(l.bias, most);
+            if (!ok || !fits(l.weight, most * peak(input(k, x, side), l.in))) return GRADIENT;
             if (!has_below(k)) continue;
             Pass<T> pass{};
             pass.w = (T *)l.weight.at, pass.g = at.grad, pass.below = room(k - 1).grad;
@@ -535,21 +492,21 @@ template <class T> struct Run {
     }
 
     // A sample enters what norms remember, and the parameters. Weights move later.
-    Why learn(const T *x, int64_t number, bool moves) {
+    Why learn(const T *x, int64_t number) {
         Why why = FINE;
         for (int64_t k = 0; k < net.depth; k++) {
             Layer &l = layers[k];
             Room<T> at = room(k);
-            if (l.kind == STREAMING) Arrival<T>(l.F, true).remember_and_fold(at.s, at.s_hat, 2 * l.out);
-            if (!moves || !l.learns()) continue;
+            if (l.kind == STREAMING) Arrival<T>(l.F, true).remember_and_fold(at.s, at.s_hat, 2 * l.out, l.f.keep);
+            if (!net.moves || !l.learns()) continue;
             if (l.kind == STREAMING && l.weight.at) {
                 if (l.G.rule.kind == RESIDUAL) remember_coefficients(l.G, at.g, at.g_hat, 2 * l.out);
-                else Arrival<T>(l.G, true).remember_and_fold(at.g, at.g_hat, 2 * l.out);
+                else Arrival<T>(l.G, true).remember_and_fold(at.g, at.g_hat, 2 * l.out, l.g.keep);
             }
-            bool ok = move(net, l.gain, at.by_gain, l.out);
-            ok = move(net, l.shift, at.by_shift, l.out) && ok;
-            ok = move(net, l.bias, at.grad, l.out) && ok;
-            if (!ok) net.broken = k, why = WEIGHTS;
+            bool ok = move(l.gain, at.by_gain, l.out);
+            ok = move(l.shift, at.by_shift, l.out) && ok;
+            ok = move(l.bias, at.grad, l.out) && ok;
+            if (!ok) why = WEIGHTS;
             l.pending = l.weight.at != nullptr;
         }
         net.learned += 1, net.latest = number, learned = x, side = !side;
@@ -566,24 +523,25 @@ template <class T> struct Run {
         return why;
     }
 
-    int64_t steps(const T *x, const char *targets, int64_t samples, bool moves, T *outputs, T *losses) {
-        int64_t target_size = net.loss == SQUARED_ERROR ? top.out * (int64_t)sizeof(T) : (int64_t)sizeof(int64_t);
-        net.learned = net.skipped = 0, net.latest = -1, net.broken = -1;
-        for (int64_t k = 0; k < net.depth; k++) layers[k].pending = layers[k].proven = layers[k].back = 0;
+    void steps() {
+        const T *x = (const T *)net.x;
+        const char *targets = (const char *)net.targets;
+        T *out = (T *)net.outputs, *losses = (T *)net.losses;
+        const bool squared = net.loss == SQUARED_ERROR;
+        const int64_t target_size = squared ? top.out * (int64_t)sizeof(T) : (int64_t)sizeof(int64_t);
+        net.learned = net.skipped = 0, net.latest = -1;
         Why why = FINE;
-        int64_t t = 0;
-        for (; t < samples; t++, x += layers[0].in, targets += target_size) {
-            bool has_target = net.loss != SQUARED_ERROR || finite((const T *)targets, top.out);
+        for (int64_t t = 0; t < net.samples; t++, x += layers[0].in, targets += target_size, out += top.out) {
+            bool has_target = !squared || finite((const T *)targets, top.out);
             why = !finite(x, layers[0].in) ? INPUT : !has_target ? TARGET : forward(x);
-            T *out = outputs + t * top.out;
             if (why == FINE) {
                 Room<T> last = room(net.depth - 1);
                 memcpy(out, last.out, top.out * sizeof(T));
                 losses[t] = (T)loss_of(net, last.out, top.out, targets, last.grad);
-                why = !finite(losses + t, 1) ? LOSS : moves ? backward(x) : FINE;
+                why = !finite(losses + t, 1) ? LOSS : net.moves ? backward(x) : FINE;
             }
             if (why == FINE)
-                why = learn(x, t, moves);
+                why = learn(x, t);
             else if (why != WEIGHTS && !net.raises) {
                 losses[t] = (T)NAN, net.skipped += 1, why = FINE;
                 for (int64_t i = 0; i < top.out; i++) out[i] = (T)NAN;
@@ -591,28 +549,11 @@ template <class T> struct Run {
             if (why != FINE) break;
         }
         net.why = finish(why);
-        return t;
     }
 };
 
 }  // namespace
 
-// How many elements `Net.scratch` has to hold.
-SN_EXPORT(int64_t, online_scratch)(const void *network) {
-    const Net &net = *(const Net *)network;
-    int64_t size = 0;
-    for (int64_t k = 0; k < net.depth; k++) size += Room<float>::size(net.layers[k]);
-    return size;
-}
-
-// Trains on `samples` samples in their order, x (samples, in), targets (samples,) int64 or (samples, out), and writes
-// their losses (samples,) and outputs (samples, out), each of float, or of double where `wide`; NaN for those skipped.
-// Unless `moves`, only what norms remember of statistics changes (a warm-up). Returns before which sample it ended.
-SN_EXPORT(int64_t, online_steps)(void *network, const void *x, const void *targets, void *losses, void *outputs,
-                                 int64_t samples, int wide, int moves) {
-    Net &net = *(Net *)network;
-    const char *target = (const char *)targets;
-    if (wide)
-        return Run<double>{net}.steps((const double *)x, target, samples, moves, (double *)outputs, (double *)losses);
-    return Run<float>{net}.steps((const float *)x, target, samples, moves, (float *)outputs, (float *)losses);
-}
+// Trains on the samples in their order, and writes down what became of them.
+SN_EXPORT(void, online_f32)(sn_net *net) { Run<float>{*net}.steps(); }
+SN_EXPORT(void, online_f64)(sn_net *net) { Run<double>{*net}.steps(); }

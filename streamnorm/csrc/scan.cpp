@@ -146,25 +146,13 @@ template <class A, class F> bool scan(const sn_layer &l, bool back, const F &run
 
 }  // namespace
 
-// Values that buffers of a layer take: its tape, room for a call forward and for one back.
-SN_EXPORT(void, scan_room)(const sn_layer *l, int64_t *room) {
-    const int64_t units = Cut::whole(l->H);
-    room[0] = Tape(*l).all * units, room[1] = Room(*l, false).all * units, room[2] = Room(*l, true).all * units;
-}
-
 // Forward: 0, or 1 where something was not finite, with memories as they were.
 #define SCANS(A, name)                                                                                                 \
-    SN_EXPORT(int, rnn_forward_##name)(const sn_layer *l) {                                                            \
-        return !scan<A>(*l, false, [](Scan<A> &one) { one.rnn_forward(); });                                           \
+    SN_EXPORT(int, scan_forward_##name)(const sn_layer *l) {                                                           \
+        return !scan<A>(*l, false, [&](Scan<A> &one) { l->paths > 1 ? one.gru_forward() : one.rnn_forward(); });       \
     }                                                                                                                  \
-    SN_EXPORT(int, gru_forward_##name)(const sn_layer *l) {                                                            \
-        return !scan<A>(*l, false, [](Scan<A> &one) { one.gru_forward(); });                                           \
-    }                                                                                                                  \
-    SN_EXPORT(void, rnn_backward_##name)(const sn_layer *l) {                                                          \
-        scan<A>(*l, true, [](Scan<A> &one) { one.rnn_backward(); });                                                   \
-    }                                                                                                                  \
-    SN_EXPORT(void, gru_backward_##name)(const sn_layer *l) {                                                          \
-        scan<A>(*l, true, [](Scan<A> &one) { one.gru_backward(); });                                                   \
+    SN_EXPORT(void, scan_backward_##name)(const sn_layer *l) {                                                         \
+        scan<A>(*l, true, [&](Scan<A> &one) { l->paths > 1 ? one.gru_backward() : one.rnn_backward(); });              \
     }
 
 SCANS(float, f32)

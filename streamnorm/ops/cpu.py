@@ -98,15 +98,6 @@ class Call(ctypes.Structure):
         return torch.frombuffer(bytearray(self), dtype=torch.uint8)
 
 
-class MemoryPointers(ctypes.Structure):
-    """H1 or H2 and its rule: ``sn_memory`` of ``csrc/norm.h``."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("long", "short", "estimate", "count", "updates", "seen", "skipped")),
-        ("rule", RuleNumbers),
-    ]
-
-
 _ARGUMENTS = {"moments": 4, "map": 5, "sums": 6, "input": 8}
 """How many pointers each kernel takes before the number of threads."""
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +59,9 @@ class Native:
         self.memory, self.rule = memory, rule
         self.at: Any = memory._buffers
         self.names = memory._names
-        self._members = (*members[:2], "estimate", *members[2:], "seen", "skipped")
-        long, short, estimate, *counters = map(memory.place, self._members)
+        long, short, estimate, *counters = map(
+            memory.place, (*members[:2], "estimate", *members[2:], "seen", "skipped")
+        )
         k, counts = len(memory.tables), len(memory.counts)
         self.stream = cpu.Stream(
             cpu.RuleNumbers(kind, (ctypes.c_double * 3)(*numbers(rule))),
@@ -79,23 +79,6 @@ class Native:
         tables, counts = self.names
         return self.at[tables], self.at[counts]
 
-    def pointers(self, dtype: torch.dtype, slots: int) -> cpu.MemoryPointers | None:
-        """Where each member lies, for a kernel; None if those are no tables ``(2, slots)`` of ``dtype`` and whole
-        counters in the memory of the CPU. Buffers move (``.to()``, ``share_memory()``): they are looked at each time.
-        """
-        tables, counts = self.memory.tables, self.memory.counts
-        usable = all(buffer.is_cpu and buffer.is_contiguous() for buffer in (tables, counts))
-        if not usable or tables.dtype != dtype or tables[0].numel() != 2 * slots or counts.dtype != torch.int64:
-            return None
-        table, count = tables.data_ptr(), counts.data_ptr()
-        each = 2 * slots * dtype.itemsize
-        places = [*map(self.memory.place, self._members)]
-        return cpu.MemoryPointers(
-            *(table + place * each for place in places[:3]),
-            *(count + place * 8 for place in places[3:]),
-            self.stream.rule,
-        )
-
 
 class FusedCall:
     """The call for one kind of input: one shape, layout and dtype.
@@ -103,7 +86,6 @@ class FusedCall:
     Attributes:
         fused: the layer's calls, of which this is one.
         way: how the input is cut: ``(steps, is_reversed, unit)``.
-        plan: where the rows lie.
         bytes: everything as the operators take it.
         has_gains: whether gain and bias are part of the call.
         reference_size: activations in the smallest reference.
@@ -111,7 +93,7 @@ class FusedCall:
     """
 
     __slots__ = (
-        *("bytes", "dtype", "fused", "has_gains", "kept", "operators", "plan", "reference_size", "size", "slots"),
+        *("bytes", "dtype", "fused", "has_gains", "kept", "operators", "reference_size", "size", "slots"),
         *("steps", "trust", "way", "x_dtype", "x_shape"),
     )
 
@@ -119,7 +101,6 @@ class FusedCall:
         self, fused: Fused, plan: cpu.Plan, x: Tensor, way: tuple[int, bool, float], has_gains: bool, size: int
     ) -> None:
         self.fused = fused
-        self.plan = plan
         self.way = way
         self.steps = way[0]
         self.trust = plan.trust
@@ -130,7 +111,7 @@ class FusedCall:
         self.has_gains = has_gains
         self.reference_size = size
         self.kept: Tensor | None = None
-        self.operators = _operators()
+        self.operators = library.operators()
         H1, H2 = fused.H1, fused.H2
         axes = ctypes.c_int64 * cpu.AXES
         self.bytes = cpu.Call(
@@ -151,12 +132,12 @@ class FusedCall:
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
         """``y`` in training, of gain and bias too if it ``has_gains``; None if it has to be done otherwise, with
         everything as it was."""
-        H1, gain, shift = self.fused.H1, _NOTHING[0], _NOTHING[0]
+        H1, gain, shift = self.fused.H1, NOTHING[0], NOTHING[0]
         if not self.has_gains:
             weight = bias = None
         elif weight is not None and bias is not None:
             gain, shift = as_read(weight, self.dtype), as_read(bias, self.dtype)
-        tables, counts = _NOTHING if H1 is None else H1.buffers()
+        tables, counts = NOTHING if H1 is None else H1.buffers()
         y, kept = self.operators.forward(x, gain, shift, tables, counts, self.bytes)
         if not kept.numel():
             return None
@@ -168,8 +149,8 @@ class FusedCall:
     ) -> tuple[Tensor | None, ...] | None:
         """The gradients of x, gain and bias that are needed; None: it has to be done otherwise."""
         H2 = self.fused.H2
-        tables, counts = _NOTHING if H2 is None else H2.buffers()
-        gain = _NOTHING[0] if weight is None else as_read(weight, self.dtype)
+        tables, counts = NOTHING if H2 is None else H2.buffers()
+        gain = NOTHING[0] if weight is None else as_read(weight, self.dtype)
         rest = (x, gain, kept, tables, counts, self.bytes, needs[0] | 2 * needs[1] | 4 * needs[2])
         first = needs.index(True)
         made = None if dy.is_neg() else self.operators.backward(dy, *rest)
@@ -182,7 +163,7 @@ class FusedCall:
 
     def fold(self) -> bool:
         """The weight update of both memories; whether it could be done."""
-        memories = [_NOTHING if native is None else native.buffers() for native in (self.fused.H1, self.fused.H2)]
+        memories = [NOTHING if native is None else native.buffers() for native in (self.fused.H1, self.fused.H2)]
         done: bool = self.operators.fold(*memories[0], *memories[1], self.bytes)
         return done
 
@@ -278,22 +259,7 @@ class Fused:
         return _apply(x, weight, bias, (call, y, kept)) if torch.is_grad_enabled() else y
 
 
-class Operators(NamedTuple):
-    """What ``csrc/register.cpp`` has registered."""
-
-    forward: Any
-    backward: Any
-    fold: Any
-
-
-@cache
-def _operators() -> Operators:
-    of = library.operators()
-    # Without what an ``OpOverload`` does around it in Python, which nobody sees who sees operators (``cpu.takes``).
-    return Operators(of.forward.default._op, of.backward.default._op, of.fold.default._op)
-
-
-_NOTHING = torch.empty(0, device="cpu"), torch.empty(0, dtype=torch.int64, device="cpu")
+NOTHING = torch.empty(0, device="cpu"), torch.empty(0, dtype=torch.int64, device="cpu")
 """What stands for a memory that is not there, and the first of them for a parameter."""
 
 

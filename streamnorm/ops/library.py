@@ -17,11 +17,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-ABI = 11
+ABI = 12
 """What ``streamnorm_abi`` has to answer; raised there and here together."""
 
 ISAS = {"base": 0, "v3": 3, "v4": 4}
@@ -105,13 +105,26 @@ def function(name: str, argtypes: Sequence[Any], restype: Any = None) -> Callabl
 
 REGISTERED = (
     *(f"{name}_{dtype}" for name in ("forward", "backward") for dtype in ("f32", "f64", "bf16", "f16")),
-    *("fold_f32", "fold_f64"),
+    *(f"{name}_{dtype}" for name in ("fold", "scan_forward", "scan_backward", "online") for dtype in ("f32", "f64")),
 )
-"""The kernels behind the operators, in the order of ``Kernels`` in ``csrc/register.cpp``."""
+"""The kernels behind the operators, in the order of ``sn_kernels`` in ``csrc/operators.h``."""
+
+
+class Operators(NamedTuple):
+    """What ``csrc/register.cpp`` registers, without what torch does around an operator in Python: who sees operators
+    does not see these (``cpu.takes``)."""
+
+    forward: Any
+    backward: Any
+    fold: Any
+    scan_forward: Any
+    scan_backward: Any
+    gather: Any
+    online: Any
 
 
 @cache
-def operators() -> Any:
+def operators() -> Operators:
     """The operators ``torch.ops.streamnorm``, registered at the first use.
 
     Raises:
@@ -122,10 +135,10 @@ def operators() -> Any:
         raise RuntimeError("no compiled kernels to make operators of")
     kernels = [ctypes.cast(loaded[f"{name}_{isa()}"], ctypes.c_void_p) for name in REGISTERED]
     register = loaded.streamnorm_register
-    register.argtypes = [ctypes.c_void_p]
-    if register((ctypes.c_void_p * len(kernels))(*kernels)):
+    register.argtypes = [ctypes.c_void_p, ctypes.c_int]
+    if register((ctypes.c_void_p * len(kernels))(*kernels), len(kernels)):
         raise RuntimeError(f"torch {torch.__version__} refuses the operators of {path()}")
-    return torch.ops.streamnorm
+    return Operators(*(getattr(torch.ops.streamnorm, name).default._op for name in Operators._fields))
 
 
 def status() -> dict[str, str]:

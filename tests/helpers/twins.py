@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from close import rounding
 from torch import Tensor, nn
 
-from streamnorm import Lp, Norm, OnlineTrainer, Streaming, StreamingNorm, attach, kernels
+from streamnorm import Lp, Norm, OnlineTrainer, Streaming, StreamingNorm, attach
 from streamnorm.definition.ref import BA1, SP1
-from streamnorm.ops import library
+from streamnorm.ops import backends, library
 
 STEPS = 30
 WIDTHS = (19, 37, 5, 3)
@@ -93,7 +93,7 @@ class Pair:
 
     def ordinary(self, x: Tensor, y: Tensor, bad: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         results = []
-        with kernels.using("generic"):
+        with backends.using("generic"):
             for i, (one, target) in enumerate(zip(x.split(1), y.split(1), strict=True)):
                 if i in bad:
                     results.append((x.new_tensor(nan), x.new_full((self.twin[-1].out_features,), nan)))

@@ -81,6 +81,17 @@ def test_equals_the_loop(net: Any, norm: str, nonlinearity: str, dtype: torch.dt
     assert taken == [not pools(norm)] * 4 + [False] * 4 + ([True] * 4 + [False] * 4) * 2
 
 
+@pytest.mark.parametrize("net", [sn.NormRNN, sn.NormGRU])
+def test_every_instruction_set(isa: str, net: Any, taken: list[bool]) -> None:
+    """No width is a multiple of a vector's."""
+    torch.manual_seed(14)
+    for dtype, H in itertools.product((torch.float64, torch.float32), (1, 7, 37)):
+        fast = net(5, H, norm=NORMS["mixed"]).to(dtype)
+        x, dy = torch.randn(4, 6, 5, dtype=dtype), torch.randn(4, 6, H, dtype=dtype)
+        compare(fast, copy.deepcopy(fast), x, dy)
+    assert taken == [True, False] * 6
+
+
 @pytest.mark.parametrize(
     ("norm", "H", "n", "threads"),
     [

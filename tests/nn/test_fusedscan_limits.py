@@ -218,6 +218,28 @@ def test_gradients_that_are_not_finite_stay_out_of_h2(norm: Any) -> None:
 
 
 @RULES
+def test_a_matrix_that_lies_otherwise_is_left_to_the_loop(norm: Any, taken: list[bool]) -> None:
+    fast = begun(sn.NormRNN(3, 4, norm=norm).double(), torch.randn(5, 6, 3).double())
+    matrix = fast.cells["l0"].weight_hh
+    matrix.data = matrix.data.t()
+    taken.clear()
+    compare(fast, copy.deepcopy(fast), torch.randn(5, 6, 3).double(), torch.randn(5, 6, 4).double())
+    assert taken == [False, False]
+
+
+@RULES
+def test_a_memory_that_was_moved_on_the_way_is_refused(norm: Any) -> None:
+    net = begun(sn.NormRNN(3, 4, norm=norm), torch.randn(5, 6, 3))
+    output, _ = net(torch.randn(5, 6, 3))
+    before = copy.deepcopy(net.state_dict())
+    H2 = net.cells["l0"].norm_hh["h"].H2.double()
+    with pytest.raises(RuntimeError, match="were moved between"):
+        output.sum().backward()
+    H2.float()
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@RULES
 def test_testing_and_strangers_are_left_to_the_loop(norm: Any, taken: list[bool]) -> None:
     x = torch.randn(4, 3, 5)
     net = begun(sn.NormGRU(5, 7, norm=norm), x)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import MIXED, SHORT
 from close import assert_close
-from test_oracle_agreement import compare_state
+from states import compare_state
 from torch import Tensor
 
 import streamnorm as sn

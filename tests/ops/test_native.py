@@ -19,7 +19,7 @@ from close import rounding
 from torch import Tensor
 
 import streamnorm as sn
-from streamnorm.ops import cpu, fused, library
+from streamnorm.ops import cpu, library
 from streamnorm.ops.backends import using
 from streamnorm.stream import LongShort
 
@@ -44,22 +44,6 @@ SHAPES = {
     "volume": (2, 6, 2, 3, 5),
 }
 NARROW = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-
-
-@pytest.fixture(params=[name for name in library.ISAS if name in ("base", "v3", "v4")])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Every instruction set that this machine has."""
-    loaded = library.library()
-    assert loaded is not None
-    if library.ISAS[request.param] > loaded.streamnorm_isa():
-        pytest.skip(f"this machine has no {request.param}")
-    monkeypatch.setenv("STREAMNORM_ISA", request.param)
-    for forget in (library.isa, cpu.kernel, library.operators, fused._operators):
-        forget.cache_clear()
-    yield request.param
-    monkeypatch.undo()
-    for forget in (library.isa, cpu.kernel, library.operators, fused._operators):
-        forget.cache_clear()
 
 
 def draw(shape: tuple[int, ...], seed: int, dtype: torch.dtype, last: bool) -> Tensor:

@@ -6,27 +6,13 @@ import pytest
 import torch
 from cases import CASES, Case
 from close import assert_close
+from states import compare_state
 
 from streamnorm.nn.norm import Norm
 from streamnorm.ops.backends import using
-from streamnorm.oracle import Oracle
 
 CYCLES = (2, 1, 3)
 """Mini-batches in each update cycle: the first fold, a cycle of one, and an uneven one after it."""
-
-
-def compare_state(name: str, layer: Norm, oracle: Oracle) -> None:
-    for which in ("H1", "H2"):
-        memory, known = getattr(layer, which), getattr(oracle, which)
-        if memory is None:
-            continue
-        for member, value in memory.state().items():
-            if value.ndim:
-                assert_close(f"{name} {which}.{member}", value, getattr(known, member).reshape(value.shape), 64)
-            elif "Batch" not in name:  # the oracle's counts the folds of a stream
-                assert int(value) == getattr(known, member), f"{name} {which}.{member}"
-    if layer.H1 is not None:
-        assert_close(f"{name} estimate", layer.H1.estimate, oracle.estimate.reshape(layer.H1.estimate.shape), 64)
 
 
 def follow(case: Case, layer: Norm) -> None:

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from twins import MIXED, NORMS, RATES, STEPS, TERMS, WIDTHS, Pair, close, compiled, mlp, online, samples
 
-from streamnorm import Affine, StreamingNorm, kernels
-from streamnorm.ops import library
-from streamnorm.train.online import trainer as module
+from streamnorm import Affine, StreamingNorm
+from streamnorm.ops import backends
 
 
 @pytest.mark.parametrize("rates", RATES)
@@ -28,19 +27,8 @@ def test_equals_the_ordinary_loop_in_float32(norm: str, compiled_steps: None) ->
         Pair(mlp(NORMS[norm]), RATES[rates]).compare(x.float(), y, TERMS)
 
 
-@pytest.mark.parametrize("isa", library.ISAS)
 @pytest.mark.parametrize("widths", [WIDTHS, (1, 1, 1), (64, 32, 16, 8), (100, 33, 2), (3, 4)], ids=str)
-def test_every_instruction_set(
-    isa: str, widths: tuple[int, ...], compiled_steps: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded = library.library()
-    assert loaded is not None
-    if library.ISAS[isa] > loaded.streamnorm_isa():
-        pytest.skip("more than this machine has")
-    own = module.compiled_steps()
-    step = loaded[f"online_steps_{isa}"]
-    step.argtypes, step.restype = own.argtypes, own.restype  # type: ignore[attr-defined]
-    monkeypatch.setattr(module, "compiled_steps", lambda: step)
+def test_every_instruction_set(isa: str, widths: tuple[int, ...], compiled_steps: None) -> None:
     x, y = samples(widths=widths)
     for dtype in (torch.float64, torch.float32):
         for rates in ("decay", "nesterov", "adam"):
@@ -144,7 +132,7 @@ def test_steps_of_both_kinds_may_follow_each_other(rates: str) -> None:
     for i in range(0, STEPS, 3):
         pair.compare(x[i : i + 2], y[i : i + 2], TERMS)
         for model, optimizer in ((pair.twin, pair.optimizer), (pair.trainer.model, pair.trainer.optimizer)):
-            with kernels.using("generic"):
+            with backends.using("generic"):
                 model(x[i : i + 1])  # an arrival that waits for the next weight update
                 F.cross_entropy(model(x[i + 2 : i + 3]), y[i + 2 : i + 3]).backward()
                 optimizer.step()

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from twins import NORMS, RATES, TERMS, Pair, compiled, mlp, online, samples
 
-from streamnorm import OnlineTrainer, attach, kernels
-from streamnorm.ops import library
+from streamnorm import OnlineTrainer, attach
+from streamnorm.ops import backends, library
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,7 +24,7 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_other_backends_mean_ordinary_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OnlineTrainer, "_compiled", lambda *_: pytest.fail("a compiled step"))
-    with kernels.using("generic"):
+    with backends.using("generic"):
         Pair(mlp(NORMS["mixed"]).double(), RATES["plain"]).compare(*samples(6), TERMS)
 
 
@@ -172,6 +172,54 @@ def test_what_moved_is_found_again(compiled_steps: None) -> None:
     for optimizer, state in zip((pair.trainer.optimizer, pair.optimizer), states, strict=True):
         optimizer.load_state_dict(state)
     train()
+
+
+@pytest.mark.parametrize("what", ["weight", "momentum"])
+def test_what_is_turned_where_it_lies_is_read_as_it_lies_now(what: str) -> None:
+    """The same tensor at the same address, of the same size."""
+    pair = Pair(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)).double(), RATES["nesterov"])
+    x, y = samples(6, (6, 6, 3))
+    pair.compare(x[:3], y[:3], TERMS)
+    for model, optimizer in ((pair.trainer.model, pair.trainer.optimizer), (pair.twin, pair.optimizer)):
+        weight = model[0].weight
+        if what == "weight":
+            weight.data = weight.data.t()
+        else:
+            optimizer.state[weight]["momentum_buffer"].t_()
+    pair.compare(x[3:], y[3:], TERMS)
+
+
+def test_a_sample_with_a_negative_bit(compiled_steps: None) -> None:
+    x, y = samples(6, loss=F.mse_loss)
+    pair = Pair(mlp(NORMS["mixed"]).double(), RATES["plain"], F.mse_loss)
+    pair.compare(torch._neg_view(x), torch._neg_view(y), TERMS)
+
+
+MISFITS = {
+    "x": torch.zeros(4, 19).double(),
+    "y": torch.tensor([0, 1, 3, 0]),
+    "losses": torch.empty(5),
+    "outputs": torch.empty(3, 4).t(),
+}
+
+
+@compiled
+@pytest.mark.parametrize("what", [*MISFITS, "memory", "nothing"])
+def test_an_operator_refuses_what_does_not_fit(what: str) -> None:
+    """By a code, with everything as it was; the trainer asks before."""
+    trainer = online(mlp(NORMS["mixed"]), RATES["adam"])
+    before, plan = copy.deepcopy(trainer.model.state_dict()), trainer._plan
+    x, y = samples(4)
+    given = {"x": x.float(), "y": y, "losses": torch.empty(4), "outputs": torch.empty(4, 3)}
+    if what == "memory":
+        plan._tensors = [tensor.double() if tensor.ndim == 3 else tensor for tensor in plan._tensors]
+    if what in MISFITS:
+        given[what] = MISFITS[what]
+    done = plan.train(tuple(given.values()), moving=True, raises=False)
+    assert done == ((4, 0, 3, 0) if what == "nothing" else None)
+    same = [torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items()]
+    assert all(same) == (what != "nothing")
+    assert bool(trainer.optimizer.state) == (what == "nothing")
 
 
 def test_eval_mode_is_the_ordinary_step() -> None:

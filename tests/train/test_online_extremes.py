@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from twins import NORMS, RATES, TERMS, Pair, close, compiled, mlp, online, samples
 
-from streamnorm import OnlineTrainer, StreamingNorm, kernels
+from streamnorm import OnlineTrainer, StreamingNorm
+from streamnorm.ops import backends
 
 INF, NAN = float("inf"), float("nan")
 
@@ -29,7 +30,7 @@ def test_tiny_and_huge_inputs(norm: str, scale: float) -> None:
     a = online(mlp(NORMS[norm]), {"lr": 1e-3})
     b = online(copy.deepcopy(a.model), {"lr": 1e-3})
     got = a.steps(x[:n], y[:n])
-    with kernels.using("generic"):
+    with backends.using("generic"):
         want = b.steps(x[:n], y[:n])
     assert a.skipped == b.skipped
     assert scale > 1 or not a.skipped
@@ -57,7 +58,7 @@ def spoil_loss(x: Tensor, y: Tensor, at: int) -> None:
 def path(request: Any) -> Iterator[None]:
     if request.param == "compiled":
         request.getfixturevalue("compiled_steps")
-    with kernels.using("generic" if request.param == "ordinary" else None):
+    with backends.using("generic" if request.param == "ordinary" else None):
         yield
 
 

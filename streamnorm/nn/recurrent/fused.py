@@ -10,9 +10,7 @@ Legend: ``T`` time steps, ``n`` sequences, ``H`` hidden units, ``k`` gates.
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from streamnorm.nn.norm import Norm, gains_of
 from streamnorm.nn.recurrent.cells import Cell, NormGRUCell, NormRNNCell
 from streamnorm.ops import backends, cpu, library
 from streamnorm.ops.functional import refuse_second_derivative
-from streamnorm.ops.fused import FusedCall, as_read, is_hooked
+from streamnorm.ops.fused import NOTHING, FusedCall, Native, as_read, is_hooked
 from streamnorm.tracing import is_traced
 
 BLOCK = 512
@@ -34,25 +32,10 @@ MANY = 1 << 16
 """Multiplications in a step's product from which on it is worth several threads."""
 FEW = 32
 """The fewest hidden units that are worth a thread."""
-NAMES: dict[type[Cell], str] = {NormRNNCell: "rnn", NormGRUCell: "gru"}
-
-
-class Site(ctypes.Structure):
-    """A norm of ``W h`` or ``W x``, or nulls: ``sn_site`` of ``csrc/layer.h``."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in ("plan", "h1", "h2", "weight", "bias", "dweight", "dbias")]
-
-
-class Layer(ctypes.Structure):
-    """A layer over time: ``sn_layer`` of ``csrc/layer.h``."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("T", "n", "H")),
-        *((name, ctypes.c_int32) for name in ("paths", "relu", "blocks", "threads")),
-        *((name, Site * 3) for name in ("hidden", "input")),
-        *((name, ctypes.c_void_p) for name in ("matrix", "x", "h0", "out", "dout", "dh0", "dx", "dmatrix")),
-        *((name, ctypes.c_void_p) for name in ("tape", "work")),
-    ]
+NORMS = 6
+"""The norms that an operator takes: of ``W h`` and ``W x`` of three gates."""
+CELLS = NormRNNCell, NormGRUCell
+"""Cells that there are kernels for; they are told apart by how many gates they have."""
 
 
 def run(cell: Cell, data: Tensor, steps: int, h0: Tensor, inputs: list[Tensor] | None = None) -> Tensor | None:
@@ -68,10 +51,8 @@ def run(cell: Cell, data: Tensor, steps: int, h0: Tensor, inputs: list[Tensor] |
     x = F.linear(data, cell.weight_ih, cell.bias_ih) if inputs is None else torch.cat(inputs, 1)
     gains = [gain for norm, _ in calls for gain in gains_of(norm.affine) or (None, None)]
     layer = _Layer(
-        name=NAMES[type(cell)],
         calls=[call for _, call in calls],
         gates=len(cell.gates),
-        shape=(steps, *h0.shape),
         relu=getattr(cell, "nonlinearity", "") == "relu",
         blocks=_blocks(*h0.shape),
     )
@@ -94,7 +75,7 @@ def _served(cell: Cell, data: Tensor, h0: Tensor, norms_ih: list[Any]) -> list[t
     nobody watches."""
     if (
         is_traced()
-        or type(cell) not in NAMES
+        or type(cell) not in CELLS
         or not backends.may_use("cpu")
         or cell.norm_hh is None
         or h0.shape[1] > BLOCKS * BLOCK
@@ -135,18 +116,14 @@ class _Layer:
     """A layer over a sequence, as the kernels are told of it.
 
     Attributes:
-        name: the kind of its cell.
         calls: the compiled calls of the norms: of ``W h``, and of ``W x`` unless that comes normalized.
         gates: how many.
-        shape: ``(T, n, H)``.
         relu: the candidate's non-linearity.
         blocks: in how many parts the units are computed.
     """
 
-    name: str
     calls: list[FusedCall]
     gates: int
-    shape: tuple[int, ...]
     relu: bool
     blocks: int
 
@@ -158,68 +135,35 @@ class _Layer:
     def forward(
         self, h0: Tensor, x: Tensor, weight: Tensor, gains: list[Tensor | None]
     ) -> tuple[Tensor, Tensor] | None:
-        """h of every step ``(T n, H)`` and what the way back needs; None if something was not finite, with the memories
-        as they were. ``x (T n, k H)``: what the input brings to the gates."""
-        T, n, H = self.shape
-        layer = self._told(weight, gains)
-        if layer is None:
-            return None
-        room = _room(layer)
-        out, tape, work = h0.new_empty(T * n, H), h0.new_empty(room[0]), h0.new_empty(room[1])
-        h0, x = h0.detach().contiguous(), x.detach().contiguous()
-        layer.h0, layer.x, layer.out, layer.tape, layer.work = (t.data_ptr() for t in (h0, x, out, tape, work))
-        wrong = _kernel(f"{self.name}_forward", h0.dtype)(ctypes.addressof(layer))
-        return None if wrong else (out, tape)
+        """h of every step ``(T n, H)`` and what the way back needs; None if something was not finite or cannot be read,
+        with the memories as they were. ``x (T n, k H)``: what the input brings to the gates."""
+        norms = self._norms(gains, [call.fused.H1 for call in self.calls])
+        out, tape = library.operators().scan_forward(
+            x.contiguous(), h0.contiguous(), weight, self.relu, self.blocks, *norms
+        )
+        return (out, tape) if tape.numel() else None
 
     def backward(
         self, dout: Tensor, tape: Tensor, x: Tensor | None, weight: Tensor, gains: list[Tensor | None], learns: bool
     ) -> tuple[Tensor | None, ...]:
         """Gradients of h0, x, the weight if it ``learns``, and the gains."""
-        (T, n, H), new = self.shape, dout.new_empty
-        layer = self._told(weight, gains)
-        if layer is None:
+        norms = self._norms(gains, [call.fused.H2 for call in self.calls])
+        given = dout.resolve_neg().contiguous(), tape, NOTHING[0] if x is None else x, weight
+        compute = library.operators().scan_backward
+        dh0, dx, dweight, dgains = compute(*given, self.relu, self.blocks, learns, *norms)
+        if not dx.numel():
             raise RuntimeError("the memories of a recurrent layer were moved between its forward and backward pass")
-        dh0, dx, dgains, work = new(n, H), new(T * n, self.gates * H), new(len(gains), H), new(_room(layer)[2])
-        dweight = torch.empty_like(weight) if learns else None
-        dout = dout.resolve_neg().contiguous()
-        layer.dout, layer.dh0, layer.tape, layer.work = (t.data_ptr() for t in (dout, dh0, tape, work))
-        layer.dx, layer.dmatrix = dx.data_ptr(), None if dweight is None else dweight.data_ptr()
-        layer.x = None if x is None else x.data_ptr()
-        for site, dgain, dbias in zip(self._sites(layer), dgains[::2], dgains[1::2], strict=True):
-            site.dweight, site.dbias = dgain.data_ptr(), dbias.data_ptr()
-        _kernel(f"{self.name}_backward", dout.dtype)(ctypes.addressof(layer))
         by_gain = [None if gain is None else d.to(gain.dtype) for gain, d in zip(gains, dgains, strict=True)]
-        return dh0, dx, dweight, *by_gain
+        return dh0, dx, dweight if learns else None, *by_gain
 
-    def _told(self, weight: Tensor, gains: list[Tensor | None]) -> Layer | None:
-        """Where everything is; None if a memory or the matrix is not where the kernels can read it."""
-        if not weight.is_contiguous():
-            return None
-        layer = Layer(*self.shape, self.gates, self.relu, self.blocks, min(self.blocks, torch.get_num_threads()))
-        layer.matrix = weight.data_ptr()
+    def _norms(self, gains: list[Tensor | None], memories: list[Native | None]) -> list[Tensor]:
+        """What the operators are given of each norm: gain, bias, two buffers and the call; the rest is empty."""
         dtype = self.calls[0].dtype
-        read = [None if gain is None else as_read(gain, dtype) for gain in gains]
-        kept: list[Any] = [*read]
-        layer.kept_alive = kept  # as long as they are pointed to
-        pairs = zip(read[::2], read[1::2], strict=True)
-        for site, call, (gain, bias) in zip(self._sites(layer), self.calls, pairs, strict=True):
-            site.plan = ctypes.addressof(call.plan)
-            for name, native in (("h1", call.fused.H1), ("h2", call.fused.H2)):
-                if native is None:
-                    continue
-                pointers = native.pointers(call.dtype, call.slots)
-                if pointers is None:
-                    return None
-                kept.append(pointers)
-                setattr(site, name, ctypes.addressof(pointers))
-            if gain is not None and bias is not None:
-                site.weight, site.bias = gain.data_ptr(), bias.data_ptr()
-        return layer
-
-    def _sites(self, layer: Layer) -> list[Site]:
-        """Where the norms stand, in the order of ``calls``."""
-        k = self.gates
-        return [*layer.hidden[:k], *layer.input[:k]][: len(self.calls)]
+        read = [NOTHING[0] if gain is None else as_read(gain, dtype) for gain in gains]
+        given: list[Tensor] = []
+        for call, memory, gain, bias in zip(self.calls, memories, read[::2], read[1::2], strict=True):
+            given += (gain, bias, *(NOTHING if memory is None else memory.buffers()), call.bytes)
+        return given + [NOTHING[0]] * (5 * NORMS - len(given))
 
 
 def _blocks(n: int, H: int) -> int:
@@ -248,16 +192,3 @@ class _Scan(torch.autograd.Function):
         # Hooks may have kept them otherwise.
         tape, x, weight = (None if t is None else t.to(dtype).contiguous() for t in (tape, x, weight))
         return None, None, *ctx.layer.backward(grads[0], tape, x, weight, gains, learns=ctx.needs_input_grad[4])
-
-
-@cache
-def _kernel(name: str, dtype: torch.dtype) -> Any:
-    answer = ctypes.c_int if name.endswith("forward") else None
-    return library.function(f"{name}_{cpu.NAMES[dtype]}", [ctypes.c_void_p], answer)
-
-
-def _room(layer: Layer) -> Any:
-    """Values that its tape takes, the room for a call forward, and that for one back."""
-    room = (ctypes.c_int64 * 3)()
-    library.function("scan_room", [ctypes.c_void_p, ctypes.c_void_p])(ctypes.addressof(layer), ctypes.addressof(room))
-    return room

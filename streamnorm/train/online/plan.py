@@ -1,4 +1,4 @@
-"""What the compiled step of ``online`` is told about a model: which can be served, and where everything of it lies.
+"""What the compiled step of ``online`` is told about a model: which can be served, and what of it an operator is given.
 
 Imports ``layers`` and what stands below them, and ``onlinerates``.
 """
@@ -6,13 +6,11 @@ Imports ``layers`` and what stands below them, and ``onlinerates``.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
-from ctypes import c_double, c_int, c_int64, c_void_p
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from itertools import chain
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +20,11 @@ from streamnorm.definition.operation import Standardize
 from streamnorm.definition.stats import Lp
 from streamnorm.nn.layers import StreamingNorm
 from streamnorm.nn.norm import Affine, Norm
-from streamnorm.ops import library
-from streamnorm.ops.cpu import RuleNumbers
-from streamnorm.ops.fused import Native
-from streamnorm.stream import LongShort, Memory
+from streamnorm.ops import cpu, library
+from streamnorm.ops.fused import NOTHING, Native
+from streamnorm.stream import Memory
 from streamnorm.stream.policy import Evidence, Streaming
-from streamnorm.train.online.rates import CParam, Rates, Served, structure
+from streamnorm.train.online.rates import Rates, Served
 
 # What can be served
 
@@ -136,40 +133,42 @@ def _hooks(module: nn.Module) -> Iterator[dict[int, Any]]:
     yield from (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
 
 
-# The structures of csrc/online.cpp
+class Layer(ctypes.Structure):
+    """A layer in numbers: ``sn_spec`` of ``csrc/online.h``."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("inputs", "outputs")),
+        *((name, ctypes.c_int32) for name in ("kind", "p", "about_zero", "relu")),
+        *((name, ctypes.c_double) for name in ("eps", "trust")),
+        ("groups", ctypes.c_int32 * 4),
+        *((name, cpu.Stream) for name in ("F", "G")),
+    ]
 
 
-_POINTERS = ("long", "short", "estimate", "count", "updates", "seen", "skipped")
-_CStream = structure("_CStream", **dict.fromkeys(_POINTERS, c_void_p), rule=RuleNumbers, keep=c_double * 2)
-_CLayer = structure(
-    "_CLayer",
-    **dict.fromkeys(("inputs", "outputs", "kind", "p", "about_zero", "relu"), c_int64),
-    **dict.fromkeys(("eps", "trust"), c_double),
-    **dict.fromkeys(("weight", "bias", "gain", "shift"), CParam),
-    **dict.fromkeys(("F", "G"), _CStream),
-    **dict.fromkeys(("pending", "proven", "back"), c_int64),
-)
-_CNet = structure(
-    "_CNet",
-    **dict.fromkeys(("depth", "loss"), c_int64),
-    **dict.fromkeys(("layers", "rates", "scratch"), c_void_p),
-    **dict.fromkeys(("threads", "raises", "learned", "skipped", "why", "latest", "broken"), c_int64),
-)
+AT_ONCE = 24
+"""Tensors that the operator ``gather`` looks at."""
+
+STREAMING, LAYER_NORM = 1, 2
+"""Kinds of norm that a compiled step knows; 0: none."""
 
 
-@cache
-def compiled_steps() -> Callable[..., int]:
-    arguments = [c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int]
-    return library.function("online_steps", arguments, c_int64)
+class Steps(NamedTuple):
+    """What became of the samples of a call.
 
+    Attributes:
+        learned, skipped: how many.
+        latest: the last one that was learned, or -1.
+        why: the call ended before the next sample: 0, or what of it was not finite, in the numbers of ``online.WHY``.
+    """
 
-@cache
-def _scratch() -> Callable[..., int]:
-    return library.function("online_scratch", [c_void_p], c_int64)
+    learned: int
+    skipped: int
+    latest: int
+    why: int
 
 
 class Plan:
-    """Where everything lies that a compiled step reads and writes; good as long as it ``holds()``.
+    """What a compiled step is given of a model; good as long as it ``holds()``.
 
     What the constructor finds that cannot be served it raises.
     """
@@ -178,7 +177,7 @@ class Plan:
         layers = _layers(model)
         linears = [layer.linear for layer in layers if layer.linear is not None]
         like = linears[0].weight
-        self.rates = Rates(optimizer, like.dtype)
+        self.rates = Rates(optimizer)
         self.loss = _kind_of_loss(loss_fn, linears[-1].out_features)
         self.norms = [layer.norm for layer in layers if isinstance(layer.norm, Norm)]
         self.hooks = [hooks for module in model.modules() for hooks in _hooks(module)]
@@ -186,91 +185,87 @@ class Plan:
         if not like.is_cpu or self.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"the model has to be float32 or float64 on the CPU; {_words('weight', like)}")
         self._owners: list[dict[str, Any]] = [m._modules for m in (model, *self.norms)]  # and those of tensors
-        self._watched: list[Tensor] = []  # those whose data may be put elsewhere
-        self._kept: list[Tensor] = []  # what addresses point to, so that nothing else can come to lie there
-        self.params: list[Tensor] = []
-        self._layers = (_CLayer * len(layers))()
-        for layer, c in zip(layers, self._layers, strict=True):
-            self._fill(layer, c)
+        self._tensors: list[Tensor] = []  # parameters and memories in their order
+        self._seen = torch.empty(0, dtype=torch.int64, device="cpu")  # the same as kernels see them
+        told = [self._told(layer) for layer in layers]
+        self._layers = torch.frombuffer(bytearray((Layer * len(told))(*told)), dtype=torch.uint8)
+        self.params = self.rates.params
         if len({p.data_ptr() for p in self.params}) < len(self.params):
             raise ValueError("parameters share their memory, and each would move them. Use attach and a loop")
         self._owned = [owned for owner in self._owners for owned in owner.values()]
         self.all_move = all(map(self.rates.moves, self.params))
-        self._where = [*map(Tensor.data_ptr, self._watched)]
+        self._where = [*map(Tensor.data_ptr, self._tensors)]
         self._require = [parameter.requires_grad for parameter in self.params]
-        self.net: Any = _CNet(len(layers), self.loss, ctypes.addressof(self._layers), self.rates.address)
-        self.address = ctypes.addressof(self.net)
-        if library.library() is not None:
-            self._kept.append(like.new_empty(_scratch()(self.address), requires_grad=False))
-            self.net.scratch = self._kept[-1].data_ptr()
 
-    def _fill(self, layer: _Layer, c: Any) -> None:
+    def _told(self, layer: _Layer) -> Layer:
         linear, norm, affine = layer.linear, layer.norm, layer.affine
-        c.outputs, c.inputs = (layer.width, layer.width) if linear is None else linear.weight.shape
-        c.relu, c.trust = layer.relu, 1.0
-        if linear is not None:
-            self._parameters(linear, c.weight, c.bias)
+        outputs, inputs = (layer.width, layer.width) if linear is None else linear.weight.shape
+        told = Layer(inputs, outputs, relu=layer.relu, trust=1.0)
+        told.groups[:] = [*self._groups(linear), *self._groups(norm if isinstance(norm, nn.LayerNorm) else affine)]
         if isinstance(norm, nn.LayerNorm):
-            c.kind, c.eps = 2, norm.eps
-            self._parameters(norm, c.gain, c.shift)
+            told.kind, told.eps = LAYER_NORM, norm.eps
         elif norm is not None:
-            c.kind, c.p, c.eps, c.about_zero = 1, norm.moment.p, norm.moment.eps, norm.moment.center == "zero"
-            c.trust = norm.policy.trust(1) if affine is norm.affine else 1.0
-            self._memory(norm.H1, c.F)
-            self._memory(norm.H2, c.G)
-        if affine is not None:
-            self._parameters(affine, c.gain, c.shift)
+            told.kind, told.p, told.eps = STREAMING, norm.moment.p, norm.moment.eps
+            told.about_zero = norm.moment.center == "zero"
+            told.trust = norm.policy.trust(1) if affine is norm.affine else 1.0
+            told.F, told.G = self._stream(norm.H1), self._stream(norm.H2)
+        return told
 
-    def _parameters(self, module: nn.Module, *to: Any) -> None:
-        self._owners.append(module._parameters)
-        for name, c in zip(("weight", "bias"), to, strict=True):
-            parameter = module._parameters[name]
+    def _groups(self, module: nn.Module | None) -> Iterator[int]:
+        """Take in weight and bias; the group of each, or -1: there is none."""
+        if module is not None:
+            self._owners.append(module._parameters)
+        for name in ("weight", "bias"):
+            parameter = None if module is None else module._parameters[name]
             if parameter is not None:
-                c.at = self._address(name, parameter)
-                self.params.append(parameter)
-                self._watched.append(parameter)
-                self.rates.add(parameter, c)
+                self._take(name, parameter)
+            yield -1 if parameter is None else self.rates.add(parameter)
 
-    def _memory(self, memory: Memory | None, c: Any) -> None:
+    def _stream(self, memory: Memory | None) -> cpu.Stream:
         assert memory is not None
         self._owners.append(memory._buffers)
-        self._watched += [memory.tables, memory.counts]
         for name, buffer in memory.named_buffers():
-            self._address(name, buffer)
-        pointers = Native(memory).pointers(self.dtype, memory.estimate[0].numel())
-        assert pointers is not None
-        c.rule = pointers.rule
-        for name in _POINTERS:
-            setattr(c, name, getattr(pointers, name))
-        if isinstance(memory.rule, LongShort):
-            c.keep[:] = memory.rule.keep
+            self._take(name, buffer)
+        return Native(memory).stream
 
-    def _address(self, name: str, tensor: Tensor) -> int:
+    def _take(self, name: str, tensor: Tensor) -> None:
         dtype = self.dtype if tensor.is_floating_point() else torch.int64
         if tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
             raise ValueError(f"the model has to be {self.dtype}, on the CPU and contiguous; {_words(name, tensor)}")
-        self._kept.append(tensor.detach())
-        return tensor.data_ptr()
+        self._tensors.append(tensor)
 
     def holds(self) -> bool:
         """Whether everything still lies where it lay, and nothing was frozen or thawed."""
         return (
             all(map(is_, chain.from_iterable(map(dict.values, self._owners)), self._owned))
-            and [*map(Tensor.data_ptr, self._watched)] == self._where
+            and [*map(Tensor.data_ptr, self._tensors)] == self._where
             and [parameter.requires_grad for parameter in self.params] == self._require
             and self.rates.holds()
         )
 
-    def reads(self, moving: bool) -> bool:
-        """Read what may have changed since the last call. False: a compiled step cannot serve it."""
-        self.net.threads = torch.get_num_threads()
-        return self.rates.reads(moving)
+    def train(self, given: tuple[Tensor, ...], moving: bool, raises: bool) -> Steps | None:
+        """Train on samples: ``given`` are x, targets, and where losses and outputs are written. None: a compiled step
+        cannot serve that, and nothing has changed.
 
-    def written(self, moved: bool) -> None:
-        """Tell torch what a compiled step has changed: autograd its versions, the optimizer its new state."""
-        if moved:
+        ``moving``: parameters are; otherwise norms alone learn. ``raises``: what is not finite ends the call.
+        """
+        state = self.rates.reads(moving)
+        if state is None:
+            return None
+        operators, tensors = library.operators(), [*self._tensors, *state]
+        tensors += NOTHING[:1] * (-len(tensors) % AT_ONCE)
+        if self._seen.numel() != 3 * len(tensors):
+            self._seen = torch.empty(3 * len(tensors), dtype=torch.int64, device="cpu")
+        for first in range(0, len(tensors), AT_ONCE):
+            operators.gather(self._seen, first, *tensors[first : first + AT_ONCE])
+        told = self._layers, self.rates.numbers, self._seen
+        steps = Steps(*operators.online(*told, *given, self.loss, moving, raises))
+        if steps.why < 0:
+            return None
+        if steps.learned and moving:  # autograd has to know, and the optimizer what was begun for it
             torch.autograd.graph.increment_version(self.params)
             self.rates.written()
+        return steps
 
 
 def _words(name: str, tensor: Tensor) -> str:

@@ -22,10 +22,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from streamnorm.inputs import expect_floating, expect_tensor
 from streamnorm.ops import library
 from streamnorm.ops.backends import may_use
-from streamnorm.stream import Pooled
 from streamnorm.tracing import is_traced
 from streamnorm.train.dau import Warmup, attach
-from streamnorm.train.online.plan import CROSS_ENTROPY, Plan, compiled_steps
+from streamnorm.train.online.plan import CROSS_ENTROPY, Plan
 from streamnorm.train.online.rates import Served
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -33,6 +32,8 @@ MANY = 100
 """Samples that are skipped, and at least half of all: from there on it is said, once."""
 WHY = ("", "input", "target", "activations", "loss", "gradients")
 """What of a sample is not finite, in the numbers of the compiled step."""
+LOST = len(WHY)
+"""The number of weights that are not finite."""
 
 
 class OnlineTrainer:
@@ -165,7 +166,7 @@ class OnlineTrainer:
 
     def _train(self, x: Tensor, targets: Tensor, n: int, losses: Tensor, outputs: Tensor) -> None:
         """Train on n samples and write down their losses and outputs."""
-        x, targets = x.contiguous(), targets.contiguous()
+        x, targets = (given.resolve_neg().contiguous() for given in (x, targets))
         skipped = self.skipped
         done = self._skip_leading(x, targets, n, losses, outputs)
         while done < n:
@@ -214,7 +215,6 @@ class OnlineTrainer:
             or _has_any_global_hook()
             or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in plan.params)
             or not plan.all_move
-            or self._begins()
             or [*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks] != self._own
         ):
             return False
@@ -224,38 +224,29 @@ class OnlineTrainer:
             norm._calls.reference_size = 1
         return True
 
-    def _begins(self) -> bool:
-        """Whether a norm has its first sample before it: its first estimate is made of all features, by torch."""
-        memories = (norm.H1 for norm in self._plan.norms)
-        return any(m is not None and isinstance(m.rule, Pooled) and m.rule.prior and not m.known for m in memories)
-
     def _compiled(
         self, x: Tensor, targets: Tensor, n: int, start: int, many: int, warming: bool, losses: Tensor, outputs: Tensor
     ) -> bool:
         """Train on ``many`` of n samples from ``start`` in one call. False: that cannot be, and nothing has changed."""
+        given = x, targets, losses, outputs
+        if many < n:
+            given = tuple(tensor[start : start + many] for tensor in given)
         plan = self._plan
-        if not plan.reads(moving=not warming):
+        done = plan.train(given, moving=not warming, raises=self.on_nonfinite == "raise")
+        if done is None:
             return False
-        addresses = [tensor.data_ptr() for tensor in (x, targets, losses, outputs)]
-        if start:
-            sizes = [t.numel() // n * t.element_size() for t in (x, targets, losses, outputs)]
-            addresses = [address + start * size for address, size in zip(addresses, sizes, strict=True)]
-        net = plan.net
-        net.raises = self.on_nonfinite == "raise"
-        done = compiled_steps()(plan.address, *addresses, many, plan.dtype is torch.float64, not warming)
-        self.skipped += net.skipped
-        if net.learned:
-            plan.written(moved=not warming)
+        self.skipped += done.skipped
+        if done.learned:
             for norm in plan.norms:
                 norm._calls.unfolded = 0
                 if warming and norm.H2 is not None:
                     norm.H2.clear()
-            self.link._steps += net.learned
+            self.link._steps += done.learned
             self.optimizer._opt_called = True  # type: ignore[union-attr]  # schedulers ask whether it stepped
-        if net.broken >= 0:
-            raise self._lost(start + net.latest if net.latest >= 0 else None)
-        if net.why:
-            raise _refused(start + done, WHY[net.why])
+        if done.why == LOST:
+            raise self._lost(start + done.latest if done.latest >= 0 else None)
+        if done.why:
+            raise _refused(start + done.learned, WHY[done.why])
         return True
 
     def _ordinary(self, x: Tensor, target: Tensor, number: int) -> tuple[Tensor, Tensor]:
