@@ -28,21 +28,10 @@ from streamnorm.lab.studies.comments.arrangement import (
     ArrangedRun,
     ArrangedTrainer,
 )
+from streamnorm.lab.studies.comments.claims import CLAIMS, at_the_same_loss, gap, share_below
 from streamnorm.lab.studies.comments.curvature import hessian, largest_eigenvalue, loss_and_gradient, relative
-from streamnorm.lab.studies.comments.study import (
-    CLAIMS,
-    FACTORS,
-    RATES,
-    TIERS,
-    CurvedTrainer,
-    at_the_same_loss,
-    gap,
-    main,
-    rated,
-    runs,
-    scaling,
-    share_below,
-)
+from streamnorm.lab.studies.comments.runs import FACTORS, RATES, TIERS, CurvedTrainer, rated, runs, scaling
+from streamnorm.lab.studies.comments.study import main
 from streamnorm.nn.layers import BatchNorm, StreamingNorm
 from streamnorm.nn.norm import Norm
 

@@ -8,9 +8,22 @@ from itertools import cycle
 from typing import Any
 
 from streamnorm.drawing import DASHES, PALETTE, colors_of, draw, finish, png
+from streamnorm.lab.studies.shakespeare.runs import CELLS, SETTINGS
 from streamnorm.lab.studies.study import with_failures
 
 Record = Mapping[str, Any]
+FIGURES = {
+    "RNN": [f"rnn {arm}" for arm in ("tsbn", "layer", "streaming", "batch")],
+    "RNN, settings": [f"rnn {arm}" for arm in (*SETTINGS, "streaming, 1 B/U", "streaming, latest statistics back")],
+    "RNN, cells": [f"rnn {arm}" for arm in (*CELLS, "batch", "batch, vertical")],
+    "RNN, state reset": ["rnn streaming, state reset", "rnn tsbn, state reset"],
+    "RNN, mixed lengths": [f"rnn {arm}, mixed lengths, {n} B/U" for arm in ("streaming", "layer") for n in (1, 3)],
+    "GRU": [f"gru {arm}" for arm in ("tsbn", "layer", "streaming")],
+    "GRU, settings": [f"gru {arm}" for arm in SETTINGS],
+    "GRU, larger first weights": [f"gru {arm}, weights x 5" for arm in ("tsbn", "layer", "streaming")],
+    "GRU, cells": [f"gru {arm}" for arm in CELLS],
+}
+"""The rows of the picture: runs that are drawn together."""
 SPAN = 50
 """Neighbors in the moving average of the training loss (paper, section 7.6)."""
 
