@@ -13,7 +13,7 @@ from toy import small, steps, toy
 
 from streamnorm.lab.runs.classifier.loop import Trainer, evaluate
 from streamnorm.lab.studies.arguments import Arguments
-from streamnorm.lab.studies.smallbatch.claims import CLAIMS, errors
+from streamnorm.lab.studies.smallbatch.claims import CLAIMS
 from streamnorm.lab.studies.smallbatch.runs import (
     BY_BATCH,
     KEYS,
@@ -30,7 +30,7 @@ from streamnorm.lab.studies.smallbatch.runs import (
     runs,
 )
 from streamnorm.lab.studies.smallbatch.study import main
-from streamnorm.lab.studies.study import CHANCE
+from streamnorm.lab.studies.study import CHANCE, end_errors
 
 CHECK = {claim.id: claim.check for claim in CLAIMS}
 
@@ -94,7 +94,7 @@ def test_verdicts(claim: str, errors: dict[str, float], verdict: str) -> None:
 def test_a_run_that_failed_is_at_chance_and_counted() -> None:
     records = made(default=0.4)
     records[STABLE + "B default 1 x 32"] = [record("B default", 0.4), record("B default", 0.4, "diverged", None)]
-    assert errors(records, STABLE + "B default 1 x 32") == [0.4, CHANCE]
+    assert end_errors(records, STABLE + "B default 1 x 32") == [0.4, CHANCE]
     verdict, figures = CHECK["SB-3"](records)
     assert verdict == "contradicted"
     assert figures.startswith("B default 1 x 32 1 of 2 seeds")

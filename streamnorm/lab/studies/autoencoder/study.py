@@ -10,8 +10,8 @@ command.
 
 from __future__ import annotations
 
-import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 from streamnorm.lab.runs.autoencoder.documents import Documents, load_documents
@@ -24,37 +24,28 @@ from streamnorm.lab.studies.autoencoder.claims import CLAIMS, figure
 from streamnorm.lab.studies.autoencoder.figures import picture
 from streamnorm.lab.studies.autoencoder.measures import NEIGHBORS, with_and_without_bias
 from streamnorm.lab.studies.autoencoder.runs import DROPOUTS, TIERS, Tier, carry_out, runs
-from streamnorm.lab.studies.record import opening, verdicts
-from streamnorm.lab.studies.study import Records, folder_of, lowest, mean, number, spread, with_failures
+from streamnorm.lab.studies.record import keep, lines_of, opening, page, verdicts
+from streamnorm.lab.studies.study import Record, Records, folder_of, lowest, mean, number, spread
 
 
 def table(records: Records, words: int) -> str:
     """The figures of every run as a Markdown table."""
     head = ["run", "train cost, first epoch", "last", "test cost, last", "a word", "lowest", "norm of W, first", "last"]
     head += [f"precision at {NEIGHBORS}", "among units", "with words", "dead", "s/epoch"]
-    lines = [head, [":---", *["---:"] * (len(head) - 1)]]
-    for name, seeds in records.items():
-        whole = [r for r in seeds if r["metrics"] and not r["failed"]]
-        if not whole:
-            lines.append([name, seeds[0]["failed"] or "", *[""] * (len(head) - 2)])
-            continue
-        ends = {
-            i: {k: [number(r["metrics"][i][k]) for r in whole] for k in ("train_cost", "test_cost", "norm")}
+
+    def cells(name: str, able: Sequence[Record]) -> list[str]:
+        own = {name: able}
+        first, last = (
+            {k: [number(r["metrics"][i][k]) for r in able] for k in ("train_cost", "test_cost", "norm")}
             for i in (0, -1)
-        }
-        own, least = {name: whole}, lowest({name: whole}, name, "test_cost")
-        cells = [
-            with_failures(name, seeds),
-            spread(ends[0]["train_cost"]),
-            spread(ends[-1]["train_cost"]),
-            spread(ends[-1]["test_cost"]),
-        ]
-        cells += [f"{mean(ends[-1]['test_cost']) / words:.5f}", spread(least)]
-        cells += [f"{mean(ends[i]['norm']):.2f}" for i in (0, -1)] + [spread(figure(own, name, "precision"))]
-        cells += [f"{mean(figure(own, name, key)):.4f}" for key in ("units_alike", "units_and_words", "dead")]
-        seconds = statistics.median(line["seconds"] for r in whole for line in r["metrics"])
-        lines.append([*cells, f"{seconds:.1f}"])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        )
+        found = [spread(costs) for costs in (first["train_cost"], last["train_cost"], last["test_cost"])]
+        found += [f"{mean(last['test_cost']) / words:.5f}", spread(lowest(own, name, "test_cost"))]
+        found += [f"{mean(ends['norm']):.2f}" for ends in (first, last)] + [spread(figure(own, name, "precision"))]
+        found += [f"{mean(figure(own, name, key)):.4f}" for key in ("units_alike", "units_and_words", "dead")]
+        return [*found, f"{statistics.median(line['seconds'] for r in able for line in r['metrics']):.1f}"]
+
+    return lines_of(records, head, cells)
 
 
 def neighbors(records: Records, documents: Documents, tier: Tier, out: Path) -> str:
@@ -78,15 +69,14 @@ def neighbors(records: Records, documents: Documents, tier: Tier, out: Path) -> 
 
 def write_results(records: Records, tier: Tier, documents: Documents, out: Path, title: str) -> Path:
     """``results.md`` with the verdict on every claim and the table; beside it ``results.json`` and ``curves.png``."""
-    write(out / "results.json", json.dumps({"title": title, "records": records}, indent=1, allow_nan=False) + "\n")
+    keep(records, out, title)
     write(out / "curves.png", picture(records, DROPOUTS))
     first = next(iter(records.values()))[0]
     chance = precision_by_chance(documents.tested, documents.labels)
     lines = [*opening(first, title), *verdicts(records, CLAIMS), "", table(records, tier.vocabulary)]
     lines += [f"Costs in nats a document. Precision by chance: {chance:.3f}.", "", "![Curves](curves.png)", ""]
     lines += [neighbors(records, documents, tier, out), ""]
-    write(out / "results.md", "\n".join(lines))
-    return out / "results.md"
+    return page(lines, out)
 
 
 def main(arguments: Arguments) -> Path:

@@ -11,34 +11,30 @@ training data, normalized by its own statistics. A stopped study goes on with th
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
 from streamnorm.lab.runs import checkpoint
 from streamnorm.lab.runs.classifier.data import load
-from streamnorm.lab.runs.summary import summarize, table
 from streamnorm.lab.studies.arguments import Arguments, begin
 from streamnorm.lab.studies.comments.arrangement import AFTER, ARRANGEMENTS
 from streamnorm.lab.studies.comments.claims import CLAIMS
 from streamnorm.lab.studies.comments.figures import picture
 from streamnorm.lab.studies.comments.runs import TIERS, runs, trainer_of
-from streamnorm.lab.studies.record import opening, verdicts
+from streamnorm.lab.studies.record import keep, opening, page, summary, verdicts
 from streamnorm.lab.studies.study import Records, carry_out
 
 
 def write_results(records: Records, out: Path, title: str) -> Path:
     """``results.md`` with the verdict on every claim and the tables; beside it ``results.json`` and ``curves.png``."""
-    checkpoint.write(out / "results.json", json.dumps({"title": title, "records": records}) + "\n")
+    keep(records, out, title)
     arranged = {name: records[name] for name in ARRANGEMENTS}
     curved = {name: seeds for name, seeds in records.items() if name not in ARRANGEMENTS}
     checkpoint.write(out / "curves.png", picture(arranged, curved))
     lines = [*opening(records[AFTER][0], title), *verdicts(records, CLAIMS)]
     for architecture, part in (("B", arranged), ("A", curved)):
-        rows = summarize([r for seeds in part.values() for r in seeds])
-        lines += ["", f"Architecture {architecture}:", "", table(rows)]
-    checkpoint.write(out / "results.md", "\n".join([*lines, "", "![Curves](curves.png)", ""]))
-    return out / "results.md"
+        lines += ["", f"Architecture {architecture}:", "", summary(part)]
+    return page([*lines, "", "![Curves](curves.png)", ""], out)
 
 
 def main(arguments: Arguments) -> Path:

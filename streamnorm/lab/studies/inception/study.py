@@ -13,30 +13,27 @@ first weights and the order of their data. A stopped study goes on with the same
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from streamnorm.lab.runs import checkpoint
 from streamnorm.lab.runs.classifier.data import load
-from streamnorm.lab.runs.summary import summarize, table
 from streamnorm.lab.studies.arguments import Arguments, begin
 from streamnorm.lab.studies.inception.claims import CLAIMS
 from streamnorm.lab.studies.inception.figures import picture
 from streamnorm.lab.studies.inception.runs import ENSEMBLE, MEMBER, TIERS, carry_out, named
-from streamnorm.lab.studies.record import opening, verdicts
+from streamnorm.lab.studies.record import keep, opening, page, summary, verdicts
 from streamnorm.lab.studies.study import Records
 
 
 def write_results(records: Records, out: Path, title: str) -> Path:
     """``results.md`` with the verdict on every claim and the tables; beside it ``results.json`` and ``curves.png``."""
-    checkpoint.write(out / "results.json", json.dumps({"title": title, "records": records}, indent=1) + "\n")
+    keep(records, out, title)
     single = {name: seeds for name, seeds in records.items() if name not in (MEMBER, ENSEMBLE)}
     checkpoint.write(out / "curves.png", picture(single, records[ENSEMBLE]))
     lines = [*opening(records[named("none", 1)][0], title), *verdicts(records, CLAIMS), ""]
-    lines += [table(summarize([r for seeds in single.values() for r in seeds]))]
-    lines += ["The members of ensembles:", "", table(summarize(records[MEMBER])), "![Curves](curves.png)", ""]
-    checkpoint.write(out / "results.md", "\n".join(lines))
-    return out / "results.md"
+    lines += [summary(single)]
+    lines += ["The members of ensembles:", "", summary({MEMBER: records[MEMBER]}), "![Curves](curves.png)", ""]
+    return page(lines, out)
 
 
 def main(arguments: Arguments) -> Path:

@@ -11,30 +11,27 @@ with the same command.
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
 from streamnorm.lab.runs import checkpoint
 from streamnorm.lab.runs.classifier.data import load
-from streamnorm.lab.runs.summary import summarize, table
 from streamnorm.lab.studies.arguments import Arguments, begin
 from streamnorm.lab.studies.mnist.claims import CLAIMS
 from streamnorm.lab.studies.mnist.figures import picture
 from streamnorm.lab.studies.mnist.runs import NAIVE, SCALES, TIERS, SigmoidTrainer, runs, scaled
-from streamnorm.lab.studies.record import opening, verdicts
+from streamnorm.lab.studies.record import keep, opening, page, summary, verdicts
 from streamnorm.lab.studies.study import Records, carry_out, end_errors
 
 
 def write_results(records: Records, out: Path, title: str) -> Path:
     """``results.md`` with the verdict on every claim and the table; beside it ``results.json`` and ``curves.png``."""
-    checkpoint.write(out / "results.json", json.dumps({"title": title, "records": records}) + "\n")
+    keep(records, out, title)
     by_scale = {arm: {s: end_errors(records, scaled(arm, s)) for s in SCALES} for arm in ("none", "batch", "streaming")}
     checkpoint.write(out / "curves.png", picture(records, by_scale, NAIVE))
     lines = [*opening(records["none"][0], title), *verdicts(records, CLAIMS), ""]
-    lines += [table(summarize([r for seeds in records.values() for r in seeds])), "", "![Curves](curves.png)", ""]
-    checkpoint.write(out / "results.md", "\n".join(lines))
-    return out / "results.md"
+    lines += [summary(records), "", "![Curves](curves.png)", ""]
+    return page(lines, out)
 
 
 def main(arguments: Arguments) -> Path:

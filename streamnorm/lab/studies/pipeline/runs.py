@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from streamnorm.calibration.recalibrate import recalibrate
-from streamnorm.lab.runs import checkpoint
 from streamnorm.lab.runs.classifier.data import Data
 from streamnorm.lab.runs.classifier.loop import Trainer, evaluate
 from streamnorm.lab.runs.classifier.run import Run
-from streamnorm.lab.runs.keeping import CHECKPOINT, finite
-from streamnorm.lab.studies.study import Record, folder_of
+from streamnorm.lab.runs.keeping import finite
+from streamnorm.lab.studies.study import Record, reopened
 from streamnorm.nn.layers import BatchNorm
 from streamnorm.nn.norm import norms
 
@@ -165,8 +164,7 @@ def examine(records: Mapping[str, Sequence[Record]], data: Data, out: Path, size
     """Add to the records what is measured on the trained networks, passes with mini-batches of these sizes among it."""
     for name, of_seeds in records.items():
         for record in of_seeds:
-            trainer = Trainer(Run.from_json(record["run"]), data)
-            trainer.restore(checkpoint.load(folder_of(out, name, record["seed"]) / CHECKPOINT))
+            trainer = reopened(record, data, out)
             record["cost"] = cost(trainer)
             if name == NORMALIZED and not record["failed"]:
                 record["measures"] = measured(trainer, sizes)

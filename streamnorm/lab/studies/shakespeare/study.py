@@ -15,7 +15,6 @@ command.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,40 +23,32 @@ from streamnorm.lab.runs.checkpoint import write
 from streamnorm.lab.runs.language.model import bits
 from streamnorm.lab.runs.language.text import load_text
 from streamnorm.lab.studies.arguments import Arguments, begin
-from streamnorm.lab.studies.record import opening, verdicts
+from streamnorm.lab.studies.record import keep, lines_of, opening, page, verdicts
 from streamnorm.lab.studies.shakespeare.claims import CLAIMS
 from streamnorm.lab.studies.shakespeare.figures import FIGURES, over_time, picture
 from streamnorm.lab.studies.shakespeare.runs import TIERS, carry_out, runs
-from streamnorm.lab.studies.study import Records, lowest, mean, number, spread, with_failures
+from streamnorm.lab.studies.study import Record, Records, lowest, mean, number, spread
 
 
 def table(records: Records, lengths: Sequence[int]) -> str:
     """The figures of every run as a Markdown table."""
     head = ["run", "lowest validation loss (nats)", "bits", "last training loss (nats)"]
     head += [f"at {length} steps (nats)" for length in lengths] + ["statistics kept", "s/epoch"]
-    lines = [head, [":---", *["---:"] * (len(head) - 1)]]
-    for name, seeds in records.items():
-        whole = [r for r in seeds if r["metrics"] and not r["failed"]]
-        if not whole:
-            lines.append([name, seeds[0]["failed"] or "", *[""] * (len(head) - 2)])
-            continue
-        low = lowest({name: whole}, name, "validation_loss")
-        cells = [
-            with_failures(name, seeds),
-            spread(low),
-            f"{bits(mean(low)):.4f}",
-            spread([r["metrics"][-1]["train_loss"] for r in whole]),
-        ]
-        cells += [spread([number(r["lengths"][str(length)]) for r in whole]) for length in lengths]
-        per_epoch = statistics.median(r["metrics"][-1]["seconds"] / r["metrics"][-1]["epoch"] for r in whole)
-        lines.append([*cells, f"{whole[0]['statistics']}", f"{per_epoch:.1f}"])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+    def cells(name: str, able: Sequence[Record]) -> list[str]:
+        low = lowest({name: able}, name, "validation_loss")
+        found = [spread(low), f"{bits(mean(low)):.4f}", spread([r["metrics"][-1]["train_loss"] for r in able])]
+        found += [spread([number(r["lengths"][str(length)]) for r in able]) for length in lengths]
+        per_epoch = statistics.median(r["metrics"][-1]["seconds"] / r["metrics"][-1]["epoch"] for r in able)
+        return [*found, f"{able[0]['statistics']}", f"{per_epoch:.1f}"]
+
+    return lines_of(records, head, cells)
 
 
 def write_results(records: Records, lengths: Sequence[int], out: Path, title: str) -> Path:
     """``results.md`` with the verdict on every claim and the table; beside it ``results.json``, ``curves.png`` and
     ``statistics.png``, the statistics over time."""
-    write(out / "results.json", json.dumps({"title": title, "records": records}, indent=1, allow_nan=False) + "\n")
+    keep(records, out, title)
     rows = {title: {name: records[name] for name in names if name in records} for title, names in FIGURES.items()}
     write(out / "curves.png", picture({title: named for title, named in rows.items() if len(named) > 1}))
     shown = [r for r in records.get("rnn streaming, state reset", ()) if not r["failed"]][:1]
@@ -65,8 +56,7 @@ def write_results(records: Records, lengths: Sequence[int], out: Path, title: st
         write(out / "statistics.png", over_time(record))
     lines = [*opening(next(iter(records.values()))[0], title), *verdicts(records, CLAIMS), "", table(records, lengths)]
     lines += ["![Curves](curves.png)", "", *(["![Statistics over time](statistics.png)", ""] if shown else [])]
-    write(out / "results.md", "\n".join(lines))
-    return out / "results.md"
+    return page(lines, out)
 
 
 def main(arguments: Arguments) -> Path:

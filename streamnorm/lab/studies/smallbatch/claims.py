@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from streamnorm.lab.studies.smallbatch.runs import BY_BATCH, SHORT, STABLE, UPDATE, name_of
-from streamnorm.lab.studies.study import CHANCE, Claim, Record, Records, Verdict, below, mean, spread, together
-
-
-def errors(records: Records, name: str) -> list[float]:
-    """In testing mode after the last epoch, of each seed; that of guessing where a run failed."""
-    return [CHANCE if r["failed"] or not r["metrics"] else r["metrics"][-1]["test_error"] for r in records[name]]
+from streamnorm.lab.studies.study import (
+    CHANCE,
+    Claim,
+    Record,
+    Records,
+    Verdict,
+    below,
+    end_errors,
+    mean,
+    spread,
+    together,
+)
 
 
 def in_training(records: Records, name: str) -> list[float]:
@@ -24,7 +30,9 @@ def at_least(differences: Sequence[float], margin: float) -> Verdict:
 
 
 def _fully_connected(records: Records) -> tuple[Verdict, str]:
-    own, batch, layer = (errors(records, f"A {name}") for name in ("default 1 x 64", "batch 64 x 1", "layer 64 x 1"))
+    own, batch, layer = (
+        end_errors(records, f"A {name}") for name in ("default 1 x 64", "batch 64 x 1", "layer 64 x 1")
+    )
     verdict = together([at_least(below(own, batch), -0.003), at_least(below(own, layer), 0)])
     return (
         verdict,
@@ -33,7 +41,9 @@ def _fully_connected(records: Records) -> tuple[Verdict, str]:
 
 
 def _convolutional(records: Records) -> tuple[Verdict, str]:
-    own, batch, group = (errors(records, f"B {name}") for name in ("default 1 x 32", "batch 32 x 1", "group 32 x 1"))
+    own, batch, group = (
+        end_errors(records, f"B {name}") for name in ("default 1 x 32", "batch 32 x 1", "group 32 x 1")
+    )
     verdict = together([at_least(below(own, batch), -0.015), at_least(below(own, group), 0.08)])
     return (
         verdict,
@@ -63,7 +73,7 @@ def _modes(records: Records) -> tuple[Verdict, str]:
         for arm in BY_BATCH:
             name = name_of(architecture, arm, 2)
             if prefix + name in records:
-                gap = below(in_training(records, prefix + name), errors(records, prefix + name))
+                gap = below(in_training(records, prefix + name), end_errors(records, prefix + name))
                 told.append(f"{name}: {spread(gap)}")
     return "reported", "error in testing mode less that in training mode, " + "; ".join(told)
 

@@ -19,7 +19,7 @@ from streamnorm.lab.runs.classifier.data import Data, load
 from streamnorm.lab.runs.classifier.loop import Trainer
 from streamnorm.lab.runs.classifier.run import Run
 from streamnorm.lab.runs.keeping import finite
-from streamnorm.lab.studies.sidebyside import side_by_side
+from streamnorm.lab.studies.sidebyside import each_once
 from streamnorm.lab.studies.study import CHANCE, Record
 from streamnorm.train.dau import vectorized
 
@@ -202,13 +202,9 @@ def _do(job: Job) -> Record:
 
 def carry_out(jobs: Sequence[Job], processes: int = 1, threads: int | None = None) -> dict[str, list[Record]]:
     """Do every run that is not kept; for each name the records of its seeds, in their order."""
-    missing = [job for job in jobs if kept(job[0], job[1], job[3]) is None]
-    for i, record in enumerate(side_by_side(_do, missing, processes, threads), 1):
+
+    def told(record: Record) -> str:
         error = f"test error {record['metrics'][-1]['test_error']:.4f}" if record["metrics"] else ""
-        print(f"{i} of {len(missing)}: {record['label']}, seed {record['seed']}: {record['failed'] or error}")
-    records: dict[str, list[Record]] = {}
-    for name, run, _, out in jobs:
-        record = kept(name, run, out)
-        assert record is not None
-        records.setdefault(name, []).append(record)
-    return records
+        return record["failed"] or error
+
+    return each_once(_do, jobs, lambda job: kept(job[0], job[1], job[3]), told, processes, threads)

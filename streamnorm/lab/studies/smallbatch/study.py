@@ -19,8 +19,8 @@ from pathlib import Path
 
 from streamnorm.lab.runs import checkpoint
 from streamnorm.lab.studies.arguments import Arguments, begin
-from streamnorm.lab.studies.record import opening, verdicts
-from streamnorm.lab.studies.smallbatch.claims import CLAIMS, errors, in_training
+from streamnorm.lab.studies.record import keep, opening, page, verdicts
+from streamnorm.lab.studies.smallbatch.claims import CLAIMS, in_training
 from streamnorm.lab.studies.smallbatch.figures import picture
 from streamnorm.lab.studies.smallbatch.runs import (
     BY_SAMPLE,
@@ -36,7 +36,7 @@ from streamnorm.lab.studies.smallbatch.runs import (
     name_of,
     runs,
 )
-from streamnorm.lab.studies.study import CHANCE, Records, below, spread, with_failures
+from streamnorm.lab.studies.study import CHANCE, Records, below, end_errors, spread, with_failures
 
 
 def table(records: Records) -> list[str]:
@@ -49,30 +49,29 @@ def table(records: Records) -> list[str]:
         if name.startswith(STABLE):
             continue
         prefix = SHORT if name.startswith(SHORT) else ""
-        beside = errors(records, prefix + name_of(own[0]["run"]["architecture"], "default", 1))
-        apart = below(beside, errors(records, name))
-        figures = [spread(errors(records, name)), spread(in_training(records, name)), spread(apart)]
+        beside = end_errors(records, prefix + name_of(own[0]["run"]["architecture"], "default", 1))
+        apart = below(beside, end_errors(records, name))
+        figures = [spread(end_errors(records, name)), spread(in_training(records, name)), spread(apart)]
         lines.append(f"| {with_failures(name, own)} | {len(own)} | {' | '.join(figures)} |")
     return lines
 
 
 def write_results(records: Records, tier: Tier, out: Path, title: str) -> Path:
     """``results.md`` with verdicts and the table; beside it ``results.json`` and ``curves.png``."""
-    checkpoint.write(out / "results.json", json.dumps({"title": title, "records": records}) + "\n")
+    keep(records, out, title)
     prefix = SHORT if tier.short else ""
     shown: dict[str, dict[str, dict[int, tuple[list[float], list[float]]]]] = {}
     for letter in UPDATE:
         for arm, m in grid(letter):
             name = prefix + name_of(letter, arm, m)
-            shown.setdefault(letter, {}).setdefault(arm, {})[m] = errors(records, name), in_training(records, name)
+            shown.setdefault(letter, {}).setdefault(arm, {})[m] = end_errors(records, name), in_training(records, name)
     checkpoint.write(out / "curves.png", picture(shown, BY_SAMPLE, PER_BATCH))
     sizes = [("the runs of claims", tier.whole), ("short runs", tier.short), ("runs of many seeds", tier.many)]
     said = "; ".join(f"{what}: {json.dumps(size)}" for what, size in sizes if size)
     lines = [*opening(next(iter(records.values()))[0], title), f"Sizes. {said}.", ""]
     lines += [f"A run that failed counts as an error of {CHANCE}. Means ± sd over seeds.", ""]
     lines += [*verdicts(records, CLAIMS), "", *table(records), "", "![Errors](curves.png)", ""]
-    checkpoint.write(out / "results.md", "\n".join(lines))
-    return out / "results.md"
+    return page(lines, out)
 
 
 def main(arguments: Arguments) -> Path:

@@ -27,7 +27,7 @@ from streamnorm.lab.runs.checkpoint import write
 from streamnorm.lab.runs.classifier.run import Described
 from streamnorm.lab.runs.keeping import finite
 from streamnorm.lab.runs.underway import machine, versions
-from streamnorm.lab.studies.sidebyside import side_by_side
+from streamnorm.lab.studies.sidebyside import each_once
 from streamnorm.lab.studies.streams import data as streamdata
 from streamnorm.lab.studies.streams.data import DRIFT, GENERATED, STREAMS, Stream
 from streamnorm.nn.layers import StreamingNorm
@@ -254,17 +254,13 @@ def carry_out(
     say: Callable[[str], None] = print,
 ) -> dict[str, list[dict[str, Any]]]:
     """Do every run that is not kept; for each name the records of its seeds, in their order."""
-    runs = list(runs)
-    missing = [run for run in runs if kept(run, out) is None]
-    for i, record in enumerate(side_by_side(_do, [(r, source, out) for r in missing], processes, threads), 1):
+
+    def told(record: dict[str, Any]) -> str:
         lost = "" if record["diverged"] is None else f", diverged at row {record['diverged'] + 1}"
-        say(f"{i} of {len(missing)}: {record['label']}, seed {record['seed']}: {accuracy(record):.4f}{lost}")
-    records: dict[str, list[dict[str, Any]]] = {}
-    for run in runs:
-        record = kept(run, out)
-        assert record is not None
-        records.setdefault(run.name, []).append(record)
-    return records
+        return f"{accuracy(record):.4f}{lost}"
+
+    jobs = [(run, source, out) for run in runs]
+    return each_once(_do, jobs, lambda job: kept(job[0], out), told, processes, threads, say)
 
 
 # --- What a record says

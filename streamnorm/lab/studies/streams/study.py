@@ -10,12 +10,11 @@ are made on the same rows. A stopped study goes on with the same command.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from streamnorm.lab.runs import checkpoint
 from streamnorm.lab.studies.arguments import Arguments, begin
-from streamnorm.lab.studies.record import opening, verdicts
+from streamnorm.lab.studies.record import keep, opening, page, verdicts
 from streamnorm.lab.studies.streams.claims import (
     CLAIMS,
     STABLE,
@@ -103,7 +102,7 @@ def _limits(records: Records, tier: Tier) -> list[str]:
 
 def write_results(records: Records, tier: Tier, out: Path, title: str) -> Path:
     """``results.md`` with verdicts and tables; beside it ``results.json`` and the pictures."""
-    checkpoint.write(out / "results.json", json.dumps({"title": title, "records": records}) + "\n")
+    keep(records, out, title)
     pictures = {"heat.png": heat_map, "rates.png": over_rates, "drift.png": around_drift}
     for name, draw in pictures.items():
         checkpoint.write(out / name, draw(records))
@@ -124,8 +123,7 @@ def write_results(records: Records, tier: Tier, out: Path, title: str) -> Path:
             lines += [*best_rates(records, features), "", *differences(records, features), ""]
     lines += ["## Around a change, raw features", "", *drifts(records, tier.window), ""]
     lines += ["![Best rates](heat.png)", "", "![Rates](rates.png)", "", "![Around a change](drift.png)", ""]
-    checkpoint.write(out / "results.md", "\n".join(lines))
-    return out / "results.md"
+    return page(lines, out)
 
 
 def main(arguments: Arguments) -> Path:

@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from streamnorm.lab.runs import checkpoint
 from streamnorm.lab.runs.classifier.architectures import build
 from streamnorm.lab.runs.classifier.data import Data
-from streamnorm.lab.runs.classifier.loop import Trainer, evaluate, reloop
+from streamnorm.lab.runs.classifier.loop import evaluate, reloop
 from streamnorm.lab.runs.classifier.run import Run
-from streamnorm.lab.runs.keeping import CHECKPOINT, finite
+from streamnorm.lab.runs.keeping import finite
 from streamnorm.lab.runs.language.model import statistics_kept
-from streamnorm.lab.studies.study import Record, folder_of
+from streamnorm.lab.studies.study import Record, reopened
 from streamnorm.nn.timespecific import TimeSpecificNorm
 
 
@@ -103,9 +102,8 @@ def examine(records: Mapping[str, Sequence[Record]], data: Data, out: Path) -> N
     as they were trained with, and how many numbers and sets of statistics their normalizations keep."""
     for name in LONGER:
         for record in (record for record in records[name] if not record["failed"]):
-            run = Run.from_json(record["run"])
-            trainer = Trainer(run, data)
-            trainer.restore(checkpoint.load(folder_of(out, name, run.seed) / CHECKPOINT))
+            trainer = reopened(record, data, out)
+            run = trainer.run
             k = run.loops[0]
             along = [(k, record["metrics"][-1]["test_loss"])]
             for longer in range(k + 1, 2 * k + 1):

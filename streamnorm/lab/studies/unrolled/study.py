@@ -10,14 +10,12 @@ command.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from streamnorm.lab.runs import checkpoint
 from streamnorm.lab.runs.classifier.data import load
-from streamnorm.lab.runs.summary import summarize, table
 from streamnorm.lab.studies.arguments import Arguments, begin
-from streamnorm.lab.studies.record import opening, verdicts
+from streamnorm.lab.studies.record import keep, opening, page, summary, verdicts
 from streamnorm.lab.studies.study import Records, carry_out
 from streamnorm.lab.studies.unrolled.claims import CLAIMS
 from streamnorm.lab.studies.unrolled.figures import picture
@@ -27,14 +25,13 @@ from streamnorm.lab.studies.unrolled.runs import FIGURES, TIERS, examine, runs
 def write_results(records: Records, out: Path, title: str) -> Path:
     """``results.md`` with the verdict on every claim and a table for each figure; beside it ``results.json`` and
     ``curves.png``."""
-    checkpoint.write(out / "results.json", json.dumps({"title": title, "records": records}, indent=1) + "\n")
+    keep(records, out, title)
     figures = {figure: {name: records[name] for name in names} for figure, names in FIGURES.items()}
     checkpoint.write(out / "curves.png", picture(figures))
     lines = [*opening(records["C streaming"][0], title), *verdicts(records, CLAIMS), ""]
     for figure, named in figures.items():
-        lines += [f"## {figure}", "", table(summarize([r for seeds in named.values() for r in seeds]))]
-    checkpoint.write(out / "results.md", "\n".join([*lines, "![Curves](curves.png)", ""]))
-    return out / "results.md"
+        lines += [f"## {figure}", "", summary(named)]
+    return page([*lines, "![Curves](curves.png)", ""], out)
 
 
 def main(arguments: Arguments) -> Path:
