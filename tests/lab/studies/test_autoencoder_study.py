@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamnorm.lab.runs.autoencoder.documents import load_documents
+from streamnorm.lab.runs.autoencoder.data import load_documents
 from streamnorm.lab.runs.autoencoder.model import Autoencoder
 from streamnorm.lab.runs.autoencoder.run import AutoencoderRun
 from streamnorm.lab.studies.arguments import Arguments

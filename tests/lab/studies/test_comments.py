@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from toy import steps, to_the_end, toy
 
-from streamnorm.lab.runs.classifier.architectures import Block
 from streamnorm.lab.runs.classifier.loop import Trainer
+from streamnorm.lab.runs.classifier.models import Block
 from streamnorm.lab.runs.classifier.run import Run
 from streamnorm.lab.studies.arguments import Arguments
 from streamnorm.lab.studies.comments.arrangement import (

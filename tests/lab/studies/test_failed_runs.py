@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from streamnorm.lab.runs.autoencoder.documents import load_documents
+from streamnorm.lab.runs.autoencoder.data import load_documents
 from streamnorm.lab.runs.keeping import finite
 from streamnorm.lab.studies.pipeline.runs import EPSILONS
 from streamnorm.lab.studies.record import write_results

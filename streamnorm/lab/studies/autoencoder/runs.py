@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from streamnorm.lab.runs.autoencoder.documents import Documents, load_documents
-from streamnorm.lab.runs.autoencoder.model import train_autoencoder, trained
+from streamnorm.lab.runs.autoencoder.data import Documents, load_documents
+from streamnorm.lab.runs.autoencoder.loop import train_autoencoder, trained
 from streamnorm.lab.runs.autoencoder.run import AutoencoderRun
 from streamnorm.lab.runs.keeping import finite
 from streamnorm.lab.studies.autoencoder.measures import examined

@@ -14,8 +14,9 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from streamnorm.lab.runs.autoencoder.documents import Documents, load_documents
-from streamnorm.lab.runs.autoencoder.model import cost_of_frequencies, trained
+from streamnorm.lab.runs.autoencoder.data import Documents, load_documents
+from streamnorm.lab.runs.autoencoder.loop import trained
+from streamnorm.lab.runs.autoencoder.model import cost_of_frequencies
 from streamnorm.lab.runs.autoencoder.neighbors import codes, precision_by_chance, side_by_side
 from streamnorm.lab.runs.autoencoder.run import AutoencoderRun
 from streamnorm.lab.runs.checkpoint import write

@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from streamnorm.lab.runs.classifier.architectures import norm_factory
 from streamnorm.lab.runs.classifier.data import Data
 from streamnorm.lab.runs.classifier.inception import Inception
 from streamnorm.lab.runs.classifier.loop import EVALUATION_BATCH, Trainer
+from streamnorm.lab.runs.classifier.models import norm_factory
 from streamnorm.lab.runs.classifier.run import Run
 from streamnorm.lab.runs.language.model import tested
 from streamnorm.lab.studies.study import CHANCE, Record, end_errors, trained

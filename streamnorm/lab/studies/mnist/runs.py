@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from streamnorm.checks import expect_finite
-from streamnorm.lab.runs.classifier.architectures import norm_factory
 from streamnorm.lab.runs.classifier.data import Data
 from streamnorm.lab.runs.classifier.loop import evaluate
+from streamnorm.lab.runs.classifier.models import norm_factory
 from streamnorm.lab.runs.classifier.run import Run
 from streamnorm.lab.studies.traced import TracedTrainer
 from streamnorm.monitoring.sites import PERCENTILES, SATURATED

@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 
 from streamnorm.lab.runs.keeping import finite
+from streamnorm.lab.runs.language.data import Text
 from streamnorm.lab.runs.language.loop import train_text, trained
 from streamnorm.lab.runs.language.model import LanguageModel, build, losses, statistics_kept, tested
 from streamnorm.lab.runs.language.run import TextRun
-from streamnorm.lab.runs.language.text import Text
 from streamnorm.lab.studies.study import Record, final
 
 BETA = "streaming, beta 0 0 1"

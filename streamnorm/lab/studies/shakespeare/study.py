@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from streamnorm.lab.runs.checkpoint import write
+from streamnorm.lab.runs.language.data import load_text
 from streamnorm.lab.runs.language.model import bits
-from streamnorm.lab.runs.language.text import load_text
 from streamnorm.lab.studies.arguments import Arguments, begin
 from streamnorm.lab.studies.record import keep, lines_of, opening, page, verdicts
 from streamnorm.lab.studies.shakespeare.claims import CLAIMS

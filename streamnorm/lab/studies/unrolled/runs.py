@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from streamnorm.lab.runs.classifier.architectures import build
 from streamnorm.lab.runs.classifier.data import Data
 from streamnorm.lab.runs.classifier.loop import evaluate, reloop
+from streamnorm.lab.runs.classifier.models import build
 from streamnorm.lab.runs.classifier.run import Run
 from streamnorm.lab.runs.keeping import finite
 from streamnorm.lab.runs.language.model import statistics_kept
