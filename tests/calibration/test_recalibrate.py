@@ -26,7 +26,7 @@ from streamnorm import (
     recalibrate,
 )
 from streamnorm.calibration import gap
-from streamnorm.lab.runs.classifier.architectures import Convolutional
+from streamnorm.lab.runs.classifier.models import Convolutional
 
 SAMPLES = 131
 """Not a multiple of any batch size below: the last batch is ragged."""

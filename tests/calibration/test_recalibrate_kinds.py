@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from streamnorm.calibration.postproc import layers
 from streamnorm.calibration.recalibrate import TOLERANCE
 from streamnorm.lab.cli import main
-from streamnorm.lab.runs.autoencoder import model as autoencoder
-from streamnorm.lab.runs.autoencoder.documents import load_documents
+from streamnorm.lab.runs.autoencoder import loop as autoencoder
+from streamnorm.lab.runs.autoencoder.data import load_documents
 from streamnorm.lab.runs.keeping import MADE_BY, kind, state_at
 from streamnorm.lab.runs.language import loop as language_loop
-from streamnorm.lab.runs.language.text import decode, load_text
+from streamnorm.lab.runs.language.data import decode, load_text
 from streamnorm.lab.runs.reopen import KINDS, reopen
 
 ROUNDING = 1e-6

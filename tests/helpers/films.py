@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from streamnorm.lab.runs.autoencoder.documents import Bags, Documents
+from streamnorm.lab.runs.autoencoder.data import Bags, Documents
 from streamnorm.lab.runs.autoencoder.run import AutoencoderRun
 
 WORDS = 30

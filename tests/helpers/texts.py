@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from streamnorm.lab.runs import checkpoint
+from streamnorm.lab.runs.language.data import Text, encode
 from streamnorm.lab.runs.language.loop import TextTrainer
 from streamnorm.lab.runs.language.model import LanguageModel
 from streamnorm.lab.runs.language.run import TextRun
-from streamnorm.lab.runs.language.text import Text, encode
 
 WORDS = "the cat sat on the mat; a dog ran to the den.\n"
 

@@ -16,7 +16,7 @@ from watching import hooks, net, sgd, train, watch_one
 
 import streamnorm
 from streamnorm import BatchNorm, NormGRU, SampleNorm, StreamingNorm, attach
-from streamnorm.lab.runs.classifier.architectures import Convolutional
+from streamnorm.lab.runs.classifier.models import Convolutional
 from streamnorm.monitoring.monitor import Monitor, monitor, read
 
 

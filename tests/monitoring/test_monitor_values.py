@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from watching import net, sgd, train, watch_one
 
 from streamnorm import StreamingNorm, attach, vectorized
-from streamnorm.lab.runs.classifier.architectures import Convolutional
+from streamnorm.lab.runs.classifier.models import Convolutional
 from streamnorm.monitoring.monitor import monitor
 from streamnorm.monitoring.sites import CALLS, SATURATED, _positions, _spread
 

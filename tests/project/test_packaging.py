@@ -128,6 +128,17 @@ def test_without_a_compiler_the_package_is_pure_warns_once_and_computes_the_same
     check_computed(tmp_path)
 
 
+def test_the_wheel_holds_every_module_and_every_folder_of_them_is_a_package(tree: Path) -> None:
+    modules = {path.relative_to(ROOT) for path in (ROOT / "streamnorm").rglob("*.py")}
+    for module in modules:
+        (tree / module).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / module, tree / module)
+    wheel, _ = build_wheel(tree, PATH=tree / "nowhere")
+    with zipfile.ZipFile(wheel) as files:
+        assert not {str(module) for module in modules} - set(files.namelist()), "does .gitignore leave them out?"
+    assert not {module.parent / "__init__.py" for module in modules} - modules
+
+
 @compiles
 def test_with_a_compiler_the_wheel_holds_a_library_for_every_python(tree: Path, tmp_path: Path) -> None:
     wheel, said = build_wheel(tree)

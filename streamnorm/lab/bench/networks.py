@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from streamnorm.lab.bench.case import Case, Shared, Variant, WrongError
 from streamnorm.lab.bench.gate import check_layer, compare
 from streamnorm.lab.bench.layers import OURS, LayerStep, Pair
-from streamnorm.lab.runs.classifier.architectures import Convolutional, FullyConnected
 from streamnorm.lab.runs.classifier.data import Data
 from streamnorm.lab.runs.classifier.loop import Trainer
+from streamnorm.lab.runs.classifier.models import Convolutional, FullyConnected
 from streamnorm.lab.runs.classifier.run import Run
 from streamnorm.monitoring.monitor import monitor
 from streamnorm.nn.layers import BatchNorm, StreamingNorm

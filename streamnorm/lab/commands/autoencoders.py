@@ -47,8 +47,8 @@ def train_autoencoder(command: Autoencoder) -> None:
     from rich.markup import escape
 
     from streamnorm.lab.commands.progress import progress, say_where
-    from streamnorm.lab.runs.autoencoder import model as autoencoder
-    from streamnorm.lab.runs.autoencoder.documents import load_documents
+    from streamnorm.lab.runs.autoencoder.data import load_documents
+    from streamnorm.lab.runs.autoencoder.loop import AutoencoderTrainer, train_autoencoder
     from streamnorm.lab.runs.summary import fixed
 
     run = command.run
@@ -73,12 +73,12 @@ def train_autoencoder(command: Autoencoder) -> None:
 
     with progress(console, run.label) as move:
 
-        def show(trainer: autoencoder.AutoencoderTrainer) -> None:
+        def show(trainer: AutoencoderTrainer) -> None:
             epoch = math.ceil(trainer.done / trainer.per_epoch)
             said = f"{run.label}, epoch {epoch} of {run.epochs}"
             move(completed=trainer.done, total=trainer.updates, description=said)
 
-        record = autoencoder.train_autoencoder(run, documents, out, show, begin, tell)
+        record = train_autoencoder(run, documents, out, show, begin, tell)
     if record["failed"]:
         raise ValueError(f"{run.label} could not train: {record['failed']}")
 

@@ -58,7 +58,7 @@ def arms(command: Compare) -> list[Run]:
     Raises:
         ValueError: for an arm that cannot be read, is unknown or named twice.
     """
-    from streamnorm.lab.runs.classifier.architectures import norm_factory
+    from streamnorm.lab.runs.classifier.models import norm_factory
 
     runs = []
     for spec in command.arms:
@@ -143,8 +143,8 @@ def _trained(runs: Sequence[Run], data: Data, out: Path, console: Console) -> li
 
 def _expect_images(data: str) -> None:
     """Refuse what other models are trained on, and say by which command they are."""
-    from streamnorm.lab.runs.autoencoder.documents import COLLECTIONS
-    from streamnorm.lab.runs.language.text import TEXTS
+    from streamnorm.lab.runs.autoencoder.data import COLLECTIONS
+    from streamnorm.lab.runs.language.data import TEXTS
 
     for arch, known, what in (("gru", TEXTS, "a text"), ("autoencoder", COLLECTIONS, "a collection of documents")):
         if data in known:

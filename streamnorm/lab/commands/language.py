@@ -45,8 +45,8 @@ def train_language(command: Language) -> None:
     from rich.markup import escape
 
     from streamnorm.lab.commands.progress import progress, say_where
+    from streamnorm.lab.runs.language.data import load_text
     from streamnorm.lab.runs.language.loop import TextTrainer, train_text
-    from streamnorm.lab.runs.language.text import load_text
     from streamnorm.lab.runs.summary import fixed
 
     run = command.run

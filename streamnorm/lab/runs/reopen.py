@@ -16,18 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from streamnorm.calibration.recalibrate import Call
+from streamnorm.lab.runs.autoencoder import loop as autoencoder_loop
 from streamnorm.lab.runs.autoencoder import model as autoencoder
-from streamnorm.lab.runs.language import model as language
-from streamnorm.lab.runs.language import loop as language_loop
-from streamnorm.lab.runs.classifier import loop
+from streamnorm.lab.runs.autoencoder.data import load_documents, same_documents
 from streamnorm.lab.runs.checkpoint import said_of
+from streamnorm.lab.runs.classifier import loop
 from streamnorm.lab.runs.classifier.data import load
-from streamnorm.lab.runs.autoencoder.documents import load_documents, same_documents
-from streamnorm.lab.runs.keeping import expect_trained, kind
-from streamnorm.lab.runs.language.model import bits
 from streamnorm.lab.runs.classifier.loop import Trainer, reloop
 from streamnorm.lab.runs.classifier.run import Run
-from streamnorm.lab.runs.language.text import load_text
+from streamnorm.lab.runs.keeping import expect_trained, kind
+from streamnorm.lab.runs.language import loop as language_loop
+from streamnorm.lab.runs.language import model as language
+from streamnorm.lab.runs.language.data import load_text
+from streamnorm.lab.runs.language.model import bits
 from streamnorm.lab.runs.underway import description
 
 
@@ -210,7 +211,7 @@ def _through(model: nn.Module, batch: tuple[Tensor, int]) -> None:
 
 def auto_encoder(path: Path, state: dict[str, Any], root: Path | None) -> Reopened:
     """An auto-encoder and its documents, whose words its inputs are: others cannot be read."""
-    run, model = autoencoder.rebuilt(state)
+    run, model = autoencoder_loop.rebuilt(state)
     documents = load_documents(run.data, root, vocabulary=run.vocabulary, train_limit=run.train_limit)
     same_documents(documents, state["data"]["documents"], path)
 

@@ -1,9 +1,9 @@
 """What the records of runs say: figures (``Row``), one sentence, one table. Imports the standard library alone.
 
-A run is the record that ``streamnorm.lab.runs.classifier.loop.train`` returns. An arm is one normalization; a label is one arm
-under one setting, with a run for each seed. Losses are in nats; errors are fractions in records and rows, and per cent
-or percentage points where they are shown. A figure is a run's at its last epoch; sd is the sample standard deviation
-over seeds.
+A run is the record that ``streamnorm.lab.runs.classifier.loop.train`` returns. An arm is one normalization; a label is
+one arm under one setting, with a run for each seed. Losses are in nats; errors are fractions in records and rows, and
+per cent or percentage points where they are shown. A figure is a run's at its last epoch; sd is the sample standard
+deviation over seeds.
 """
 
 from __future__ import annotations

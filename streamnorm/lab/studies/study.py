@@ -13,10 +13,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from streamnorm.lab.runs import checkpoint
 from streamnorm.lab.runs.classifier.data import Data
 from streamnorm.lab.runs.classifier.loop import Trainer
 from streamnorm.lab.runs.classifier.run import Run
-from streamnorm.lab.runs.keeping import run_to_end
+from streamnorm.lab.runs.keeping import CHECKPOINT, run_to_end
 from streamnorm.lab.runs.underway import description
 
 Record = dict[str, Any]
@@ -84,9 +85,21 @@ def trained(
     return trainer
 
 
+def reopened(record: Record, data: Data, out: Path) -> Trainer:
+    """The trained run of a record of ``carry_out``."""
+    trainer = Trainer(Run.from_json(record["run"]), data)
+    trainer.restore(checkpoint.load(folder_of(out, record["label"], record["seed"]) / CHECKPOINT))
+    return trainer
+
+
 def folder_of(out: Path, name: str, seed: int) -> Path:
     """Where ``carry_out`` keeps a run."""
     return out / name.replace(" ", "-") / f"seed{seed}"
+
+
+def whole(records: Iterable[Any]) -> list[Any]:
+    """Those that trained to their end."""
+    return [record for record in records if record["metrics"] and not record["failed"]]
 
 
 def number(figure: float | None) -> float:

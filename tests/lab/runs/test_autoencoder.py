@@ -14,24 +14,22 @@ import torch.nn.functional as F
 from films import WORDS, collection, small
 from torch import nn
 
-from streamnorm.train.dau import attach
-from streamnorm.nn.layers import StreamingNorm
-from streamnorm.nn.norm import Norm
 from streamnorm.lab.runs import checkpoint
+from streamnorm.lab.runs.autoencoder.data import Bags, Documents
+from streamnorm.lab.runs.autoencoder.loop import AutoencoderTrainer, train_autoencoder, trained
 from streamnorm.lab.runs.autoencoder.model import (
     Autoencoder,
-    AutoencoderTrainer,
     WordSum,
     build,
     cost,
     cost_of_frequencies,
     evaluate,
     log_odds,
-    train_autoencoder,
-    trained,
 )
 from streamnorm.lab.runs.autoencoder.run import AutoencoderRun
-from streamnorm.lab.runs.autoencoder.documents import Bags, Documents
+from streamnorm.nn.layers import StreamingNorm
+from streamnorm.nn.norm import Norm
+from streamnorm.train.dau import attach
 
 
 def stepped(trainer: AutoencoderTrainer, updates: int) -> AutoencoderTrainer:
@@ -243,7 +241,7 @@ def test_what_is_tested_are_the_weights_that_the_statistics_were_taken_with(arm:
 
 
 def test_a_test_cost_that_is_not_finite_is_a_result_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamnorm.lab.runs.autoencoder.model.evaluate", lambda *_: math.inf)
+    monkeypatch.setattr("streamnorm.lab.runs.autoencoder.loop.evaluate", lambda *_: math.inf)
     record = train_autoencoder(small(arm="layer", epochs=2), collection())
     assert record["failed"] is None
     assert [(line["test_cost"], line["note"]) for line in record["metrics"]] == [(None, "test_cost became inf")] * 2

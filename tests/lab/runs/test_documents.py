@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from streamnorm.lab.runs.autoencoder.data import COLLECTIONS, STOP_WORDS, Bags, load_documents, same_documents
 from streamnorm.lab.runs.classifier.data import DataError
-from streamnorm.lab.runs.autoencoder.documents import COLLECTIONS, STOP_WORDS, Bags, load_documents, same_documents
 
 REAL = Path(os.environ.get("STREAMNORM_DATA") or Path(__file__).resolve().parents[4] / "shared" / "data")
 FILMS = [

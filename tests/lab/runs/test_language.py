@@ -16,11 +16,11 @@ from close import same
 from texts import seen_by, small, tiny, to_the_end
 from torch import Tensor
 
-from streamnorm.nn.norm import norms
-from streamnorm.lab.runs.language.model import ARMS, LanguageModel, bits, build, evaluate, losses, statistics_kept
+from streamnorm.lab.runs.language.data import Text, load_text
 from streamnorm.lab.runs.language.loop import TextTrainer, learning_rate, train_text, trained
-from streamnorm.lab.runs.language.text import Text, load_text
+from streamnorm.lab.runs.language.model import ARMS, LanguageModel, bits, build, evaluate, losses, statistics_kept
 from streamnorm.lab.runs.language.run import TextRun
+from streamnorm.nn.norm import norms
 
 # --- TextRun
 

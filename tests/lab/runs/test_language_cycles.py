@@ -12,10 +12,10 @@ from close import same
 from texts import seen_by, small, snapshot, tiny, to_the_end
 from torch import Tensor
 
-from streamnorm.nn.norm import norms
-from streamnorm.lab.runs.language.model import build, evaluate, statistics_kept, validate
+from streamnorm.lab.runs.language.data import chunk
 from streamnorm.lab.runs.language.loop import TextTrainer
-from streamnorm.lab.runs.language.text import chunk
+from streamnorm.lab.runs.language.model import build, evaluate, statistics_kept, validate
+from streamnorm.nn.norm import norms
 
 MIXED: dict[str, Any] = {"steps": (3, 8, 4), "batches_per_update": 3, "samples_per_batch": 2, "validate_every": 9}
 

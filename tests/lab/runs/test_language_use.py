@@ -18,9 +18,9 @@ from texts import WORDS, small, tiny, to_the_end
 
 from streamnorm.lab.cli import main
 from streamnorm.lab.runs import checkpoint
-from streamnorm.lab.runs.language.model import build, sample
+from streamnorm.lab.runs.language.data import encode
 from streamnorm.lab.runs.language.loop import TextTrainer
-from streamnorm.lab.runs.language.text import encode
+from streamnorm.lab.runs.language.model import build, sample
 
 # --- Sampling
 

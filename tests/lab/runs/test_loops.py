@@ -14,14 +14,14 @@ from torch import nn
 from toy import flat, small, steps, to_the_end, toy
 
 import streamnorm as sn
-from streamnorm.ops import backends
 from streamnorm.lab.cli import main
 from streamnorm.lab.runs import checkpoint
-from streamnorm.lab.runs.classifier.architectures import ARMS, Convolutional, FullyRecurrent, build
 from streamnorm.lab.runs.checkpoint import CheckpointError
 from streamnorm.lab.runs.classifier.loop import Trainer, evaluate, reloop
+from streamnorm.lab.runs.classifier.models import ARMS, Convolutional, FullyRecurrent, build
 from streamnorm.lab.runs.classifier.run import Run
 from streamnorm.lab.runs.underway import load_model
+from streamnorm.ops import backends
 
 # --- The modules
 

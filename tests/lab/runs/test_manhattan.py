@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from streamnorm import StreamingNorm, attach
-from streamnorm.lab.runs.classifier.manhattan import Manhattan
+from streamnorm.lab.runs.language.manhattan import Manhattan
 
 
 def weight(*values: float) -> nn.Parameter:

@@ -12,10 +12,10 @@ import torch
 from films import WORDS, collection
 
 from streamnorm.lab.cli import main
-from streamnorm.nn.layers import SampleNorm
+from streamnorm.lab.runs.autoencoder.data import Bags
 from streamnorm.lab.runs.autoencoder.model import Autoencoder
-from streamnorm.lab.runs.autoencoder.documents import Bags
 from streamnorm.lab.runs.autoencoder.neighbors import codes, nearest, precision, precision_by_chance, side_by_side
+from streamnorm.nn.layers import SampleNorm
 
 
 def test_neighbors_are_by_cosine_and_leave_out_the_one_that_asks() -> None:

@@ -14,8 +14,8 @@ import pytest
 from records import CLEAR, epoch, run, runs_of
 from toy import small, toy
 
-from streamnorm.lab.runs.curves import picture
 from streamnorm.lab.runs.classifier.loop import train
+from streamnorm.lab.runs.curves import picture
 from streamnorm.lab.runs.report import write_report
 from streamnorm.lab.runs.summary import sentence, summarize
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamnorm.lab.runs.language.text import TEXTS, decode, encode, load_text, streams
+from streamnorm.lab.runs.language.data import TEXTS, decode, encode, load_text, streams
 
 REAL = Path(os.environ.get("STREAMNORM_DATA") or Path(__file__).resolve().parents[4] / "shared" / "data")
 

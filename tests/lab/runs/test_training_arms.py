@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from toy import small
 
-from streamnorm.nn.norm import Affine, Norm
 from streamnorm.definition.ref import REFS
 from streamnorm.definition.stats import DegenerateReferenceError
-from streamnorm.lab.runs.classifier.architectures import ARMS, PEERS, Block, build
+from streamnorm.lab.runs.classifier.models import ARMS, PEERS, Block, build
+from streamnorm.nn.norm import Affine, Norm
 
 IMAGE = (1, 8, 8)
 ONE_ACTIVATION = {

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from toy import flat, small, steps, to_the_end, toy
 
-from streamnorm.nn.norm import Norm
-from streamnorm.lab.runs.classifier.architectures import build
 from streamnorm.lab.runs.classifier.data import Data
 from streamnorm.lab.runs.classifier.loop import Trainer, learning_rate, order, train
+from streamnorm.lab.runs.classifier.models import build
 from streamnorm.lab.runs.classifier.run import Run
 from streamnorm.lab.runs.summary import summarize
+from streamnorm.nn.norm import Norm
 
 # --- The order of the data
 

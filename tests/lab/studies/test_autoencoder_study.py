@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamnorm.lab.runs.autoencoder.documents import load_documents
+from streamnorm.lab.runs.autoencoder.data import load_documents
 from streamnorm.lab.runs.autoencoder.model import Autoencoder
 from streamnorm.lab.runs.autoencoder.run import AutoencoderRun
 from streamnorm.lab.studies.arguments import Arguments
+from streamnorm.lab.studies.autoencoder.claims import CLAIMS, pairs_of, ratios
 from streamnorm.lab.studies.autoencoder.measures import correlation, examined, with_and_without_bias
-from streamnorm.lab.studies.autoencoder.study import CLAIMS, DROPOUTS, TIERS, main, pairs_of, ratios, runs
+from streamnorm.lab.studies.autoencoder.runs import DROPOUTS, TIERS, runs
+from streamnorm.lab.studies.autoencoder.study import main
 
 
 def test_correlation_is_that_of_different_columns() -> None:

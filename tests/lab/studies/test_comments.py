@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from toy import steps, to_the_end, toy
 
-from streamnorm.lab.runs.classifier.architectures import Block
 from streamnorm.lab.runs.classifier.loop import Trainer
+from streamnorm.lab.runs.classifier.models import Block
 from streamnorm.lab.runs.classifier.run import Run
 from streamnorm.lab.studies.arguments import Arguments
 from streamnorm.lab.studies.comments.arrangement import (
@@ -28,21 +28,10 @@ from streamnorm.lab.studies.comments.arrangement import (
     ArrangedRun,
     ArrangedTrainer,
 )
+from streamnorm.lab.studies.comments.claims import CLAIMS, at_the_same_loss, gap, share_below
 from streamnorm.lab.studies.comments.curvature import hessian, largest_eigenvalue, loss_and_gradient, relative
-from streamnorm.lab.studies.comments.study import (
-    CLAIMS,
-    FACTORS,
-    RATES,
-    TIERS,
-    CurvedTrainer,
-    at_the_same_loss,
-    gap,
-    main,
-    rated,
-    runs,
-    scaling,
-    share_below,
-)
+from streamnorm.lab.studies.comments.runs import FACTORS, RATES, TIERS, CurvedTrainer, rated, runs, scaling
+from streamnorm.lab.studies.comments.study import main
 from streamnorm.nn.layers import BatchNorm, StreamingNorm
 from streamnorm.nn.norm import Norm
 

@@ -16,9 +16,9 @@ from streamnorm.lab.runs.classifier.data import Data, load
 from streamnorm.lab.runs.classifier.inception import Branches, Inception, inception, reduction, unit_of
 from streamnorm.lab.runs.classifier.loop import Trainer
 from streamnorm.lab.studies.arguments import Arguments
-from streamnorm.lab.studies.inception.study import (
+from streamnorm.lab.studies.inception.claims import CLAIMS, best_of_plain, shares
+from streamnorm.lab.studies.inception.runs import (
     ARMS,
-    CLAIMS,
     ENSEMBLE,
     FACTORS,
     MEMBER,
@@ -28,15 +28,13 @@ from streamnorm.lab.studies.inception.study import (
     InceptionRun,
     InceptionTrainer,
     averaged,
-    best_of_plain,
     carry_out,
-    main,
     member,
     named,
     probabilities,
     runs,
-    shares,
 )
+from streamnorm.lab.studies.inception.study import main
 from streamnorm.nn.layers import BatchNorm
 from streamnorm.nn.norm import Affine, Norm
 
@@ -154,11 +152,11 @@ def test_a_member_that_could_not_train_has_no_say(
 
     step = InceptionTrainer.step
     monkeypatch.setattr(InceptionTrainer, "step", failing)
-    monkeypatch.setattr("streamnorm.lab.studies.inception.study.runs", lambda tier: {})
-    monkeypatch.setattr("streamnorm.lab.studies.inception.study.member", lambda tier: SMALL)
+    monkeypatch.setattr("streamnorm.lab.studies.inception.runs.runs", lambda tier: {})
+    monkeypatch.setattr("streamnorm.lab.studies.inception.runs.member", lambda tier: SMALL)
     asked: list[int] = []
     monkeypatch.setattr(
-        "streamnorm.lab.studies.inception.study.averaged", lambda answers, y: asked.append(len(answers)) or 0.5
+        "streamnorm.lab.studies.inception.runs.averaged", lambda answers, y: asked.append(len(answers)) or 0.5
     )
     records = carry_out(TIERS["smoke"], (0,), digits, tmp_path)
     assert asked == [5]
@@ -294,8 +292,8 @@ def test_a_smoke_run_goes_from_training_to_the_record_and_is_not_trained_twice(
 
 def test_a_stopped_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: Data) -> None:
     tier = replace(TIERS["smoke"], member_epochs=2)
-    monkeypatch.setattr("streamnorm.lab.studies.inception.study.runs", lambda tier: {"batch x5": SMALL})
-    monkeypatch.setattr("streamnorm.lab.studies.inception.study.MEMBERS", 2)
+    monkeypatch.setattr("streamnorm.lab.studies.inception.runs.runs", lambda tier: {"batch x5": SMALL})
+    monkeypatch.setattr("streamnorm.lab.studies.inception.runs.MEMBERS", 2)
     whole = carry_out(tier, (0,), digits, tmp_path / "whole")
     taken, step = 0, Trainer.step
 

@@ -15,22 +15,18 @@ from torch import Tensor, nn
 from streamnorm.lab.runs.classifier.data import Data, load
 from streamnorm.lab.runs.classifier.loop import Trainer
 from streamnorm.lab.studies.arguments import Arguments
-from streamnorm.lab.studies.mnist.study import (
-    CLAIMS,
+from streamnorm.lab.studies.mnist.claims import CLAIMS, drift, growth, reaches, spreads
+from streamnorm.lab.studies.mnist.runs import (
     NAIVE,
     SCALES,
     TIERS,
     SigmoidRun,
     SigmoidTrainer,
-    drift,
-    growth,
     identity_error,
-    main,
-    reaches,
     runs,
     scaled,
-    spreads,
 )
+from streamnorm.lab.studies.mnist.study import main
 from streamnorm.nn.norm import Affine, Norm
 
 CHECK = {claim.id: claim.check for claim in CLAIMS}

@@ -12,17 +12,9 @@ import torch
 
 from streamnorm.lab.runs.classifier.data import Data
 from streamnorm.lab.studies.arguments import Arguments
-from streamnorm.lab.studies.pipeline.study import (
-    CLAIMS,
-    EPSILONS,
-    NORMALIZED,
-    PLAIN,
-    distance,
-    expected_ratio,
-    main,
-    table,
-    with_epsilon,
-)
+from streamnorm.lab.studies.pipeline.claims import CLAIMS
+from streamnorm.lab.studies.pipeline.runs import EPSILONS, NORMALIZED, PLAIN, distance, expected_ratio, with_epsilon
+from streamnorm.lab.studies.pipeline.study import main, table
 
 CHECK = {claim.id: claim.check for claim in CLAIMS}
 

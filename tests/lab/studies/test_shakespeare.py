@@ -15,8 +15,9 @@ from texts import small, tiny, to_the_end
 from streamnorm.lab.runs.language.loop import TextTrainer
 from streamnorm.lab.studies.arguments import Arguments
 from streamnorm.lab.studies.shakespeare.claims import CLAIMS, faster, lower, reached, rise
-from streamnorm.lab.studies.shakespeare.figures import smooth
-from streamnorm.lab.studies.shakespeare.study import FIGURES, PAPER, TIERS, main, runs, statistics_over_time
+from streamnorm.lab.studies.shakespeare.figures import FIGURES, smooth
+from streamnorm.lab.studies.shakespeare.runs import PAPER, TIERS, runs, statistics_over_time
+from streamnorm.lab.studies.shakespeare.study import main
 
 
 def record(*curve: float | None, failed: str | None = None, **more: Any) -> dict[str, Any]:

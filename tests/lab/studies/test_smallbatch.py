@@ -13,26 +13,24 @@ from toy import small, steps, toy
 
 from streamnorm.lab.runs.classifier.loop import Trainer, evaluate
 from streamnorm.lab.studies.arguments import Arguments
-from streamnorm.lab.studies.smallbatch import study as smallbatch
-from streamnorm.lab.studies.smallbatch.study import (
+from streamnorm.lab.studies.smallbatch.claims import CLAIMS
+from streamnorm.lab.studies.smallbatch.runs import (
     BY_BATCH,
-    CHANCE,
-    CLAIMS,
     KEYS,
     SHORT,
     STABLE,
     TIERS,
     UPDATE,
     error_in_training_mode,
-    errors,
     grid,
     kept,
-    main,
     many_seeds,
     name_of,
     path_of,
     runs,
 )
+from streamnorm.lab.studies.smallbatch.study import main
+from streamnorm.lab.studies.study import CHANCE, end_errors
 
 CHECK = {claim.id: claim.check for claim in CLAIMS}
 
@@ -96,7 +94,7 @@ def test_verdicts(claim: str, errors: dict[str, float], verdict: str) -> None:
 def test_a_run_that_failed_is_at_chance_and_counted() -> None:
     records = made(default=0.4)
     records[STABLE + "B default 1 x 32"] = [record("B default", 0.4), record("B default", 0.4, "diverged", None)]
-    assert errors(records, STABLE + "B default 1 x 32") == [0.4, CHANCE]
+    assert end_errors(records, STABLE + "B default 1 x 32") == [0.4, CHANCE]
     verdict, figures = CHECK["SB-3"](records)
     assert verdict == "contradicted"
     assert figures.startswith("B default 1 x 32 1 of 2 seeds")
@@ -127,7 +125,8 @@ def test_a_smoke_run_goes_from_training_to_the_record_and_is_not_trained_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     some = {"A": grid("A")[:4] + grid("A")[-5:], "B": KEYS["B"]}
-    monkeypatch.setattr(smallbatch, "grid", lambda letter: list(some[letter]))
+    for module in ("runs", "study"):
+        monkeypatch.setattr(f"streamnorm.lab.studies.smallbatch.{module}.grid", lambda letter: list(some[letter]))
     arguments = Arguments("smoke", tmp_path)
     page = main(arguments).read_text()
     for claim in CLAIMS:

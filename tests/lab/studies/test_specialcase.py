@@ -9,7 +9,8 @@ import pytest
 from toy import to_the_end, toy
 
 from streamnorm.lab.runs.classifier.loop import Trainer
-from streamnorm.lab.studies.specialcase.study import AVERAGE, CLAIMS, LAST, RUNS
+from streamnorm.lab.studies.specialcase.claims import CLAIMS
+from streamnorm.lab.studies.specialcase.runs import AVERAGE, LAST, RUNS
 from streamnorm.nn.norm import norms
 
 

@@ -30,17 +30,20 @@ from streamnorm.lab.studies.streams.data import GENERATORS, STREAMS, load, made_
 from streamnorm.lab.studies.streams.runs import (
     ARMS,
     STEP,
+    TIERS,
     Source,
     StreamRun,
     accuracy,
     carry_out,
     kept,
     learn,
+    many_seeds,
     name_of,
     network,
     path_of,
+    runs,
 )
-from streamnorm.lab.studies.streams.study import TIERS, main, many_seeds, runs
+from streamnorm.lab.studies.streams.study import main
 
 CHECK = {claim.id: claim.check for claim in CLAIMS}
 RUN = StreamRun("Bananas", "raw", "layer", "SGD", 0.1)

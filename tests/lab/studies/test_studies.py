@@ -35,6 +35,26 @@ def test_every_module_with_a_main_is_a_study() -> None:
 
 
 @pytest.mark.parametrize("name", STUDIES)
+def test_every_study_has_the_same_files_and_each_of_them_its_own_part(name: str) -> None:
+    def defined(part: str) -> set[str]:
+        path = ROOM / name / f"{part}.py"
+        return names_of(ast.parse(path.read_text()).body)
+
+    assert "CLAIMS" in defined("claims")
+    assert defined("runs") & {"runs", "RUNS"}
+    assert "main" in defined("study")
+    assert not defined("study") & {"TIERS", "Tier", "runs", "RUNS", "CLAIMS"}
+
+
+def names_of(body: list[ast.stmt]) -> set[str]:
+    """What a module defines at its top, what it imports left out."""
+    targets = [t for node in body if isinstance(node, ast.Assign) for t in node.targets]
+    targets += [node.target for node in body if isinstance(node, ast.AnnAssign)]
+    named = {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    return named | {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+@pytest.mark.parametrize("name", STUDIES)
 def test_a_study_is_kept_under_its_own_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class BegunError(Exception):
         pass

@@ -11,22 +11,9 @@ import pytest
 
 from streamnorm.lab.studies.arguments import Arguments
 from streamnorm.lab.studies.study import alike, first_at, together
-from streamnorm.lab.studies.unrolled.study import (
-    BETAS,
-    CLAIMS,
-    FIGURES,
-    LONGER,
-    SLOWER,
-    TIERS,
-    change,
-    last,
-    main,
-    mean_gradient,
-    roughness,
-    runs,
-    times_as_fast,
-    training_error,
-)
+from streamnorm.lab.studies.unrolled.claims import CLAIMS, change, last, roughness, times_as_fast, training_error
+from streamnorm.lab.studies.unrolled.runs import BETAS, FIGURES, LONGER, SLOWER, TIERS, mean_gradient, runs
+from streamnorm.lab.studies.unrolled.study import main
 
 CHECK = {claim.id: claim.check for claim in CLAIMS}
 

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from streamnorm.lab.runs.autoencoder.model import Autoencoder, in_batches, trained
-from streamnorm.lab.runs.autoencoder.documents import Bags, Documents, load_documents, same_documents
+from streamnorm.lab.runs.autoencoder.data import Bags, Documents, load_documents, same_documents
+from streamnorm.lab.runs.autoencoder.loop import trained
+from streamnorm.lab.runs.autoencoder.model import Autoencoder, in_batches
 from streamnorm.lab.runs.language.model import tested
 
 QUERIES = 500

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from streamnorm.lab.runs.classifier.architectures import NormFactory
+from streamnorm.lab.runs.classifier.models import NormFactory
 
 Unit = Callable[..., nn.Sequential]
 """``(features before, features after, side of the kernel, stride = 1) -> layer``."""

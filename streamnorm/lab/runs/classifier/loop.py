@@ -19,15 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from streamnorm.train.dau import AUTO_WARMUP, DAU
-from streamnorm.monitoring.monitor import monitor
 from streamnorm.definition.stats import DegenerateReferenceError
-from streamnorm.ops.functional import latest_statistics
-from streamnorm.lab.runs.classifier.architectures import build
 from streamnorm.lab.runs.classifier.data import Data
-from streamnorm.lab.runs.keeping import Tell, recorded, run_to_end
+from streamnorm.lab.runs.classifier.models import build
 from streamnorm.lab.runs.classifier.run import Run
+from streamnorm.lab.runs.keeping import Tell, recorded, run_to_end
 from streamnorm.lab.runs.underway import LATE, UnderWay, description, load_model
+from streamnorm.monitoring.monitor import monitor
+from streamnorm.ops.functional import latest_statistics
+from streamnorm.train.dau import AUTO_WARMUP, DAU
 
 Progress = Callable[[int, int], None]
 EVALUATION_BATCH = 1000

@@ -18,16 +18,16 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from streamnorm.train.dau import attach, take_mean
 from streamnorm.definition.stats import DegenerateReferenceError
 from streamnorm.lab.runs import checkpoint
 from streamnorm.lab.runs.checkpoint import said_of
 from streamnorm.lab.runs.keeping import Tell, recorded, run_to_end, trained_state
+from streamnorm.lab.runs.language.data import Text, chunk, streams
+from streamnorm.lab.runs.language.manhattan import Manhattan
 from streamnorm.lab.runs.language.model import LanguageModel, State, bits, build, detached, validate
-from streamnorm.lab.runs.classifier.manhattan import Manhattan
-from streamnorm.lab.runs.language.text import Text, chunk, streams
 from streamnorm.lab.runs.language.run import TextRun
 from streamnorm.lab.runs.underway import LATE, UnderWay, description, load_model
+from streamnorm.train.dau import attach, take_mean
 
 SMOOTHED = 50
 """Mini-batches in the moving average of the training loss (section 7.6)."""

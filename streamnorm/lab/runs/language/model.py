@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from streamnorm.lab.runs.language.data import decode, encode
+from streamnorm.lab.runs.language.run import TextRun
 from streamnorm.nn.layers import BatchNorm, SampleNorm, StreamingNorm
 from streamnorm.nn.norm import Affine, Norm
 from streamnorm.nn.recurrent.layers import NormGRU, NormLSTM, NormRNN, Recurrent
 from streamnorm.nn.timespecific import TimeSpecific, TimeSpecificNorm
-from streamnorm.lab.runs.language.text import decode, encode
-from streamnorm.lab.runs.language.run import TextRun
 
 State = Tensor | tuple[Tensor, ...] | None
 """What a recurrent layer carries on: h, of an LSTM (h, c); None is 0."""

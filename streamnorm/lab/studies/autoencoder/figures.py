@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from streamnorm.drawing import COLORS, DASHES, OTHER_COLORS, draw, draw_columns, finish, png, whole_numbers
-from streamnorm.lab.studies.study import with_failures
+from streamnorm.lab.studies.study import whole, with_failures
 
 Records = Mapping[str, Sequence[Mapping[str, Any]]]
 
@@ -21,7 +21,7 @@ def picture(records: Records, dropouts: Sequence[float]) -> bytes:
 
     figure = Figure(figsize=(13, 9.5), dpi=120, layout="constrained")
     (costs, norms), (rates, dropout) = figure.subplots(2, 2)
-    online = {name: _trained(seeds) for name, seeds in records.items() if "online" in name}
+    online = {name: whole(seeds) for name, seeds in records.items() if "online" in name}
     for name, style in zip(online, _styles([records[name][0]["arm"] for name in online]), strict=True):
         for panel, key in ((costs, "test_cost"), (norms, "norm")):
             values = [[line[key] for line in record["metrics"]] for record in online[name]]
@@ -39,7 +39,7 @@ def picture(records: Records, dropouts: Sequence[float]) -> bytes:
     for arm in ("none", "batch"):
         for share, dash in zip(dropouts, DASHES, strict=False):
             name = f"{arm}, dropout {share}"
-            values = [[m["test_cost"] for m in r["metrics"]] for r in _trained(records[name])]
+            values = [[m["test_cost"] for m in r["metrics"]] for r in whole(records[name])]
             style = {"color": COLORS[arm], "linestyle": dash, "label": with_failures(name, records[name])}
             draw(dropout, range(1, max(map(len, values), default=0) + 1), values, style)
     rates.set_xscale("log")
@@ -56,10 +56,6 @@ def picture(records: Records, dropouts: Sequence[float]) -> bytes:
     for panel, (title, axis) in titles.items():
         finish(panel, title, axis)
     return png(figure)
-
-
-def _trained(seeds: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [record for record in seeds if record["metrics"] and not record["failed"]]
 
 
 def _rate(seeds: Sequence[Mapping[str, Any]]) -> float:

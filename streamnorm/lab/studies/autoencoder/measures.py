@@ -10,8 +10,9 @@ import statistics
 import torch
 from torch import Tensor, nn
 
-from streamnorm.lab.runs.autoencoder.documents import Documents
-from streamnorm.lab.runs.autoencoder.model import Autoencoder, AutoencoderTrainer
+from streamnorm.lab.runs.autoencoder.data import Documents
+from streamnorm.lab.runs.autoencoder.loop import AutoencoderTrainer
+from streamnorm.lab.runs.autoencoder.model import Autoencoder
 from streamnorm.lab.runs.autoencoder.neighbors import codes, nearest, precision
 from streamnorm.lab.runs.autoencoder.run import AutoencoderRun
 from streamnorm.lab.runs.language.model import tested

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from streamnorm.lab.runs.classifier.architectures import Block, Convolutional, norm_factory
 from streamnorm.lab.runs.classifier.data import Data
 from streamnorm.lab.runs.classifier.loop import Trainer
+from streamnorm.lab.runs.classifier.models import Block, Convolutional, norm_factory
 from streamnorm.lab.runs.classifier.run import Run
 from streamnorm.nn.norm import Norm, norms
 

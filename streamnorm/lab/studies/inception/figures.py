@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from streamnorm.drawing import COLORS, DASHES, OTHER_COLORS, draw, finish, png
-from streamnorm.lab.studies.study import with_failures
+from streamnorm.lab.studies.study import whole, with_failures
 
 Record = Mapping[str, Any]
 
@@ -43,9 +43,9 @@ def picture(records: Mapping[str, Sequence[Record]], ensembles: Sequence[Record]
 
 
 def _curve(panel: Any, records: Sequence[Record], style: dict[str, Any]) -> None:
-    whole = [record["metrics"] for record in records if record["metrics"] and not record["failed"]]
-    updates = [line["updates"] for line in whole[0]] if whole else []
-    draw(panel, updates, [[100 * line["test_error"] for line in metrics] for metrics in whole], style)
+    curves = [record["metrics"] for record in whole(records)]
+    updates = [line["updates"] for line in curves[0]] if curves else []
+    draw(panel, updates, [[100 * line["test_error"] for line in metrics] for metrics in curves], style)
 
 
 def _ensembles(panel: Any, ensembles: Sequence[Record]) -> None:

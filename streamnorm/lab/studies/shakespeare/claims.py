@@ -10,10 +10,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-import torch
-
-from streamnorm.lab.runs.language.model import build, statistics_kept
-from streamnorm.lab.runs.language.run import TextRun
+from streamnorm.lab.studies.shakespeare.runs import kept_by_steps
 from streamnorm.lab.studies.study import (
     Claim,
     Record,
@@ -207,13 +204,7 @@ def _c59(records: Records) -> tuple[Verdict, str]:
 
 
 def _c61(records: Records) -> tuple[Verdict, str]:
-    kept: dict[str, dict[int, int]] = {arm: {} for arm in ("streaming", "tsbn")}
-    for arm, of in kept.items():
-        run = TextRun.from_json(records[f"rnn {arm}"][0]["run"])
-        for steps in (max(run.steps), 2 * max(run.steps)):
-            model = build(run, 5)
-            model(torch.randint(5, (steps, 4), generator=torch.Generator().manual_seed(0)))
-            of[steps] = statistics_kept(model)
+    kept = {arm: kept_by_steps(records[f"rnn {arm}"][0]) for arm in ("streaming", "tsbn")}
     constant = len(set(kept["streaming"].values())) == 1
     (short, few), (long, many) = kept["tsbn"].items()
     verdict: Verdict = "reproduced" if constant and many * short == few * long else "contradicted"

@@ -8,9 +8,22 @@ from itertools import cycle
 from typing import Any
 
 from streamnorm.drawing import DASHES, PALETTE, colors_of, draw, finish, png
-from streamnorm.lab.studies.study import with_failures
+from streamnorm.lab.studies.shakespeare.runs import CELLS, SETTINGS
+from streamnorm.lab.studies.study import whole, with_failures
 
 Record = Mapping[str, Any]
+FIGURES = {
+    "RNN": [f"rnn {arm}" for arm in ("tsbn", "layer", "streaming", "batch")],
+    "RNN, settings": [f"rnn {arm}" for arm in (*SETTINGS, "streaming, 1 B/U", "streaming, latest statistics back")],
+    "RNN, cells": [f"rnn {arm}" for arm in (*CELLS, "batch", "batch, vertical")],
+    "RNN, state reset": ["rnn streaming, state reset", "rnn tsbn, state reset"],
+    "RNN, mixed lengths": [f"rnn {arm}, mixed lengths, {n} B/U" for arm in ("streaming", "layer") for n in (1, 3)],
+    "GRU": [f"gru {arm}" for arm in ("tsbn", "layer", "streaming")],
+    "GRU, settings": [f"gru {arm}" for arm in SETTINGS],
+    "GRU, larger first weights": [f"gru {arm}, weights x 5" for arm in ("tsbn", "layer", "streaming")],
+    "GRU, cells": [f"gru {arm}" for arm in CELLS],
+}
+"""The rows of the picture: runs that are drawn together."""
 SPAN = 50
 """Neighbors in the moving average of the training loss (paper, section 7.6)."""
 
@@ -46,19 +59,19 @@ def picture(groups: Mapping[str, Mapping[str, Sequence[Record]]]) -> bytes:
     for panels, (title, named) in zip(figure.subplots(len(groups), 3, squeeze=False), groups.items(), strict=True):
         colors = colors_of([records[0]["arm"] for records in named.values()])
         for (name, records), color, dash in zip(named.items(), colors, cycle(DASHES), strict=False):
-            whole = [record for record in records if record["metrics"] and not record["failed"]]
+            able = whole(records)
             style = {"color": color, "linestyle": dash, "label": with_failures(name, records)}
-            if not whole:
+            if not able:
                 for panel in panels[:2]:
                     panel.plot([], [], **style)
                 continue
-            run = whole[0]["run"]
+            run = able[0]["run"]
             each = run["samples_per_batch"] * statistics.fmean(run["steps"]) / 1e6
-            train = [smooth([x for line in r["metrics"] for x in line["train_losses"]]) for r in whole]
+            train = [smooth([x for line in r["metrics"] for x in line["train_losses"]]) for r in able]
             draw(panels[0], [each * (i + 1) for i in range(len(train[0]))], train, style)
-            seen = [line["characters"] / 1e6 for line in whole[0]["metrics"]]
-            draw(panels[1], seen, [[line["validation_loss"] for line in r["metrics"]] for r in whole], style)
-            along = [smooth(r["along"], 10) for r in whole if r.get("along")]
+            seen = [line["characters"] / 1e6 for line in able[0]["metrics"]]
+            draw(panels[1], seen, [[line["validation_loss"] for line in r["metrics"]] for r in able], style)
+            along = [smooth(r["along"], 10) for r in able if r.get("along")]
             if along:
                 draw(panels[2], range(1, len(along[0]) + 1), along, style)
         titles = ("training loss, smoothed", "validation loss", "loss along long sequences")

@@ -11,35 +11,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from streamnorm.lab.runs.classifier.run import Run
+from streamnorm.lab.runs.classifier.data import load
 from streamnorm.lab.studies.architecture_b import BASE, TIERS
 from streamnorm.lab.studies.arguments import Arguments, begin
-from streamnorm.lab.studies.study import Claim, Records, Verdict, below, carry_out, final, judge, spread
-
-AVERAGE, LAST = "batch 32 x 1", "special case 32 x 1"
-_BATCH = replace(BASE, arm="batch", samples_per_batch=32, batches_per_update=1, epochs=3)
-_SETTINGS = {"alpha": (0.0, 1.0), "beta": (0.0, 0.0, 1.0), "kappa": (0.0, 1.0, 0.0, 1.0)}
-RUNS: dict[str, Run] = {AVERAGE: _BATCH, LAST: replace(_BATCH, arm="streaming", center="batch", **_SETTINGS)}
-
-
-def _c36(records: Records) -> tuple[Verdict, str]:
-    errors = {name: final(records, name) for name in RUNS}
-    worse = below(errors[AVERAGE], errors[LAST])
-    losses = {name: final(records, name, "train_loss") for name in RUNS}
-    apart = below(losses[AVERAGE], losses[LAST])
-    figures = f"test error: running average {spread(errors[AVERAGE])}, last mini-batch {spread(errors[LAST])}, "
-    figures += f"worse by {spread(worse)}; training losses apart by {spread(apart)} nats"
-    return judge([0.015 - d for d in worse], 0, sign_alone_is_partly=False), figures
-
-
-CLAIMS = [Claim("C-36", "Testing with the last mini-batch's statistics works well (section 3.3.3).", _c36)]
+from streamnorm.lab.studies.record import write_results
+from streamnorm.lab.studies.specialcase.claims import CLAIMS
+from streamnorm.lab.studies.specialcase.runs import RUNS
+from streamnorm.lab.studies.study import carry_out
 
 
 def main(arguments: Arguments) -> Path:
     """Train what is missing, check the claim, write the report."""
-    from streamnorm.lab.runs.classifier.data import load
-    from streamnorm.lab.studies.record import write_results
-
     size, out = begin(arguments, "specialcase", TIERS)
     base = replace(BASE, **size)
     data = load(base.data, arguments.data_root, train_limit=base.train_limit, test_limit=base.test_limit)

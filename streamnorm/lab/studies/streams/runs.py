@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ from streamnorm.lab.runs.checkpoint import write
 from streamnorm.lab.runs.classifier.run import Described
 from streamnorm.lab.runs.keeping import finite
 from streamnorm.lab.runs.underway import machine, versions
-from streamnorm.lab.studies.sidebyside import side_by_side
+from streamnorm.lab.studies.sidebyside import each_once
 from streamnorm.lab.studies.streams import data as streamdata
-from streamnorm.lab.studies.streams.data import Stream
+from streamnorm.lab.studies.streams.data import DRIFT, GENERATED, STREAMS, Stream
 from streamnorm.nn.layers import StreamingNorm
 from streamnorm.nn.norm import Norm
 from streamnorm.nn.rivals import OnlineNorm
@@ -267,17 +267,13 @@ def carry_out(
     say: Callable[[str], None] = print,
 ) -> dict[str, list[dict[str, Any]]]:
     """Do every run that is not kept; for each name the records of its seeds, in their order."""
-    runs = list(runs)
-    missing = [run for run in runs if kept(run, out) is None]
-    for i, record in enumerate(side_by_side(_do, [(r, source, out) for r in missing], processes, threads), 1):
+
+    def told(record: dict[str, Any]) -> str:
         lost = "" if record["diverged"] is None else f", diverged at row {record['diverged'] + 1}"
-        say(f"{i} of {len(missing)}: {record['label']}, seed {record['seed']}: {accuracy(record):.4f}{lost}")
-    records: dict[str, list[dict[str, Any]]] = {}
-    for run in runs:
-        record = kept(run, out)
-        assert record is not None
-        records.setdefault(run.name, []).append(record)
-    return records
+        return f"{accuracy(record):.4f}{lost}"
+
+    jobs = [(run, source, out) for run in runs]
+    return each_once(_do, jobs, lambda job: kept(job[0], out), told, processes, threads, say)
 
 
 # --- What a record says
@@ -301,3 +297,79 @@ def common(records: Iterable[Sequence[Mapping[str, Any]]]) -> int:
 def with_seeds(run: StreamRun, seeds: Iterable[int]) -> list[StreamRun]:
     """A run with each seed."""
     return [replace(run, seed=seed) for seed in seeds]
+
+
+# --- All of the study
+
+Rates = dict[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Tier:
+    """The size of a study.
+
+    Attributes:
+        streams: which.
+        rows: learn from so many rows of a stream at most; None: from all.
+        rates: of each optimizer.
+        loop_rows: as rows, of what the ordinary loop alone serves.
+        loop_features, loop_rates: its features and rates.
+        seeds: of every run, unless others are asked for.
+        many: seeds of the runs that look for one that diverges.
+        window: rows before and after a drift.
+        made_up: rows of each stream where they are made up.
+    """
+
+    streams: tuple[str, ...] = STREAMS
+    rows: int | None = None
+    rates: Rates = field(default_factory=lambda: RATES)
+    loop_rows: int = DRIFT + 1000
+    loop_features: tuple[str, ...] = ("raw",)
+    loop_rates: Rates | None = None
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    many: int = 20
+    window: int = 500
+    made_up: int | None = None
+
+
+TIERS = {
+    "smoke": Tier(
+        streams=("Elec2", "Bananas", "SEA"),
+        rates={"SGD": (0.01, 0.1), "Adam": (0.001,)},
+        loop_rows=200,
+        loop_rates={"SGD": (0.1,)},
+        seeds=(0,),
+        many=2,
+        window=50,
+        made_up=200,
+    ),
+    "reduced": Tier(loop_rates={"SGD": (0.01, 0.03, 0.1)}),
+    "full": Tier(loop_rows=GENERATED, loop_features=tuple(FEATURES)),
+}
+
+
+def runs(tier: Tier, seeds: Sequence[int]) -> list[StreamRun]:
+    """Every run of the study, seed by seed, those that look for divergence left out."""
+    return [replace(run, seed=seed) for seed in seeds for run in _cells(tier)]
+
+
+def _cells(tier: Tier) -> list[StreamRun]:
+    found = []
+    for arm in ARMS:
+        for optimizer, rates in tier.rates.items():
+            fast = is_compiled(arm, optimizer)
+            if not fast and tier.loop_rates is not None:
+                rates = tier.loop_rates.get(optimizer, ())
+            for stream in tier.streams:
+                for features in FEATURES if fast else tier.loop_features:
+                    rows = tier.rows if fast else tier.loop_rows
+                    found += [StreamRun(stream, features, arm, optimizer, rate, rows=rows) for rate in rates]
+    return found
+
+
+def many_seeds(tier: Tier) -> list[StreamRun]:
+    """The default at the highest rate of SGD with many seeds."""
+    rows = tier.rows if is_compiled("default", "SGD") else tier.loop_rows
+    rate = max(tier.rates["SGD"])
+    cells = [StreamRun(stream, "raw", "default", "SGD", rate, rows=rows) for stream in ("Elec2", "Bananas")]
+    return [run for cell in cells for run in with_seeds(cell, range(tier.many))]

@@ -10,14 +10,11 @@ are made on the same rows. A stopped study goes on with the same command.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from streamnorm.lab.runs import checkpoint
 from streamnorm.lab.studies.arguments import Arguments, begin
-from streamnorm.lab.studies.record import opening, verdicts
+from streamnorm.lab.studies.record import keep, opening, page, verdicts
 from streamnorm.lab.studies.streams.claims import (
     CLAIMS,
     STABLE,
@@ -32,96 +29,9 @@ from streamnorm.lab.studies.streams.claims import (
     settings,
     signed,
 )
-from streamnorm.lab.studies.streams.data import DRIFT, GENERATED, STREAMS
 from streamnorm.lab.studies.streams.figures import around_drift, heat_map, over_rates
-from streamnorm.lab.studies.streams.runs import (
-    ARMS,
-    FEATURES,
-    LEFT_OUT,
-    RATES,
-    Source,
-    StreamRun,
-    carry_out,
-    is_compiled,
-    with_seeds,
-)
+from streamnorm.lab.studies.streams.runs import FEATURES, LEFT_OUT, TIERS, Source, Tier, carry_out, many_seeds, runs
 from streamnorm.lab.studies.study import Records, spread
-
-Rates = dict[str, tuple[float, ...]]
-
-
-@dataclass(frozen=True)
-class Tier:
-    """The size of a study.
-
-    Attributes:
-        streams: which.
-        rows: learn from so many rows of a stream at most; None: from all.
-        rates: of each optimizer.
-        loop_rows: as rows, of what the ordinary loop alone serves.
-        loop_features, loop_rates: its features and rates.
-        seeds: of every run, unless others are asked for.
-        many: seeds of the runs that look for one that diverges.
-        window: rows before and after a drift.
-        made_up: rows of each stream where they are made up.
-    """
-
-    streams: tuple[str, ...] = STREAMS
-    rows: int | None = None
-    rates: Rates = field(default_factory=lambda: RATES)
-    loop_rows: int = DRIFT + 1000
-    loop_features: tuple[str, ...] = ("raw",)
-    loop_rates: Rates | None = None
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    many: int = 20
-    window: int = 500
-    made_up: int | None = None
-
-
-TIERS = {
-    "smoke": Tier(
-        streams=("Elec2", "Bananas", "SEA"),
-        rates={"SGD": (0.01, 0.1), "Adam": (0.001,)},
-        loop_rows=200,
-        loop_rates={"SGD": (0.1,)},
-        seeds=(0,),
-        many=2,
-        window=50,
-        made_up=200,
-    ),
-    "reduced": Tier(loop_rates={"SGD": (0.01, 0.03, 0.1)}),
-    "full": Tier(loop_rows=GENERATED, loop_features=tuple(FEATURES)),
-}
-
-
-def runs(tier: Tier, seeds: Sequence[int]) -> list[StreamRun]:
-    """Every run of the study, seed by seed, those that look for divergence left out."""
-    return [replace(run, seed=seed) for seed in seeds for run in _cells(tier)]
-
-
-def _cells(tier: Tier) -> list[StreamRun]:
-    found = []
-    for arm in ARMS:
-        for optimizer, rates in tier.rates.items():
-            fast = is_compiled(arm, optimizer)
-            if not fast and tier.loop_rates is not None:
-                rates = tier.loop_rates.get(optimizer, ())
-            for stream in tier.streams:
-                for features in FEATURES if fast else tier.loop_features:
-                    rows = tier.rows if fast else tier.loop_rows
-                    found += [StreamRun(stream, features, arm, optimizer, rate, rows=rows) for rate in rates]
-    return found
-
-
-def many_seeds(tier: Tier) -> list[StreamRun]:
-    """The default at the highest rate of SGD with many seeds."""
-    rows = tier.rows if is_compiled("default", "SGD") else tier.loop_rows
-    rate = max(tier.rates["SGD"])
-    cells = [StreamRun(stream, "raw", "default", "SGD", rate, rows=rows) for stream in ("Elec2", "Bananas")]
-    return [run for cell in cells for run in with_seeds(cell, range(tier.many))]
-
-
-# --- The record
 
 
 def _table(header: list[str], lines: list[list[str]]) -> list[str]:
@@ -192,7 +102,7 @@ def _limits(records: Records, tier: Tier) -> list[str]:
 
 def write_results(records: Records, tier: Tier, out: Path, title: str) -> Path:
     """``results.md`` with verdicts and tables; beside it ``results.json`` and the pictures."""
-    checkpoint.write(out / "results.json", json.dumps({"title": title, "records": records}) + "\n")
+    keep(records, out, title)
     pictures = {"heat.png": heat_map, "rates.png": over_rates, "drift.png": around_drift}
     for name, draw in pictures.items():
         checkpoint.write(out / name, draw(records))
@@ -213,8 +123,7 @@ def write_results(records: Records, tier: Tier, out: Path, title: str) -> Path:
             lines += [*best_rates(records, features), "", *differences(records, features), ""]
     lines += ["## Around a change, raw features", "", *drifts(records, tier.window), ""]
     lines += ["![Best rates](heat.png)", "", "![Rates](rates.png)", "", "![Around a change](drift.png)", ""]
-    checkpoint.write(out / "results.md", "\n".join(lines))
-    return out / "results.md"
+    return page(lines, out)
 
 
 def main(arguments: Arguments) -> Path:

@@ -7,7 +7,7 @@ from itertools import cycle
 from typing import Any
 
 from streamnorm.drawing import DASHES, colors_of, draw, finish, png, whole_numbers
-from streamnorm.lab.studies.study import with_failures
+from streamnorm.lab.studies.study import whole, with_failures
 
 Record = Mapping[str, Any]
 
@@ -30,17 +30,17 @@ def picture(figures: Mapping[str, Mapping[str, Sequence[Record]]]) -> bytes:
         for (name, records), color, dash in zip(
             named.items(), colors_of([records[0]["arm"] for records in named.values()]), cycle(DASHES), strict=False
         ):
-            whole = [record for record in records if record["metrics"] and not record["failed"]]
+            able = whole(records)
             style = {"color": color, "linestyle": dash, "label": with_failures(name, records)}
-            if not whole:
+            if not able:
                 for panel in panels[:2]:
                     panel.plot([], [], **style)
                 continue
-            epochs = [line["epoch"] for line in whole[0]["metrics"]]
+            epochs = [line["epoch"] for line in able[0]["metrics"]]
             for panel, key in zip(panels, ("train_error", "test_error"), strict=False):
-                draw(panel, epochs, [[100 * line[key] for line in r["metrics"]] for r in whole], style)
-            if compares and "along" in whole[0]:
-                draw(panels[2], [k for k, _ in whole[0]["along"]], [[y for _, y in r["along"]] for r in whole], style)
+                draw(panel, epochs, [[100 * line[key] for line in r["metrics"]] for r in able], style)
+            if compares and "along" in able[0]:
+                draw(panels[2], [k for k, _ in able[0]["along"]], [[y for _, y in r["along"]] for r in able], style)
         titles = ("training error, %", "test error, %", "test loss beyond the trained loops, nats")
         for panel, what, axis in zip(panels, titles, ("epoch", "epoch", "loops"), strict=True):
             whole_numbers(panel)

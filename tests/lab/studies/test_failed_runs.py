@@ -6,26 +6,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from streamnorm.lab.studies import (
-    autoencoder,
-    convolutional,
-    mnist,
-    online,
-    pipeline,
-    shakespeare,
-    specialcase,
-    textclaims,
-    unrolled,
-)
+from streamnorm.lab.runs.autoencoder.data import load_documents
+from streamnorm.lab.runs.keeping import finite
+from streamnorm.lab.studies.pipeline.runs import EPSILONS
 from streamnorm.lab.studies.record import write_results
 from streamnorm.lab.studies.study import Records, deviation, first_at, judge, spread
-from streamnorm.lab.runs.autoencoder.documents import load_documents
-from streamnorm.lab.runs.keeping import finite
 
 Record = dict[str, Any]
 SEEDS = (0, 1, 2)
@@ -59,7 +50,7 @@ def pipeline_record(run: Any, failed: bool, endless: bool) -> Record:
     way = dict.fromkeys(("test_loss", "mean", "sigma", "first"), None if endless else 0.5) | {"test_error": 0.5}
     ways = ("one", "exact", *(f"{kind} {m}" for kind in ("moving", "corrected", "single") for m in (4, 64)))
     found = {"cost": {"parameters": 1, "kept": 1, "test_seconds": 1.0}}
-    found |= {"epsilon": {f"{eps:g}": None for eps in pipeline.EPSILONS}}
+    found |= {"epsilon": {f"{eps:g}": None for eps in EPSILONS}}
     measures = {} if failed else {"measures": dict.fromkeys(ways, way) | {"passes": 1, "seconds": 1.0}}
     return {**image_record(run, failed, endless), **found, **measures}
 
@@ -120,44 +111,54 @@ def judged(page: Path, claims: Sequence[Any]) -> None:
     assert (page.parent / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("study", [online, convolutional, specialcase], ids=lambda study: study.__name__)
-def test_studies_of_images(study: Any, fate: Callable[[str, int], str], tmp_path: Path) -> None:
-    runs = dict(study.RUNS)
-    if study is online:
-        runs[online.DEGENERATE] = runs["streaming 1 x 64"]
-    judged(write_results(records_of(runs, image_record, fate), study.CLAIMS, tmp_path, "title"), study.CLAIMS)
+def parts(study: str) -> list[Any]:
+    """Its runs, its claims and its record."""
+    return [import_module(f"streamnorm.lab.studies.{study}.{part}") for part in ("runs", "claims", "study")]
+
+
+@pytest.mark.parametrize("study", ["online", "convolutional", "specialcase"])
+def test_studies_of_images(study: str, fate: Callable[[str, int], str], tmp_path: Path) -> None:
+    runs, claims, _ = parts(study)
+    named = dict(runs.RUNS)
+    if study == "online":
+        named[runs.DEGENERATE] = named["streaming 1 x 64"]
+    judged(write_results(records_of(named, image_record, fate), claims.CLAIMS, tmp_path, "title"), claims.CLAIMS)
 
 
 def test_the_study_of_postprocessing(fate: Callable[[str, int], str], tmp_path: Path) -> None:
-    records = records_of(pipeline.runs(pipeline.TIERS["smoke"]), pipeline_record, fate)
-    judged(write_results(records, pipeline.CLAIMS, tmp_path, "title", pipeline.table(records)), pipeline.CLAIMS)
+    runs, claims, study = parts("pipeline")
+    records = records_of(runs.runs(runs.TIERS["smoke"]), pipeline_record, fate)
+    judged(write_results(records, claims.CLAIMS, tmp_path, "title", study.table(records)), claims.CLAIMS)
 
 
 def test_the_study_of_sigmoids(fate: Callable[[str, int], str], tmp_path: Path) -> None:
-    records = records_of(mnist.runs(mnist.TIERS["smoke"]), mnist_record, fate)
-    judged(mnist.write_results(records, tmp_path, "title"), mnist.CLAIMS)
+    runs, claims, study = parts("mnist")
+    records = records_of(runs.runs(runs.TIERS["smoke"]), mnist_record, fate)
+    judged(study.write_results(records, tmp_path, "title"), claims.CLAIMS)
 
 
 def test_the_study_of_unrolled_networks(fate: Callable[[str, int], str], tmp_path: Path) -> None:
-    records = records_of(unrolled.runs(unrolled.TIERS["smoke"]), unrolled_record, fate)
-    judged(unrolled.write_results(records, tmp_path, "title"), unrolled.CLAIMS)
+    runs, claims, study = parts("unrolled")
+    records = records_of(runs.runs(runs.TIERS["smoke"]), unrolled_record, fate)
+    judged(study.write_results(records, tmp_path, "title"), claims.CLAIMS)
 
 
 def test_the_study_of_language_models(fate: Callable[[str, int], str], tmp_path: Path) -> None:
-    records = records_of(shakespeare.runs(shakespeare.TIERS["smoke"]), text_record, fate)
-    judged(shakespeare.write_results(records, (10, 20, 40), tmp_path, "title"), textclaims.CLAIMS)
+    runs, claims, study = parts("shakespeare")
+    records = records_of(runs.runs(runs.TIERS["smoke"]), text_record, fate)
+    judged(study.write_results(records, (10, 20, 40), tmp_path, "title"), claims.CLAIMS)
 
 
 def test_the_study_of_auto_encoders(
     fate: Callable[[str, int], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tier = autoencoder.TIERS["smoke"]
-    records = records_of(autoencoder.runs(tier), documents_record, fate)
+    runs, claims, study = parts("autoencoder")
+    tier = runs.TIERS["smoke"]
+    records = records_of(runs.runs(tier), documents_record, fate)
     documents = load_documents(tier.data, vocabulary=tier.vocabulary, train_limit=tier.limit)
-    monkeypatch.setattr(autoencoder, "trained", lambda path: (None, None, None))
-    monkeypatch.setattr(autoencoder, "codes", lambda model, words: words.dense())
-    page = autoencoder.write_results(records, tier, documents, tmp_path, "title")
-    judged(page, autoencoder.CLAIMS)
+    monkeypatch.setattr(study, "trained", lambda path: (None, None, None))
+    monkeypatch.setattr(study, "codes", lambda model, words: words.dense())
+    judged(study.write_results(records, tier, documents, tmp_path, "title"), claims.CLAIMS)
 
 
 def test_what_is_not_finite_is_none_in_a_record() -> None:

@@ -12,15 +12,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from streamnorm.nn.recurrent.cells import at
-from streamnorm.nn.norm import Affine, Norm
 from streamnorm.definition.operation import Scale
 from streamnorm.definition.ref import BA1, REFS, SP1, SP2, NormRef
 from streamnorm.definition.stats import Lp
-from streamnorm.stream.policy import Batch, Evidence, Policy, Sample, Streaming
+from streamnorm.lab.runs.classifier.run import Run
+from streamnorm.nn.norm import Affine, Norm
+from streamnorm.nn.recurrent.cells import at
 from streamnorm.nn.rivals import BatchRenorm, OnlineNorm
 from streamnorm.nn.timespecific import TimeSpecific
-from streamnorm.lab.runs.classifier.run import Run
+from streamnorm.stream.policy import Batch, Evidence, Policy, Sample, Streaming
 
 NormFactory = Callable[[int], nn.Module]
 GROUPS = 8

@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from streamnorm.reading import misfit, parsed
 from streamnorm.lab.runs.classifier.data import ENVIRONMENT, DataError, read_gzip
+from streamnorm.reading import misfit, parsed
 
 VOCABULARY = 1992
 """Input units of the auto-encoder (seed 000)."""

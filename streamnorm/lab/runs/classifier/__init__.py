@@ -1,0 +1,1 @@
+"""Runs of classifiers: their settings, their data, their networks and their loop."""

@@ -1,0 +1,1 @@
+"""Runs of language models: their settings, their text, their network and their loop."""
