@@ -10,14 +10,15 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamnorm import StreamingNorm
-from streamnorm.lab.bench import floor, registry, run, timing, worker
+from streamnorm.lab.bench import compiled, device, floor, layers, machine, registry, resnet, run, timing, worker
 from streamnorm.lab.bench.case import Case, Shared, Traffic, Variant, WrongError
 from streamnorm.lab.bench.gate import check_cycle, check_layer
 from streamnorm.lab.bench.journal import Journal
@@ -29,7 +30,7 @@ from streamnorm.lab.bench.targets import TARGETS, geometric_mean
 from streamnorm.lab.cli import main
 
 FACTS = {"processor": "some cpu", "torch": "2.13.0"}
-ASKED = {"rounds": 3, "threads": 2, "quick": False, "compile": False}
+ASKED = {"rounds": 3, "threads": 2, "quick": False, "compile": False, "device": "cpu"}
 PNG = b"\x89PNG\r\n"
 
 
@@ -74,7 +75,7 @@ work = partial(worker.work, quick=True)
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_registry_is_well_formed(quick: bool) -> None:
-    cases = registry.cases(quick=quick, compiled=True)
+    cases = registry.cases(asked=registry.Asked(quick, compiled=True))
     assert {case.group for case in cases} == set(registry.GROUPS)
     assert len({str(case) for case in cases}) == len(cases)
     for case in cases:
@@ -90,14 +91,17 @@ def test_registry_is_well_formed(quick: bool) -> None:
 
 
 def test_every_target_is_measured() -> None:
-    cases = registry.cases()
+    cases = registry.cases(asked=registry.Asked(compiled=True))
     for target in TARGETS:
         mine = [case for case in cases if case.group == target.group and target.cases in case.name]
-        assert any({target.variant, target.reference} <= set(case.variants) for case in mine), target
+        measured = [case for case in mine if {target.variant, target.reference} <= set(case.variants)]
+        assert measured, target
+        if target.of == "peak":
+            assert all(case.variants[name].peak for case in measured for name in (target.variant, target.reference))
 
 
 def test_tiny_cases_are_right_and_run() -> None:
-    for case in registry.cases(quick=True):
+    for case in registry.cases(asked=registry.Asked(quick=True)):
         if case.group != "growth" or case.size <= 4:
             case.gate()
             for variant in case.variants.values():
@@ -297,6 +301,7 @@ def test_record_has_tables_and_pictures(journal: Journal) -> None:
     text = path.read_text()
     assert path.name == "2026-01-31-some-cpu.md"
     assert "| processor | some cpu |" in text
+    assert "peak MB" not in text
     assert "| contiguous | full | nn.BatchNorm2d | 0.50 | 0.50 | ≤ 0.35, worst ≤ 0.60 | **missed** |" in text
     assert "| full | 1,000,000 | 0.50 | [0.50, 0.50] | 0.20 | 0.80 | 5 (7) | 1907.3 (1816.5) |" in text
     assert "| exponent | 1.50 (4 to 8) | 1.50 (4 to 8) |" in text
@@ -318,6 +323,227 @@ def test_other_thread_counts_are_not_judged(journal: Journal) -> None:
     assert "missed" not in text
     assert "nothing is judged by this run" in text
     assert not sentences(journal)
+
+
+def test_a_run_on_a_device_is_not_judged_and_names_it(journal: Journal) -> None:
+    journal.start({**ASKED, "device": "cuda"}, {"device": "some GPU, 16 GB", "CUDA": "12.9", **FACTS})
+    fill(journal)
+    text = write_record(journal).read_text()
+    assert "| device | some GPU, 16 GB |\n| CUDA | 12.9 |" in text
+    assert "Layers, inputs and gradients are on the device" in text
+    assert "glibc" not in text
+    assert "missed" not in text
+    assert not sentences(journal)
+
+
+def test_memory_stands_in_the_record_and_is_judged(journal: Journal) -> None:
+    sizes = {"default": 1_500_000, "nn.BatchNorm2d": 1_000_000}
+    variants = {
+        name: Variant(partial(Idle, name, []), None if "nn" in name else (lambda: None), peak=partial(int, size))
+        for name, size in sizes.items()
+    }
+    work([Case("resnet", "tiny", "nn.BatchNorm2d", variants)], journal, "tuned", 1)
+    case = journal.cases()[0]
+    assert case.peaks == sizes
+    judged = [(t.of, round(total.mean, 6), met) for t, total, met in verdicts([case]) if t.of == "peak"]
+    assert judged == [("peak", 1.5, False)]
+    text = write_record(journal).read_text()
+    assert re.search(r"\| floor \| peak MB \|\n.*\n\| default \|.*\| 1\.5 \|\n", text)
+    assert "| resnet | default | nn.BatchNorm2d | 1.50 | 1.50 | ≤ 1.00, peak memory | **missed** |" in text
+
+
+# Devices
+
+
+def test_a_device_that_is_not_there_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--device", "xpu:7", "--out", str(tmp_path / "never")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("streamnorm: there is no device 'xpu:7' for torch ")
+    assert f"--device takes {', '.join(device.there())}" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "never").exists()
+
+
+def test_devices_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for count, names in ((0, ["cpu"]), (2, ["cpu", "cuda", "cuda:0", "cuda:1"])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda count=count: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert device.there() == names
+    waited: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    device.waiting("cpu")()
+    device.waiting("cuda:1")()
+    assert waited == ["cuda:1"]
+
+
+def test_groups_are_left_out_with_a_line() -> None:
+    groups = list(registry.GROUPS)
+    slow, on_cpu = ["compiled", "resnet"], ["online", "cycle", "monitor"]
+    names, lines = registry.chosen([], registry.Asked())
+    assert names == [name for name in groups if name not in slow]
+    assert lines == ["left out, takes minutes to compile: compiled, resnet (--compile, or --groups)"]
+    assert registry.chosen([], registry.Asked(compiled=True)) == (groups, [])
+    assert registry.chosen(["resnet"], registry.Asked()) == (["resnet"], [])
+    names, lines = registry.chosen([], registry.Asked(compiled=True, device="cuda"))
+    assert names == [name for name in groups if name not in on_cpu]
+    assert lines == ["left out, of the CPU alone: online, cycle, monitor"]
+    assert registry.chosen(["online", "single"], registry.Asked(device="cuda"))[0] == ["single"]
+    with pytest.raises(ValueError, match="nothing is left to time on cuda; left out, of the CPU alone: online"):
+        registry.chosen(["online"], registry.Asked(device="cuda"))
+
+
+def test_samples_and_the_memory_floor_end_when_the_device_is_done() -> None:
+    calls: list[str] = []
+    case = Case("features", "one", "a", {"a": Variant(partial(Idle, "step", calls, 1e-2))})
+    timing.measure(case, rounds=1, wait=lambda: calls.append("wait"))
+    assert calls == ["step", "wait"] * 2 * (timing.WARM_UP + 1), "once before the clock, once before it is read"
+    calls.clear()
+    floor.measure([1 << 12], rounds=2, seconds=0, wait=lambda: calls.append("wait"))
+    assert len(calls) == 2 * (2 + 2)
+
+
+@pytest.mark.parametrize("group", [name for name, g in registry.GROUPS.items() if g.anywhere and not g.compiles])
+def test_layers_and_what_arrives_stand_on_the_device(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device "meta" computes nothing, and takes no tensor of another."""
+    monkeypatch.setattr(layers, "second_cache", lambda device: 1 << 20)
+    monkeypatch.setattr(layers, "free_memory", lambda device: 1 << 30)
+    case = next(registry.GROUPS[group].cases(registry.Asked(quick=True, device="meta")))
+    ours = next(name for name, variant in case.variants.items() if variant.check)
+    check = case.variants[ours].check
+    assert check is not None
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta tensor"):
+        check()
+    assert not any(name.endswith((" eager", " loop")) and "norm" not in name for name in case.variants)
+    for name in (ours, case.reference):
+        if group in ("recurrent", "over_time") and name == ours:
+            continue  # its loop asks for values, which "meta" has not
+        subject: Any = case.variants[name].make()
+        subject.step()
+        net = getattr(subject, "layer", None) or subject.net
+        tensors = [subject.pair.x, subject.pair.dy, *net.parameters(), *net.buffers()]
+        assert {str(tensor.device) for tensor in tensors} == {"meta"}
+
+
+def test_a_cycle_is_checked_on_the_device() -> None:
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta tensor"):
+        check_cycle(OURS["full B"], 4, device="meta")
+
+
+def test_the_facts_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="Some GPU-1", total_memory=16 << 30, L2_cache_size=50 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: properties.name)
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    monkeypatch.setattr(machine, "subprocess", SimpleNamespace(run=nothing_there, CalledProcessError=ValueError))
+    found = machine.facts("cuda")
+    assert machine.name("cuda") == "some-gpu-1"
+    assert [found[key] for key in ("device", "driver", "CUDA")] == ["Some GPU-1, 16 GB", "unknown", "12.9"]
+    assert "torch" in found
+    assert machine.second_cache("cuda") == 50 << 20
+    assert "device" not in machine.facts()
+
+
+def nothing_there(*command: Any, **options: Any) -> Any:
+    raise FileNotFoundError("nvidia-smi")
+
+
+def test_a_device_is_timed_in_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wishes: list[dict[str, Any]] = []
+
+    def timed(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        wishes.append(json.loads(command[-1]))
+        work([idle()], Journal(Path(wishes[-1]["journal"])), wishes[-1]["allocator"], 1)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(run.subprocess, "run", timed)
+    monkeypatch.setattr(run, "check_device", lambda name: None)
+    monkeypatch.setattr(run, "facts", lambda device: {"device": device})
+    monkeypatch.setattr(run, "name", lambda device: f"some-{device}")
+    path, verdicts = run.bench(Bench(rounds=1, out=tmp_path, device="cuda"))
+    assert path.name.endswith("-some-cuda.md")
+    assert [(wish["device"], wish["allocator"]) for wish in wishes] == [("cuda", "tuned")]
+    assert "online" not in wishes[0]["groups"]
+    assert not verdicts
+    with pytest.raises(ValueError, match="--allocator is of the CPU; leave it out with --device cuda"):
+        run.bench(Bench(out=tmp_path / "never", device="cuda", allocator="tuned"))
+
+
+# Compiled networks and memory
+
+
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compilers that only trace, one layer a network."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(compiled, "DEPTH", 1)
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("quickly")
+def test_peers_are_compiled_too() -> None:
+    graphs = torch._dynamo.utils.counters["stats"]
+    for make in (nn.BatchNorm2d, lambda c: nn.Sequential(nn.BatchNorm2d(c))):
+        graphs.clear()
+        layers.whole(make(3))(torch.randn(2, 3, 4, 4))
+        assert graphs["unique_graphs"] == 1
+
+
+class OffCompiled(StreamingNorm):
+    """Wrong where a compiler sees it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 + 1e-3 * torch.compiler.is_compiling())
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_compiled_network_that_is_not_the_plain_one_is_refused() -> None:
+    network = compiled.Network(nn.Tanh, "contiguous", 1, 4)
+    network.check(StreamingNorm, "cpu")
+    with pytest.raises(WrongError, match=r"update 0 in torch\.float32, y: off by"):
+        network.check(OffCompiled, "cpu")
+
+
+def test_networks_on_a_device() -> None:
+    for network in (compiled.Network(nn.ReLU, "channels_last", 2, 4, 8), compiled.Network(nn.Tanh, "contiguous", 1, 4)):
+        pair = network.pair("meta")
+        subject = layers.LayerStep(network.make(nn.BatchNorm2d if network.side else nn.LayerNorm), pair)
+        subject.step()
+        assert {str(tensor.device) for tensor in (pair.x, pair.dy, *subject.parameters)} == {"meta"}
+    training = resnet.Training("meta", 2, 16, 4, (4, 8), 1)
+    subject = training.step(StreamingNorm, False, training.samples)
+    subject.step()
+    found = [*subject.model.parameters(), *subject.model.buffers(), *(t for pair in subject.pairs for t in pair)]
+    assert {str(tensor.device) for tensor in found} == {"meta"}
+
+
+def test_the_residual_network_has_the_shape_of_resnet18() -> None:
+    with torch.device("meta"):
+        model = resnet.resnet(nn.BatchNorm2d, 1000)
+        assert sum(parameter.numel() for parameter in model.parameters()) == 11_689_512
+        assert model[:-3](torch.empty(8, 3, 64, 64)).shape == (8, 512, 2, 2)
+        assert model(torch.empty(8, 3, 64, 64)).shape == (8, 1000)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_peak_memory_is_counted_to_the_byte() -> None:
+    kept: list[Tensor] = []
+
+    def step() -> None:
+        both = torch.empty(1 << 19), torch.empty(1 << 18)
+        kept.clear()  # what the step before has left
+        kept.append(both[0])
+
+    step()
+    kept.clear()
+    assert device.peak(step, "cpu") == (2 + 2 + 1) << 20
+
+
+def test_a_step_of_ours_holds_hardly_more_than_batch_normalization() -> None:
+    """Beside the maps, statistics of each layer, which these small maps do not make negligible."""
+    training = resnet.Training("cpu", 2, 16, 4, (4, 8), 1)
+    ours, peer = (training.peak(norm, False) for norm in (StreamingNorm, nn.BatchNorm2d))
+    assert peer < ours * 1.05
+    assert ours < peer * 1.05
 
 
 # Going on

@@ -51,7 +51,17 @@ FLAGS = {
     "gap": ["--samples-per-batch", "--limit", "--data", "--data-root"],
     "reproduce": ["--tier", "--out", "--data-root", "--seeds", "--threads", "--processes"],
     "sample": ["--prompt", "--length", "--temperature", "--seed"],
-    "bench": ["--groups", "--rounds", "--threads", "--out", "--allocator", "--quick", "--compile", "--resume"],
+    "bench": [
+        "--groups",
+        "--rounds",
+        "--threads",
+        "--out",
+        "--allocator",
+        "--device",
+        "--quick",
+        "--compile",
+        "--resume",
+    ],
     "doctor": [],
 }
 

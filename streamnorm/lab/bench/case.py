@@ -58,12 +58,14 @@ class Variant:
             library.
         within: entered around every use of the subject, for instance to choose a backend.
         traffic: what it would ideally move, if that says anything about its time.
+        peak: the most bytes that its tensors hold at a time in a step, where memory is compared.
     """
 
     make: Callable[[], Subject]
     check: Callable[[], None] | None = None
     within: Callable[[], AbstractContextManager[Any]] = nullcontext
     traffic: Traffic | None = None
+    peak: Callable[[], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,15 @@ class Case:
                     red.append(f"{self}: {name}: {kind}{error}")
         if red:
             raise WrongError("\n".join(red))
+
+    def peaks(self) -> dict[str, int]:
+        """The bytes of every variant whose memory is compared."""
+        found = {}
+        for name, variant in self.variants.items():
+            if variant.peak is not None:
+                with variant.within():
+                    found[name] = variant.peak()
+        return found
 
 
 class Shared(Generic[T]):

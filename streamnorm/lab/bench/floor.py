@@ -31,31 +31,44 @@ class Row(TypedDict):
     triad: float
 
 
-def measure(sizes: Sequence[int] = SIZES, rounds: int = 5, seconds: float = SECONDS) -> list[Row]:
-    """The median over rounds, size by size."""
+def measure(
+    sizes: Sequence[int] = SIZES,
+    rounds: int = 5,
+    seconds: float = SECONDS,
+    device: str = "cpu",
+    wait: Callable[[], None] = lambda: None,
+) -> list[Row]:
+    """The median over rounds, size by size. ``wait`` as in ``timing.measure``."""
+
+    def taken(run: Callable[[], object]) -> float:
+        return _seconds(run, rounds, seconds, wait)
+
     rows: list[Row] = []
     for size in sizes:
-        a, b, c = (torch.full((size // 4,), float(i)) for i in range(3))
+        a, b, c = (torch.full((size // 4,), float(i), device=device) for i in range(3))
         rows.append(
             {
                 "size": size,
-                "copy": 2 * size / _seconds(lambda a=a, b=b: a.copy_(b), rounds, seconds),
-                "triad": 3 * size / _seconds(lambda a=a, b=b, c=c: torch.add(b, c, alpha=3.0, out=a), rounds, seconds),
+                "copy": 2 * size / taken(lambda a=a, b=b: a.copy_(b)),
+                "triad": 3 * size / taken(lambda a=a, b=b, c=c: torch.add(b, c, alpha=3.0, out=a)),
             }
         )
     return rows
 
 
-def _seconds(run: Callable[[], object], rounds: int, least: float) -> float:
+def _seconds(run: Callable[[], object], rounds: int, least: float, wait: Callable[[], None]) -> float:
     run()
+    wait()
     start = time.perf_counter()
     run()
+    wait()
     repeats = max(1, math.ceil(least / max(time.perf_counter() - start, 1e-9)))
     taken = []
     for _ in range(rounds):
         start = time.perf_counter()
         for _ in range(repeats):
             run()
+        wait()
         taken.append((time.perf_counter() - start) / repeats)
     return statistics.median(taken)
 

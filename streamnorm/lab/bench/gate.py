@@ -2,7 +2,7 @@
 
 A layer is followed over weight updates beside the oracle (``streamnorm.oracle``) on a small input of the same kind, and
 beside the generic backend in float64 on the very input that is timed, where kernels choose other paths. Outputs, all
-gradients and all state are compared.
+gradients and all state are compared. What it is compared with stands on the CPU, wherever the layer does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamnorm.lab.bench.case import WrongError
 from streamnorm.nn.norm import Norm
@@ -67,8 +67,9 @@ def check_layer(
     dtype: torch.dtype = torch.float32,
     layout: str = "contiguous",
     backend: str | None = None,
+    device: str = "cpu",
 ) -> None:
-    """The layer ``make(c)`` is right for inputs ``(n, c, *place)`` of this shape, dtype and layout.
+    """The layer ``make(c)`` is right for inputs ``(n, c, *place)`` of this shape, dtype and layout, on this device.
 
     Raises:
         WrongError: with what is off, and by how much.
@@ -83,18 +84,20 @@ def check_layer(
             layer = make(size[1])
             for parameter in layer.parameters():
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
-            _follow(Ours(layer, backend), other(layer), size, dtype, layout)
+            beside = other(layer)  # before the layer moves
+            _follow(Ours(layer, backend, device), beside, size, dtype, layout)
 
 
-def check_cycle(make: MakeLayer, length: int, c: int = 32) -> None:
+def check_cycle(make: MakeLayer, length: int, c: int = 32, device: str = "cpu") -> None:
     """A cycle of ``length`` mini-batches of one sample in one call is the loop over them, and one of them is right.
 
     Raises:
         WrongError: with what is off, and by how much.
     """
-    check_layer(make, (1, c))
+    check_layer(make, (1, c), device=device)
     layer = make(c)
-    ours, loop = Ours(layer, None), Loop(layer)
+    loop = Loop(layer)  # before the layer moves
+    ours = Ours(layer, None, device)
     for side in (ours, loop.generic):
         side.step(*arrivals((FIRST_BATCH, c), 0))
         side.fold()
@@ -137,18 +140,53 @@ def compare(name: str, got: Tensor, want: Tensor, terms: int, dtype: torch.dtype
         raise WrongError(f"{name} is off by {off:.1e} of its largest value, rounding allows {allowed:.1e}")
 
 
-class Ours:
-    """A layer as a function of what arrives: everything it returns and remembers, by name."""
+def check_network(fast: nn.Module, slow: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], depth: int) -> None:
+    """``fast`` is ``slow``, the same network in float64 on the CPU by torch operations: in output, gradients and state,
+    with a weight update's fold after each batch of inputs and output gradients.
 
-    def __init__(self, layer: Norm, backend: str | None) -> None:
-        self.layer, self.backend = layer, backend
+    Some 64 operations a layer, or a step in time, round; their errors go on through the ``depth`` of them.
+
+    Raises:
+        WrongError: if it is not.
+    """
+    at = next(fast.parameters())
+    allowed = 16 * 64 * depth * torch.finfo(at.dtype).eps
+    for update, (x, dy) in enumerate(batches):
+        got = _trained(fast, x.to(at), dy.to(at))
+        with using("eager"):
+            want = _trained(slow, x.double(), dy.double())
+        for name, value in got.items():
+            off = (value.cpu().double() - want[name]).abs().max().item() / max(want[name].abs().max().item(), 1.0)
+            if not off <= allowed:
+                raise WrongError(f"update {update} in {at.dtype}, {name}: off by {off:.1e}, allowed {allowed:.1e}")
+
+
+def _trained(net: nn.Module, x: Tensor, dy: Tensor) -> Found:
+    x = x.detach().requires_grad_()
+    net.zero_grad(set_to_none=True)
+    out = net(x)
+    y = out[0] if isinstance(out, tuple) else out
+    y.backward(dy)
+    for module in net.modules():
+        if isinstance(module, Norm):
+            module.fold()
+    grads = {name: _present(parameter.grad) for name, parameter in net.named_parameters()}
+    found = {"y": y.detach(), "dx": _present(x.grad), **grads, **dict(net.named_buffers())}
+    return {name: value.clone() for name, value in found.items()}
+
+
+class Ours:
+    """A layer on a device as a function of what arrives: everything it returns and remembers, by name, on the CPU."""
+
+    def __init__(self, layer: Norm, backend: str | None, device: str = "cpu") -> None:
+        self.layer, self.backend, self.device = layer.to(device), backend, device
 
     def step(self, x: Tensor, dy: Tensor) -> Found:
-        x = x.detach().requires_grad_()
+        x = x.detach().to(self.device).requires_grad_()
         self.layer.zero_grad(set_to_none=True)
         with using(self.backend):
             y = self.layer(x)
-            y.backward(dy)
+            y.backward(dy.to(self.device))
         found = {"y": y.detach(), "dx": _present(x.grad)}
         if self.layer.weight is not None and self.layer.bias is not None:
             found |= {"dweight": _present(self.layer.weight.grad), "dbias": _present(self.layer.bias.grad)}
@@ -157,7 +195,7 @@ class Ours:
             if memory is not None:
                 state = {**memory.state(), "estimate": memory.estimate}
                 found |= {f"{which}.{name}": value.clone() for name, value in state.items()}
-        return found
+        return {name: value.cpu() for name, value in found.items()}
 
     def fold(self) -> None:
         self.layer.fold()

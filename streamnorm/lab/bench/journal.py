@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class Timed:
     times: Mapping[str, Times]
     floor: Sequence[Row]
     """Measured by the same process."""
+    peaks: Mapping[str, int] = field(default_factory=dict)
+    """The most bytes that a step holds, of the variants whose memory is compared."""
 
 
 SHAPES = {
@@ -95,7 +97,9 @@ class Journal:
         """The variants of a case were right when this command ran."""
         self._add({"kind": "green", "command": command, "case": str(case)})
 
-    def add_case(self, allocator: str, case: Case, times: Mapping[str, Times]) -> None:
+    def add_case(
+        self, allocator: str, case: Case, times: Mapping[str, Times], peaks: Mapping[str, int] | None = None
+    ) -> None:
         variants = case.variants.items()
         self._add(
             {
@@ -105,6 +109,7 @@ class Journal:
                 "ours": [name for name, variant in variants if variant.check is not None],
                 "traffic": {name: asdict(variant.traffic) for name, variant in variants if variant.traffic is not None},
                 "times": times,
+                **({"peaks": peaks} if peaks else {}),
             }
         )
 

@@ -53,11 +53,11 @@ def noise(n: int, *shape: int) -> Samples:
 
 
 class OnlineStep:
-    """A whole step of training on one sample: forward, loss, backward, optimizer."""
+    """A whole step of training, on one sample or on ``size`` of them: forward, loss, backward, optimizer."""
 
-    def __init__(self, model: nn.Module, samples: Samples, optimizer: str = "SGD") -> None:
+    def __init__(self, model: nn.Module, samples: Samples, optimizer: str = "SGD", size: int = 1) -> None:
         self.model = model
-        self.pairs = list(zip(samples.x.split(1), samples.y.split(1), strict=True))
+        self.pairs = list(zip(samples.x.split(size), samples.y.split(size), strict=True))
         self.at = 0
         self.optimizer = OPTIMIZERS[optimizer](model.parameters())
         self.link = attach(model, self.optimizer)
@@ -311,7 +311,7 @@ def _check_unnoticed(make: Callable[[], OnlineStep | Updates]) -> None:
         raise WrongError(f"a monitored training ends with another {different[0]}")
 
 
-def convnet(quick: bool) -> Iterator[Case]:
+def convnet(quick: bool, device: str) -> Iterator[Case]:
     """Four convolutions on 64 images of 32 x 32, forward and backward."""
     n, side, widths = (4, 8, (4, 4, 8, 8)) if quick else (64, 32, (32, 64, 64, 128))
     for layout in ("contiguous", "channels_last"):
@@ -319,7 +319,7 @@ def convnet(quick: bool) -> Iterator[Case]:
 
         def pair(form: torch.memory_format = form) -> Pair:
             images = noise(n, 3, side, side).x
-            return Pair(images.contiguous(memory_format=form), noise(n, CLASSES).x)
+            return Pair(images.contiguous(memory_format=form).to(device), noise(n, CLASSES).x.to(device))
 
         def make(norm: MakeNorm, shared: Shared[Pair], form: torch.memory_format = form) -> LayerStep:
             parts: list[nn.Module] = []
@@ -332,9 +332,9 @@ def convnet(quick: bool) -> Iterator[Case]:
         variants = {
             name: Variant(
                 partial(make, OURS[name], shared),
-                partial(check_layer, OURS[name], (8, widths[0], side, side), layout=layout),
+                partial(check_layer, OURS[name], (8, widths[0], side, side), layout=layout, device=device),
             )
-            for name in ("full", "full L1", "one-pass", "BatchNorm")
+            for name in ("default", "full", "full L1", "one-pass", "BatchNorm")
         }
         peers: dict[str, MakeNorm] = {
             "nn.BatchNorm2d": nn.BatchNorm2d,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from streamnorm.lab.bench.device import CPU
 from streamnorm.lab.bench.journal import Journal, Timed
 from streamnorm.lab.bench.pictures import picture
 from streamnorm.lab.bench.registry import GROUPS
@@ -24,9 +25,17 @@ faster than the reference. Every layer of ours was first compared with the oracl
 read what they overwrite; values that stay in the second cache between statistics and map are read once for both.
 *Floor* is how many times longer a step takes than moving just that, at the bandwidth below.
 
+*Peak MB*, where memory is compared, is the most that a step holds at a time beyond weights, statistics and the
+optimizer's averages.
+"""
+KEPT = """\
 *Memory kept by the process*: glibc was told not to hand large blocks back (`MALLOC_MMAP_THRESHOLD_` and the like), so
 that page faults, which otherwise cost as much as the layers, are out of the comparison; *default allocator*: as it
 comes.
+"""
+KEPT_THERE = """\
+Layers, inputs and gradients are on the device, and a sample ends when the device has done its work. *Memory kept by the
+process*: by torch, which does so on a device.
 """
 
 
@@ -43,7 +52,7 @@ def write_record(journal: Journal) -> Path:
     for group in dict.fromkeys([*GROUPS, *(case.group for case in cases)]):
         mine = [case for case in cases if case.group == group]
         if mine:
-            title = GROUPS[group][0] if group in GROUPS else group
+            title = GROUPS[group].title if group in GROUPS else group
             image = stem.with_name(f"{stem.name}-{group}.png")
             write(image, picture(mine, title))
             pages.append(_group(title, image.name, mine, _judged(asked)))
@@ -57,7 +66,7 @@ def _head(name: str, asked: dict[str, Any], facts: dict[str, str]) -> list[str]:
     lines = [f"# Benchmarks, {name}", ""]
     if asked["quick"]:
         lines += ["**A quick run on tiny inputs: it shows that everything works and says nothing about speed.**", ""]
-    lines += [READ.format(rounds=asked["rounds"])]
+    lines += [READ.format(rounds=asked["rounds"]), KEPT if _on_cpu(asked) else KEPT_THERE]
     table = [[key, f"`{value}`" if key == "command" else value] for key, value in facts.items()]
     return [*lines, _table(["", ""], [["threads", str(asked["threads"])], *table], "::"), ""]
 
@@ -71,7 +80,12 @@ def sentences(journal: Journal) -> list[str]:
 
 def _judged(asked: dict[str, Any]) -> bool:
     """Whether the targets are for runs like this one."""
-    return asked["threads"] == THREADS and not asked["quick"]
+    return asked["threads"] == THREADS and not asked["quick"] and _on_cpu(asked)
+
+
+def _on_cpu(asked: dict[str, Any]) -> bool:
+    """Older journals are all of the CPU."""
+    return asked.get("device", CPU) == CPU
 
 
 def _targets(cases: Sequence[Timed]) -> tuple[list[str], list[list[str]]]:
@@ -90,7 +104,7 @@ def _judgement(cases: Sequence[Timed], asked: dict[str, Any]) -> list[str]:
         return []
     note = []
     if not _judged(asked):
-        note = [f"The targets are for {THREADS} threads; nothing is judged by this run.", ""]
+        note = [f"The targets are for {THREADS} threads of a CPU; nothing is judged by this run.", ""]
         lines = [[*line[:-1], DASH] for line in lines]
     head = ["cases", "variant", "to", "geometric mean", "worst", "target", "verdict"]
     return ["## Targets", "", *note, _table(head, [[*line[:-1], _strong(line[-1])] for line in lines], ":::--::"), ""]
@@ -150,6 +164,8 @@ def _totals(cases: Sequence[Timed], judged: bool) -> str:
 
 def _case(found: Sequence[Row], reference: str) -> str:
     head = ["variant", "µs", f"to {reference}", "quartiles", "forward", "backward", "ideal MB", "floor"]
+    peaks = any(row.peak is not None for row in found)
+    head += ["peak MB"] * peaks
     lines = [
         [
             row.variant,
@@ -160,10 +176,11 @@ def _case(found: Sequence[Row], reference: str) -> str:
             DASH if row.backward is None else f"{row.backward:.2f}",
             DASH if row.ideal is None else "{:.0f} ({:.0f})".format(*(size / 1e6 for size in row.ideal)),
             DASH if row.floor is None else "{:.1f} ({:.1f})".format(*row.floor),
+            *([DASH if row.peak is None else f"{row.peak / 1e6:.1f}"] if peaks else []),
         ]
         for row in found
     ]
-    return _table(head, lines, ":-------")
+    return _table(head, lines, ":" + "-" * (len(head) - 1))
 
 
 def _growth(cases: Sequence[Timed]) -> list[str]:

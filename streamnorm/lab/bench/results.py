@@ -27,6 +27,7 @@ class Row:
         ideal: the bytes that an ideal implementation moves, with stores past the cache and through it; None where
             that says nothing.
         floor: how many times longer than moving them alone, likewise.
+        peak: the most bytes that a step holds; None where memory is not compared.
     """
 
     variant: str
@@ -37,6 +38,7 @@ class Row:
     backward: float | None
     ideal: tuple[int, int] | None
     floor: tuple[float, float] | None
+    peak: int | None = None
 
 
 def rows(case: Timed) -> list[Row]:
@@ -60,6 +62,7 @@ def rows(case: Timed) -> list[Row]:
                 backward=statistics.median(ratios(backward(times), backward(base))) if has_halves else None,
                 ideal=ideal,
                 floor=far,  # type: ignore[arg-type]
+                peak=case.peaks.get(variant),
             )
         )
     return found
@@ -68,6 +71,11 @@ def rows(case: Timed) -> list[Row]:
 def median_ratio(case: Timed, variant: str, reference: str) -> float:
     """Of the rounds of one case."""
     return statistics.median(ratios(case.times[variant]["both"], case.times[reference]["both"]))
+
+
+def peak_ratio(case: Timed, variant: str, reference: str) -> float:
+    """Of the most bytes that a step holds."""
+    return case.peaks[variant] / case.peaks[reference]
 
 
 @dataclass(frozen=True)
@@ -108,10 +116,11 @@ def verdicts(cases: Sequence[Timed]) -> list[tuple[Target, Total, bool]]:
     results = []
     for target in TARGETS:
         mine = [case for case in cases if case.group == target.group and target.cases in case.name]
+        ratio = median_ratio if target.of == "time" else peak_ratio
         values = {
-            case.name: median_ratio(case, target.variant, target.reference)
+            case.name: ratio(case, target.variant, target.reference)
             for case in mine
-            if {target.variant, target.reference} <= set(case.times)
+            if {target.variant, target.reference} <= set(case.times if target.of == "time" else case.peaks)
         }
         if values:
             results.append((target, total(target.variant, target.reference, values), target.met([*values.values()])))

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from streamnorm.lab.bench.case import WrongError
+from streamnorm.lab.bench.device import CPU, check_device
 from streamnorm.lab.bench.journal import Journal
 from streamnorm.lab.bench.machine import facts, name
 from streamnorm.lab.bench.record import sentences, write_record
-from streamnorm.lab.bench.registry import check_names
+from streamnorm.lab.bench.registry import Asked, chosen
 from streamnorm.lab.bench.settings import Bench
 from streamnorm.lab.bench.worker import INTERRUPTED, RED
 from streamnorm.lab.runs.lock import held
@@ -44,7 +45,10 @@ def bench(command: Bench) -> tuple[Path, list[str]]:
         ValueError: for wishes that cannot be met, and for a record that is there already.
         WrongError: if a layer does not compute what it should; nothing is timed then.
     """
-    check_names(command.groups)
+    check_device(command.device)
+    groups, left_out = chosen(command.groups, Asked(command.quick, command.compile, command.device))
+    if command.device != CPU and command.allocator != "both":
+        raise ValueError(f"--allocator is of the CPU; leave it out with --device {command.device}")
     threads = torch.get_num_threads() if command.threads is None else command.threads
     for what, value in (("rounds", command.rounds), ("threads", threads)):
         if value < 1:
@@ -54,31 +58,36 @@ def bench(command: Bench) -> tuple[Path, list[str]]:
         "threads": threads,
         "quick": command.quick,
         "compile": command.compile,
+        "device": command.device,
     }
+    for line in left_out:
+        print(line, file=sys.stderr)
     with held(command.out, "a benchmark"):
         journal = Journal(_path(command))
         _begin(journal, asked, command.resume)
-        wishes = {**asked, "groups": command.groups, "journal": str(journal.path), "command": uuid.uuid4().hex}
-        for allocator in ("tuned", "default") if command.allocator == "both" else (command.allocator,):
+        wishes = {**asked, "groups": groups, "journal": str(journal.path), "command": uuid.uuid4().hex}
+        both = ("tuned", "default") if command.device == CPU else ("tuned",)  # torch keeps the memory of a device
+        for allocator in both if command.allocator == "both" else (command.allocator,):
             _work({**wishes, "allocator": allocator}, threads)
         return write_record(journal), sentences(journal)
 
 
 def _path(command: Bench) -> Path:
     """Of the journal: today's, or the latest one that is to be gone on with."""
-    there = sorted(command.out.glob(f"????-??-??-{name()}.jsonl")) if command.resume else []
-    return there[-1] if there else command.out / f"{date.today().isoformat()}-{name()}.jsonl"
+    machine = name(command.device)
+    there = sorted(command.out.glob(f"????-??-??-{machine}.jsonl")) if command.resume else []
+    return there[-1] if there else command.out / f"{date.today().isoformat()}-{machine}.jsonl"
 
 
 def _begin(journal: Journal, asked: dict[str, Any], resume: bool) -> None:
     if not journal.path.is_file():
-        journal.start(asked, {**facts(), "command": shlex.join(["streamnorm", *sys.argv[1:]])})
+        journal.start(asked, {**facts(asked["device"]), "command": shlex.join(["streamnorm", *sys.argv[1:]])})
         return
     if not resume:
         raise ValueError(f"{journal.path} is there already; --resume goes on with it, or give another --out")
     before, there = journal.head()
-    now = {**facts(), "command": there.get("command")}
-    if differing := differences({**before, **there}, {**asked, **now}):
+    now = {**facts(asked["device"]), "command": there.get("command")}
+    if differing := differences({"device": CPU, **before, **there}, {**asked, **now}):
         raise ValueError(f"{journal.path} was measured otherwise: {differing}; give the same, or another --out")
 
 

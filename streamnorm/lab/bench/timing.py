@@ -26,8 +26,17 @@ MOST_REPEATS = 900
 WARM_UP = 3
 
 
-def measure(case: Case, rounds: int, seed: int = 0, say: Callable[[int], None] = lambda done: None) -> dict[str, Times]:
-    """The times of every variant. ``case.gate()`` comes first, and is the caller's to call."""
+def measure(
+    case: Case,
+    rounds: int,
+    seed: int = 0,
+    say: Callable[[int], None] = lambda done: None,
+    wait: Callable[[], None] = lambda: None,
+) -> dict[str, Times]:
+    """The times of every variant. ``case.gate()`` comes first, and is the caller's to call.
+
+    ``wait``: returns when all work that was given to a device is done.
+    """
     subjects: dict[str, Subject] = {}
     for name, variant in case.variants.items():
         with variant.within():
@@ -35,7 +44,7 @@ def measure(case: Case, rounds: int, seed: int = 0, say: Callable[[int], None] =
     repeats = {}
     for name, subject in subjects.items():
         with case.variants[name].within():
-            repeats[name] = _repeats(subject)
+            repeats[name] = _repeats(subject, wait)
     times: dict[str, Times] = {name: {"both": []} for name in subjects}
     order = random.Random(f"{seed}, {case}")
     for done in range(rounds):
@@ -44,29 +53,31 @@ def measure(case: Case, rounds: int, seed: int = 0, say: Callable[[int], None] =
             with case.variants[name].within():
                 for half, run in (("forward", getattr(subject, "forward", None)), ("both", subject.step)):
                     if run is not None:
-                        times[name].setdefault(half, []).append(_sample(subject, run, repeats[name]))
+                        times[name].setdefault(half, []).append(_sample(subject, run, repeats[name], wait))
         say(done + 1)
     return times
 
 
-def _repeats(subject: Subject) -> int:
+def _repeats(subject: Subject, wait: Callable[[], None]) -> int:
     """Steps that make a sample last long enough."""
-    taken = [_sample(subject, subject.step, 1) for _ in range(WARM_UP)]
+    taken = [_sample(subject, subject.step, 1, wait) for _ in range(WARM_UP)]
     once = min(taken) * getattr(subject, "count", 1)
     return max(1, min(MOST_REPEATS, math.ceil(LEAST / max(once, 1e-9))))
 
 
-def _sample(subject: Subject, run: Callable[[], Any], repeats: int) -> float:
+def _sample(subject: Subject, run: Callable[[], Any], repeats: int, wait: Callable[[], None]) -> float:
     """Seconds of a step, over ``repeats`` runs, after one that is not counted: caches and memory as left by the
     subject itself, not by the one before."""
     rest = getattr(subject, "rest", None)
     if rest is not None:
         rest()
     run()
+    wait()
     with _uncollected():
         start = time.perf_counter()
         for _ in range(repeats):
             run()
+        wait()
         return (time.perf_counter() - start) / (repeats * getattr(subject, "count", 1))
 
 

@@ -31,6 +31,8 @@ def work(
     command: str = "",
     show: Show = lambda done, text: None,
     quick: bool = False,
+    device: str = "cpu",
+    wait: Callable[[], None] = lambda: None,
 ) -> None:
     """Time the cases that are not in the journal under this allocator.
 
@@ -38,6 +40,8 @@ def work(
         command: names the command that asks, which a case has to be right for only once.
         show: called with a share of the work and a word on it.
         quick: hurry with the memory floor too.
+        device: whose memory it is.
+        wait: returns when all work that was given to a device is done.
 
     Raises:
         WrongError: if any variant of any case is not right; nothing has been timed then.
@@ -47,13 +51,17 @@ def work(
     _gate(pending, journal, command, show)
     if pending:
         show(0, f"{allocator}: memory floor")
-        journal.add_floor(allocator, floor.measure(floor.SIZES[:2], 1, 1e-3) if quick else floor.measure())
+        least = {"sizes": floor.SIZES[:2], "rounds": 1, "seconds": 1e-3} if quick else {}
+        journal.add_floor(allocator, floor.measure(**least, device=device, wait=wait))
     for i, case in enumerate(pending):
         show(i / len(pending), f"{allocator}: {case}")
         times = timing.measure(
-            case, rounds, say=lambda r, i=i, case=case: show((i + r / rounds) / len(pending), f"{allocator}: {case}")
+            case,
+            rounds,
+            say=lambda r, i=i, case=case: show((i + r / rounds) / len(pending), f"{allocator}: {case}"),
+            wait=wait,
         )
-        journal.add_case(allocator, case, times)
+        journal.add_case(allocator, case, times, case.peaks())
         gc.collect()
 
 
@@ -101,15 +109,16 @@ def main(asked: dict[str, Any]) -> int:
     """What ``streamnorm.lab.bench.run`` starts, with its wishes as JSON."""
     import torch
 
-    from streamnorm.lab.bench.registry import cases
+    from streamnorm.lab.bench.device import waiting
+    from streamnorm.lab.bench.registry import Asked, cases
 
     torch.set_num_threads(asked["threads"])
     torch.manual_seed(0)
-    found = cases(asked["groups"], asked["quick"], asked["compile"])
-    journal, names = Journal(Path(asked["journal"])), ("allocator", "rounds", "command", "quick")
+    found = cases(asked["groups"], Asked(asked["quick"], asked["compile"], asked["device"]))
+    journal, names = Journal(Path(asked["journal"])), ("allocator", "rounds", "command", "quick", "device")
     try:
         with progress() as show:
-            work(found, journal, show=show, **{name: asked[name] for name in names})
+            work(found, journal, show=show, wait=waiting(asked["device"]), **{name: asked[name] for name in names})
     except WrongError as error:
         print(error, file=sys.stderr)
         return RED
