@@ -50,10 +50,13 @@ def append(path: Path, line: bytes) -> None:
     Raises:
         OSError: with the path and what to do, if the system refuses; then the file is as it was, as far as it can be.
     """
-    with named(path), path.open("ab+", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(size - 1, 0))
-        data = memoryview(b"\n" * (file.read(1) not in (b"", b"\n")) + line + b"\n")
+    with named(path), path.open("ab+" if path.is_file() else "ab", buffering=0) as file:
+        size, cut_off = 0, False
+        if file.readable():  # and no device or pipe
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 1, 0))
+            cut_off = file.read(1) not in (b"", b"\n")
+        data = memoryview(b"\n" * cut_off + line + b"\n")
         try:
             while data:  # a write into the last room of a disk takes a part
                 data = data[file.write(data) :]

@@ -372,7 +372,8 @@ def _opened(path: Path, start: int | None) -> Path:
     with named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        os.truncate(path, kept)
+        if path.stat().st_size > kept:  # a device has none
+            os.truncate(path, kept)
     return path
 
 

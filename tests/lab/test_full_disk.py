@@ -161,6 +161,15 @@ def test_a_line_that_does_not_fit_leaves_none_of_it(at: int, tmp_path: Path, mon
     assert path.read_bytes() == b"first\nsec\nsecond\n"
 
 
+def test_lines_go_into_a_pipe_too(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    here = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    files.append(tmp_path / "pipe", b"first")
+    files.append(Path("/dev/null"), b"first")
+    assert os.read(here, 100) == b"first\n"
+    os.close(here)
+
+
 def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
     """A real one, of the system."""
     flags = ["train", "--out", str(tmp_path), *TINY]

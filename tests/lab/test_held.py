@@ -139,7 +139,7 @@ def test_a_study_and_a_folder_from_before_there_was_a_word_for_it(tmp_path: Path
 def test_two_runs_started_together(tmp_path: Path) -> None:
     """Of two that differ one trains to its end and the other is refused."""
     rates = ("0.1", "0.2")
-    command = [*BEGIN, "train", "--out", str(tmp_path), *TINY, "--epochs", "300", "--learning-rate"]
+    command = [*BEGIN, "train", "--out", str(tmp_path), *TINY, "--epochs", "60", "--learning-rate"]
     both = [
         subprocess.Popen([*command, rate], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         for rate in rates

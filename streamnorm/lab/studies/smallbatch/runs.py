@@ -202,7 +202,7 @@ def kept(name: str, run: Run, out: Path) -> Record | None:
         wrong = differences({**Run.defaults(), **record["run"]}, run.to_json())
     if wrong:
         raise ReadError(
-            f"{path} does not hold the run {name}, seed {run.seed} ({wrong}); delete it to do that run again"
+            f"{path} does not hold the run {name}, seed {run.seed}; delete it to do that run again ({wrong})"
         )
     return record
 

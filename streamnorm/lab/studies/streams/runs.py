@@ -246,7 +246,7 @@ def kept(run: StreamRun, out: Path) -> dict[str, Any] | None:
         wrong = f"right does not count {record['learned']} rows"
     if wrong:
         raise ReadError(
-            f"{path} does not hold the run {run.name}, seed {run.seed} ({wrong}); delete it to do that run again"
+            f"{path} does not hold the run {run.name}, seed {run.seed}; delete it to do that run again ({wrong})"
         )
     return record
 
