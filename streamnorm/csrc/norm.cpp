@@ -136,8 +136,8 @@ template <class T, class F> bool run(const Job<T> &J, int threads, bool in_order
     return !wrong;
 }
 
-// saved: 5 tables (k0, S); scratch: (2, S). Returns 0, or 1 with the memory as it was: something was not finite, or the
-// memory begins with this call.
+// saved: 5 tables (k0, S); scratch: (2, S). Returns 0, or 1 with the memory as it was: something was not finite or
+// extreme, or the memory begins with this call.
 template <class T>
 int forward(const sn_plan *p, const sn_memory *h, const void *x, const void *weight, const void *bias, void *y,
             A_<T> *saved, A_<T> *scratch, int threads) {
@@ -156,7 +156,7 @@ int backward(const sn_plan *p, const sn_memory *h, const void *x, const void *we
              A_<T> *scratch, void *dx, void *dweight, void *dbias, int threads) {
     Job<T> J = backward_job<T>(p, h, x, weight, dy, saved, scratch, dx, dweight, dbias);
     bool in_order = h || weight || dweight;
-    if (!run<T>(J, threads, in_order, [&](int64_t i, int64_t j, int64_t a, int64_t n, auto &e) { return backward_step(J, i, j, a, n, e); }) && h)
+    if (!run<T>(J, threads, in_order, [&](int64_t i, int64_t j, int64_t a, int64_t n, auto &e) { return backward_step(J, i, j, a, n, e); }))
         return 1;
     if (h) commit(*h, J.S, 0, J.S, J.fresh, J.last, J.last + J.S), arrived(*h, p->k0, p->samples);
     return 0;

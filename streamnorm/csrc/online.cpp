@@ -51,6 +51,13 @@ template <class T> bool finite(const T *v, int64_t n) {
     for (int64_t i = 0; i < n; i++) bad |= !(fabs(v[i]) <= largest<T>());
     return !bad;
 }
+// `squarable` of normstats.py
+template <class T> bool squarable(const T *v, int64_t n) {
+    const T most = sizeof(T) == 4 ? (T)0x1p32 : (T)0x1p256, least = 1 / most;
+    int bad = 0;
+    for (int64_t i = 0; i < n; i++) bad |= !(v[i] >= least && v[i] <= most);
+    return !bad;
+}
 template <class T> struct bits_of { typedef int32_t type; };
 template <> struct bits_of<double> { typedef int64_t type; };
 template <class T> T peak(const T *v, int64_t n) {  // the largest magnitude; NaN is larger than infinity
@@ -143,10 +150,9 @@ template <class T> void regress(const sn_memory &m, const T *s, const T *s_hat, 
     for (int64_t i = 0; i < n; i++) {
         const T inverse = 1 / s_hat[n + i], mean = (s[i] - s_hat[i]) * inverse, scale = s[n + i] * inverse;
         const T over = scale * scale, under = mean * mean, square = over < under ? under : over;
-        const T e_v = -g[i] * s_hat[n + i] - v[i] - mean * u[i];
-        const T e_u = -g[n + i] * s_hat[n + i] - mean * v[i] - square * u[i];
-        const T d_u = M + square, per = 1 / (d_v * d_u - under);
-        const T new_v = v[i] + (d_u * e_v - mean * e_u) * per, new_u = u[i] + (d_v * e_u - mean * e_v) * per;
+        const T t_v = M * v[i] - g[i] * s_hat[n + i], t_u = M * u[i] - g[n + i] * s_hat[n + i];
+        const T d_u = M + square, per = 1 / (M * (d_v + square) + (square - under));
+        const T new_v = (d_u * t_v - mean * t_u) * per, new_u = (d_v * t_u - mean * t_v) * per;
         g[i] = new_v, g[n + i] = new_u;
         g_hat[i] = -new_v * inverse, g_hat[n + i] = -new_u * scale * inverse;
     }
@@ -336,7 +342,11 @@ template <class T> bool forward_norm(const Layer &l, const Room<T> &at) {
             T d = l.about_zero ? a[i] : a[i] - mu_hat[i];
             sigma[i] = l.p == 2 ? (T)sqrt(d * d + eps) : (T)fabs(d) + floor;
         }
-        if (!finite(sigma, n)) return false;
+        if (!squarable(sigma, n)) {
+            for (int64_t i = 0; i < n && l.p == 2; i++)
+                sigma[i] = (T)hypot((double)(l.about_zero ? a[i] : a[i] - mu_hat[i]), (double)floor);
+            if (!finite(sigma, n)) return false;
+        }
         Arrival<T>(l.F, true, 1).estimate(at.s, at.s_hat, n, 2 * n);
         for (int64_t i = 0; i < n; i++) y[i] = (a[i] - mu_hat[i]) / sigma_hat[i];
     } else if (l.kind == LAYER) {
@@ -398,7 +408,7 @@ template <class T> bool backward_norm(const Layer &l, const Room<T> &at) {
         Arrival<T>(l.G, true).estimate(at.g, at.g_hat, 0, 2 * n);
     for (int64_t i = 0; i < n; i++) {
         T d = l.about_zero ? a[i] : a[i] - at.s_hat[i], to_mu = at.g_hat[i], to_sigma = at.g_hat[n + i];
-        T slope = l.p == 2 ? d * (to_sigma / sigma[i]) : to_sigma * (T)((d > 0) - (d < 0));
+        T slope = l.p == 2 ? d / sigma[i] * to_sigma : to_sigma * (T)((d > 0) - (d < 0));
         grad[i] = grad[i] / sigma_hat[i] + to_mu + slope;
     }
     return true;

@@ -62,6 +62,12 @@ template <class A> SN_INLINE void keep(A *p, int k, vec<A> v) {
     else store_part(p, k, v);
 }
 template <class A> SN_INLINE mask<A> not_finite(vec<A> v) { return ~(mask<A>)(v - v == vec<A>{}); }
+// Where a deviation is no number of which products of four, and their inverses, are numbers in full precision: those calls
+// are done otherwise. `squarable` of normstats.py; NaN is not either.
+template <class A> SN_INLINE mask<A> extreme(vec<A> sigma) {
+    const vec<A> most = all(sizeof(A) == 4 ? (A)0x1p32 : (A)0x1p256), least = all((A)1) / most;
+    return ~(mask<A>)((mask<A>)(sigma >= least) & (mask<A>)(sigma <= most));
+}
 template <class A> SN_INLINE bool any(mask<A> m) {
     bool found = false;
     for (int i = 0; i < lanes<A>::W; i++) found |= m[i] != 0;
@@ -127,13 +133,15 @@ template <class A> void fold(const sn_memory &h, int64_t S, double keep1, double
 // G as the residual of a regression of the gradient on 1 and y over the stream: the coefficients theta = (v, u) take in
 // the gradients of the statistics of step j, and what they make of them, for slots a .. a+n.
 //     (M + m A) theta <- M theta + m b,  A = [[1, y], [y, y^2]] of this step's means
+// Whether theta is finite: a mean that jumps by 1e15 deviations has squares that are no numbers.
 template <class A>
-void regress(const sn_memory &h, double samples, int64_t S, int64_t a, int64_t n, int64_t j, bool taken, const A *mu,
+bool regress(const sn_memory &h, double samples, int64_t S, int64_t a, int64_t n, int64_t j, bool taken, const A *mu,
              const A *sigma, const A *mu_hat, const A *sigma_hat, const A *g_mu, const A *g_sigma, A *fresh, A *hat_mu,
              A *hat_sigma) {
     const double held = (double)*h.count + samples * (double)j + 1, m = samples, M = held < h.rule.a[0] ? held : h.rule.a[0];
     const A *old = j > 0 ? fresh : (const A *)h.long_;
     const vec<A> all_m = all((A)m), all_M = all((A)M), d_v = all((A)(M + m)), one = all((A)1);
+    mask<A> wrong{};
     slots<A>(n, [&](int64_t i, int k) {
         const vec<A> s_hat = table(sigma_hat + i, k), inverse = one / s_hat;
         const vec<A> mean = (table(mu + i, k) - table(mu_hat + i, k)) * inverse, scale = table(sigma + i, k) * inverse;
@@ -141,16 +149,18 @@ void regress(const sn_memory &h, double samples, int64_t S, int64_t a, int64_t n
         if (taken) {
             const vec<A> over = scale * scale, under = mean * mean, square = choose<A>((mask<A>)(over < under), under, over);
             const vec<A> b_v = -load(g_mu + i) * s_hat, b_u = -load(g_sigma + i) * s_hat;
-            const vec<A> e_v = b_v - v - mean * u, e_u = b_u - mean * v - square * u;
             const vec<A> d_u = all_M + all_m * square, off = all_m * mean;
-            const vec<A> per = all_m / (d_v * d_u - off * off);
-            v += (d_u * e_v - off * e_u) * per, u += (d_v * e_u - off * e_v) * per;
+            const vec<A> det = all_M * (d_v + all_m * square) + all_m * all_m * (square - under);
+            const vec<A> per = one / det, t_v = all_M * v + all_m * b_v, t_u = all_M * u + all_m * b_u;
+            v = (d_u * t_v - off * t_u) * per, u = (d_v * t_u - off * t_v) * per;
+            wrong |= (not_finite<A>(v) | not_finite<A>(u)) & before<A>(k);
         }
         keep(fresh + a + i, k, v);
         keep(fresh + S + a + i, k, u);
         store(hat_mu + i, -v * inverse);
         store(hat_sigma + i, -u * scale * inverse);
     });
+    return !any<A>(wrong);
 }
 
 // One step of the stream on n slots, forward: statistics, F, map. `e` runs the passes over the data.
@@ -237,7 +247,7 @@ template <class T, class E> bool forward_step(const Job<T> &J, int64_t j, int64_
         v = p.p == 2 ? root<A>(choose<A>((mask<A>)(v < none), none, v) + eps) : v + floor;
         store(sigma + i, v);
         keep(J.sigma + at + i, k, v);
-        wrong |= (not_finite<A>(v) | not_finite<A>(load(mu + i))) & before<A>(k);
+        wrong |= (extreme<A>(v) | not_finite<A>(load(mu + i))) & before<A>(k);
     });
     if (J.h) {
         observe(*J.h, p.samples, 1, J.S, a, n, j, true, sigma, J.fresh, est_sigma);
@@ -301,10 +311,11 @@ template <class T, class E> bool backward_step(const Job<T> &J, int64_t arrival,
         if (J.dweight) keep(J.dweight + a + i, k, arrival ? table(J.dweight + a + i, k) + s2 : s2);
         if (J.dbias) keep(J.dbias + a + i, k, arrival ? table(J.dbias + a + i, k) + s1 : s1);
     });
+    bool fine = !any<A>(wrong);
     if (J.h) {
         if (J.h->rule.kind == RESIDUAL)
-            regress(*J.h, p.samples, J.S, a, n, arrival, !J.refused, J.mu + at, J.sigma + at, used_mu + at, used_sigma + at,
-                    g_mu, g_sigma, J.fresh, hat_mu, hat_sigma);
+            fine &= regress(*J.h, p.samples, J.S, a, n, arrival, !J.refused, J.mu + at, J.sigma + at, used_mu + at,
+                            used_sigma + at, g_mu, g_sigma, J.fresh, hat_mu, hat_sigma);
         else {
             observe(*J.h, p.samples, 0, J.S, a, n, arrival, !J.refused, g_mu, J.fresh, hat_mu);
             observe(*J.h, p.samples, 1, J.S, a, n, arrival, !J.refused, g_sigma, J.fresh, hat_sigma);
@@ -318,7 +329,7 @@ template <class T, class E> bool backward_step(const Job<T> &J, int64_t arrival,
         J.h ? ready(hat_mu, hat_sigma) : ready(g_mu, g_sigma);
         p.p == 2 ? e.template grads<2, false>(n) : e.template grads<1, false>(n);
     }
-    return !any<A>(wrong);
+    return fine;
 }
 
 // --- the four functions by themselves, for rules that only Python knows; tables are given whole, (k0, S) ---

@@ -2,7 +2,7 @@
 
 A reference is three choices: features (own, all, or groups) x place (here, a local window, everywhere) x samples
 (one, the mini-batch). Eleven of the twelve pairings of the paper carry names here; the twelfth, one activation of one
-sample, normalizes nothing. Imports checks alone.
+sample, normalizes nothing. Imports checks and tracing alone.
 
 Legend: ``g`` steps of the stream, ``m`` samples of a mini-batch, ``c`` features, split into ``G`` groups of ``q``;
 ``place`` = x, y, z.
@@ -10,6 +10,7 @@ Legend: ``g`` steps of the stream, ``m`` samples of a mini-batch, ``c`` features
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from streamnorm.checks import is_whole
+from streamnorm.tracing import is_traced
 
 Features = Literal["own", "all"] | int
 Place = Literal["here", "local", "all"]
@@ -126,22 +128,27 @@ class NormRef:
         which axes the result keeps); everything else follows from it, the gradient included.
         """
         if self.place != "local":
-            return _mean(x, [dim for dim in self.dims(x.ndim) if x.shape[dim] != 1])
-        return window_mean(x.mean((1, 3) if self.samples == "batch" else (3,), keepdim=True), self.window)
+            return mean_over(x, self.dims(x.ndim))
+        return window_mean(mean_over(x, (1, 3) if self.samples == "batch" else (3,)), self.window)
 
 
-def _mean(x: Tensor, dims: list[int]) -> Tensor:
+def mean_over(x: Tensor, dims: Sequence[int]) -> Tensor:
     """The mean over ``dims`` (kept), about the first value so that a large mean costs no digits; place axes first,
-    which lie together."""
+    which lie together. Values are made small before they are added, so that no sum overflows."""
+    dims = [dim for dim in dims if x.shape[dim] != 1]
     if not dims or not x.numel():
         return x.mean(dims, keepdim=True) if dims else x
-    shift = x.detach()
+    shift, count = x.detach(), 1
     for dim in dims:
-        shift = shift.narrow(dim, 0, 1)
-    total = x - shift
+        shift, count = shift.narrow(dim, 0, 1), count * x.shape[dim]
+    if is_traced():  # fused, and the count may be a symbol
+        total, rest = (x - shift) / count, 1.0
+    else:  # in one pass, by a power of two, which rounds nothing
+        unit = 2.0 ** -(count - 1).bit_length()
+        total, rest = torch.add(shift * -unit, x, alpha=unit), count * unit
     for axes in ([dim for dim in dims if dim >= 4], [dim for dim in dims if dim < 4]):
-        total = total.mean(axes, keepdim=True) if axes else total
-    return shift + total
+        total = total.sum(axes, keepdim=True) if axes else total
+    return shift + total / rest
 
 
 def window_mean(x: Tensor, window: int) -> Tensor:
@@ -154,9 +161,10 @@ def window_mean(x: Tensor, window: int) -> Tensor:
     flat = x.reshape(-1, 1, *place)
     width = [min(window, 2 * length - 1) for length in place]
     pad = [w // 2 for w in width]
-    total = pool(F.pad(flat, [side for w in reversed(pad) for side in (w, w)]), width, 1)
+    unit = 2.0 ** -math.prod(width).bit_length()  # so that no sum over a window overflows
+    total = pool(F.pad(flat * unit, [side for w in reversed(pad) for side in (w, w)]), width, 1)
     ones = F.pad(torch.ones_like(flat[:1]), [side for w in reversed(pad) for side in (w, w)])
-    return (total / pool(ones, width, 1)).reshape(x.shape)
+    return (total / pool(ones, width, 1) / unit).reshape(x.shape)
 
 
 SP1 = NormRef("own", "all", "one")

@@ -1,7 +1,7 @@
 """NormStats: the function S that turns a reference into statistics s = (mu, sigma) (paper, section 3.4).
 
 ``Lp`` is the paper's family; an object with the same methods, made of differentiable torch operations, can take its
-place. Imports torch and the definition of the reference.
+place. Imports the definition of the reference and what stands below it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from streamnorm.definition.ref import NormRef
+from streamnorm.definition.ref import NormRef, mean_over
+from streamnorm.tracing import is_readable
 
 Center = Literal["batch", "estimate", "zero"]
+
+
+def squarable(dtype: torch.dtype) -> tuple[float, float]:
+    """The least and the largest number of which products of four, and their inverses, are numbers in full precision."""
+    return torch.finfo(dtype).tiny ** 0.25, torch.finfo(dtype).max ** 0.25
+
+
+def all_squarable(*statistics: Tensor) -> bool:
+    """Whether all values, which may be looked at, are ``squarable``; NaN is not."""
+    for statistic in statistics:
+        if statistic.numel():
+            least, most = squarable(statistic.dtype)
+            low, high = torch.aminmax(statistic.detach())
+            if not (least <= low.item() and high.item() <= most):
+                return False
+    return True
 
 
 class DegenerateReferenceError(ValueError):
@@ -78,25 +95,40 @@ class Lp:
     def sigma(self, x: Tensor, ref: NormRef, mu: Tensor, mu_hat: Tensor | None) -> Tensor:
         """``sigma`` about the center of this setting: ``mu``, the constant ``mu_hat``, or 0."""
         if self.center == "zero":
-            walk = ref.place == "local" and self.p not in (1, 2)
+            walk = ref.place == "local" and self.p != 1
             return self.windowed(x, ref, torch.zeros_like(x[:, :1, :, :1])) if walk else self.norm(x, ref)
         center = mu if self.center == "batch" else mu_hat
         assert center is not None
-        return self.windowed(x, ref, center) if ref.place == "local" else self.norm(x - center, ref)
+        return self.windowed(x, ref, center) if ref.place == "local" else self.norm(x, ref, center)
 
-    def norm(self, d: Tensor, ref: NormRef) -> Tensor:
-        """``(mean(|d|^p) + eps^(p/2))^(1/p)``; other powers than 1 and 2 are taken relative to the largest |d|."""
+    def norm(self, x: Tensor, ref: NormRef, center: Tensor | None = None) -> Tensor:
+        """``(mean(|d|^p) + eps^(p/2))^(1/p)`` with ``d = x - center``. Powers are taken relative to the largest |d|;
+        squares only where they would not be numbers otherwise."""
+        d = x if center is None else x - center
         if self.p == 1:
             return ref.mean(d.abs()) + self.eps**0.5
-        if self.p == 2:
-            return (ref.mean(d * d) + self.eps).sqrt()
-        axes = (1, 3) if ref.samples == "batch" else (3,)
-        scale = self.floor(d.abs().amax((*axes, *(() if ref.place == "here" else range(4, d.ndim))), keepdim=True))
-        return scale * (ref.mean((d.abs() / scale) ** self.p) + (self.eps**0.5 / scale) ** self.p) ** (1 / self.p)
+        if self.p != 2:
+            scale = self.unit(_largest(d, ref))
+            return scale * (ref.mean((d.abs() / scale) ** self.p) + (self.eps**0.5 / scale) ** self.p) ** (1 / self.p)
+        if is_readable(d):
+            sigma = (_mean_of_squares(d, ref) + self.eps).sqrt()
+            if all_squarable(sigma):
+                return sigma
+            scale = self.unit(_largest(d, ref))
+        else:  # by what a compiler finds in the pass over x that takes its mean
+            largest = _largest(x, ref) if center is None else torch.maximum(_largest(x, ref), center.detach().abs())
+            scale, (least, most) = self.floor(largest), squarable(d.dtype)
+            scale = torch.where((scale >= least) & (scale <= most), 1, self.unit(scale))
+        return scale * (_mean_of_squares(d / scale, ref) + (self.eps**0.5 / scale).square()).sqrt()
+
+    def unit(self, largest: Tensor) -> Tensor:
+        """The largest ``|d|`` of each reference as the constant unit of its powers, which then neither overflow nor
+        vanish. A huge one is taken as far down as powers allow: going back, gradients are multiplied by it."""
+        scale, most = self.floor(largest), torch.finfo(largest.dtype).max
+        return torch.where(scale > most**0.25, scale / most ** (0.5 / self.p), scale)
 
     def floor(self, largest: Tensor) -> Tensor:
-        """The largest ``|d|`` of each reference as the constant unit of its powers, which then neither overflow nor
-        vanish."""
+        """The largest ``|d|``, or what is as good as 0 beside eps."""
         return largest.detach().clamp_min(max(self.eps**0.5, torch.finfo(largest.dtype).tiny))
 
     def windowed(self, x: Tensor, ref: NormRef, center: Tensor) -> Tensor:
@@ -107,20 +139,49 @@ class Lp:
         """
         shared = (1, 3) if ref.samples == "batch" else (3,)
         offsets = list(_offsets(x.shape[4:], ref.window))
-        if self.p == 2:
-            at = x.mean(shared, keepdim=True)
-            spread = (x - at).square().mean(shared, keepdim=True)
-            moments = [spread[there] + (at[there] - center[here]).square() for here, there, _ in offsets]
-            return (_window_mean(moments, [pad for *_, pad in offsets]) + self.eps).sqrt()
-        deviations = [(x[there] - center[here]).abs() for here, there, _ in offsets]
         pads = [pad for *_, pad in offsets]
-        largest = [F.pad(d.detach().amax(shared, keepdim=True), pad) for d, pad in zip(deviations, pads, strict=True)]
-        scale = self.floor(torch.stack(largest).amax(0))
+        if self.p == 2:
+            at = mean_over(x, shared)
+            within = x - at
+            width = self.floor(within.abs().amax(shared, keepdim=True))
+            inner = width, (within / width).square().mean(shared, keepdim=True)
+            deviations = [at[there] - center[here] for here, there, _ in offsets]
+            largest = [
+                torch.maximum(d.detach().abs(), width[o]) for d, (_, o, _) in zip(deviations, offsets, strict=True)
+            ]
+        else:
+            inner = None
+            deviations = [(x[there] - center[here]).abs() for here, there, _ in offsets]
+            largest = [d.detach().amax(shared, keepdim=True) for d in deviations]
+        scale = self.unit(torch.stack([F.pad(most, pad) for most, pad in zip(largest, pads, strict=True)]).amax(0))
         moments = [
             ((d / scale[here]) ** self.p).mean(shared, keepdim=True)
             for d, (here, *_) in zip(deviations, offsets, strict=True)
         ]
+        if inner is not None:
+            width, spread = inner
+            ratios = [width[there] / scale[here] for here, there, _ in offsets]
+            moments = [m + spread[o] * r.square() for m, r, (_, o, _) in zip(moments, ratios, offsets, strict=True)]
         return scale * (_window_mean(moments, pads) + (self.eps**0.5 / scale) ** self.p) ** (1 / self.p)
+
+
+def _largest(x: Tensor, ref: NormRef) -> Tensor:
+    """The largest ``|x|`` of each reference; place axes first, as a mean is taken."""
+    largest = x.detach()
+    for axes in (range(4, x.ndim) if ref.place == "all" else (), (1, 3) if ref.samples == "batch" else (3,)):
+        largest = torch.linalg.vector_norm(largest, math.inf, list(axes), keepdim=True) if axes else largest
+    return largest
+
+
+def _mean_of_squares(d: Tensor, ref: NormRef) -> Tensor:
+    """The mean over each reference; of whole axes without what ``ref.mean`` does for values of either sign."""
+    square = d * d
+    if not ref.reduces:
+        return ref.mean(square)
+    dims = ref.dims(d.ndim)
+    for axes in ([dim for dim in dims if dim >= 4], [dim for dim in dims if dim < 4]):
+        square = square.mean(axes, keepdim=True) if axes else square
+    return square
 
 
 Offset = tuple[tuple, tuple, list[int]]

@@ -23,6 +23,7 @@ from torch.nn import Parameter
 from streamnorm.definition.layer import Definition, Statistics
 from streamnorm.definition.operation import Scale
 from streamnorm.definition.ref import NormRef
+from streamnorm.definition.stats import all_squarable
 from streamnorm.ops import eager, library
 from streamnorm.tracing import is_traced
 
@@ -227,7 +228,8 @@ def mean(x: Tensor, d: Definition) -> Tensor:
     told, x = _told(x, d)
     if told is None:
         return eager.mean(x, d)
-    return _moments(x, d, told, None)
+    found = _moments(x, d, told, None)
+    return found if found.abs().sum().isfinite() else eager.mean(x, d)
 
 
 def sigma(x: Tensor, d: Definition, mu: Tensor, center: Tensor | None) -> Tensor:
@@ -238,7 +240,8 @@ def sigma(x: Tensor, d: Definition, mu: Tensor, center: Tensor | None) -> Tensor
     about = {"batch": mu, "estimate": center, "zero": torch.zeros_like(mu)}[d.moment.center]
     assert about is not None
     value = _moments(x, d, told, _own(about, mu.shape))
-    return value + d.moment.eps**0.5 if d.moment.p == 1 else (value + d.moment.eps).sqrt()
+    found = value + d.moment.eps**0.5 if d.moment.p == 1 else (value + d.moment.eps).sqrt()
+    return found if all_squarable(found) else eager.sigma(x, d, mu, center)
 
 
 def apply(x: Tensor, d: Definition, mu_hat: Tensor, sigma_hat: Tensor) -> Tensor:
@@ -256,7 +259,7 @@ def apply(x: Tensor, d: Definition, mu_hat: Tensor, sigma_hat: Tensor) -> Tensor
 def stat_grads(dy: Tensor, x: Tensor, d: Definition, mu_hat: Tensor, sigma_hat: Tensor) -> tuple[Tensor, Tensor]:
     """``dE/ds_hat``, summed over all activations that s_hat normalizes."""
     told, x = _told(x, d)
-    if told is None:
+    if told is None or not all_squarable(sigma_hat):
         return eager.stat_grads(dy, x, d, mu_hat, sigma_hat)
     shape, dy = _stat_shape(x, d), like(dy, x)
     s1, s2 = (x.new_empty(shape, dtype=mu_hat.dtype) for _ in range(2))
@@ -270,7 +273,8 @@ def stat_grads(dy: Tensor, x: Tensor, d: Definition, mu_hat: Tensor, sigma_hat: 
 def input_grad(dy: Tensor, x: Tensor, d: Definition, s: Statistics, g_mu: Tensor, g_sigma: Tensor) -> Tensor:
     """``dx = (dN/dx)' dy + (dS/dx)' g_hat``; the center of Setting B is a constant."""
     told, x = _told(x, d)
-    if told is None or (d.moment.p == 1 and d.moment.center == "batch"):
+    uncommon = d.moment.p == 1 and d.moment.center == "batch"
+    if told is None or uncommon or not all_squarable(s.sigma, s.sigma_hat):
         return eager.input_grad(dy, x, d, s, g_mu, g_sigma)
     shape, dy, dx = s.mu.shape, like(dy, x), torch.empty_like(x)
     center = {"batch": s.mu, "estimate": s.center, "zero": None}[d.moment.center]

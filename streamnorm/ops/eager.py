@@ -5,6 +5,8 @@
     dE/dmu_hat = -sum dy / sigma_hat            dE/dsigma_hat = -sum dy (x - mu_hat) / sigma_hat^2
     dx = dy / sigma_hat + g_mu / N + g_sigma / N sign(d) (|d| / sigma)^(p-1)           with d = x - c
 
+No square of a statistic is taken on the way: it may be no number where the gradient is one.
+
 In Setting A, c = mu moves with x: g_mu gains ``-g_sigma mean(sign(d) (|d| / sigma)^(p-1))``, which is 0 for p = 2 only.
 
 Where every feature map of one mini-batch has statistics of its own (BA1), torch's batch normalization in its testing
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from streamnorm.definition.layer import Definition, Statistics
 from streamnorm.definition.operation import Scale, Standardize
-from streamnorm.definition.stats import Lp
+from streamnorm.definition.stats import Lp, all_squarable, squarable
 from streamnorm.ops import generic
 from streamnorm.tracing import is_readable
 
@@ -57,7 +59,8 @@ def mean(x: Tensor, d: Definition) -> Tensor:
     """``mu`` of every reference."""
     if d.moment.p != 2 or d.ref.place != "all" or x.ndim == 4 or not x.is_contiguous() or not x.numel():
         return generic.mean(x, d)  # about the first value, to the last digit of a large mean
-    return _mean_of_maps(x.flatten(4).sum(4) / x[0, 0, 0, 0].numel(), x, d)
+    mu = _mean_of_maps(x.flatten(4).sum(4) / x[0, 0, 0, 0].numel(), x, d)
+    return generic.mean(x, d) if is_readable(mu) and not mu.abs().sum().isfinite() else mu
 
 
 def sigma(x: Tensor, d: Definition, mu: Tensor, center: Tensor | None) -> Tensor:
@@ -70,7 +73,8 @@ def sigma(x: Tensor, d: Definition, mu: Tensor, center: Tensor | None) -> Tensor
         moment = square - about * (2 * mu - about)
         if not (square <= CANCELS * moment).all():
             moment = _square(x - about, d)
-    return (moment + d.moment.eps).sqrt()
+    found = (moment + d.moment.eps).sqrt()
+    return found if all_squarable(found) else generic.sigma(x, d, mu, center)
 
 
 def _square(x: Tensor, d: Definition) -> Tensor:
@@ -109,11 +113,11 @@ def apply(
 def stat_grads(dy: Tensor, x: Tensor, d: Definition, mu_hat: Tensor, sigma_hat: Tensor) -> tuple[Tensor, Tensor]:
     """``dE/ds_hat``, summed over all activations that s_hat normalizes."""
     if type(d.op) is Scale:
-        return torch.zeros_like(mu_hat), -_total(dy * x, sigma_hat) / sigma_hat / sigma_hat
+        return torch.zeros_like(mu_hat), -_total((x / sigma_hat).mul_(dy), sigma_hat) / sigma_hat
     flat = _maps(x, d)
     if flat is None or not _is_moderate(mu_hat, sigma_hat):
         g_mu = -_total(dy, mu_hat) / sigma_hat
-        return g_mu, -_total((x - mu_hat).mul_(dy), sigma_hat) / sigma_hat / sigma_hat
+        return g_mu, -_total((x - mu_hat).div_(sigma_hat).mul_(dy), sigma_hat) / sigma_hat
     deviation, grad = sigma_hat.flatten(), dy.reshape(flat.shape)
     _, scaled, plain = torch.ops.aten.native_batch_norm_backward(
         grad if grad.stride() == flat.stride() else torch.empty_like(flat).copy_(grad),
@@ -156,15 +160,15 @@ def input_grad(
         scale = s.sigma_hat.reciprocal() if gain is None else gain.reshape(s.sigma_hat.shape) / s.sigma_hat
         return dx.view(x.shape).addcmul_(dy, scale)
     deviation = x if center is None else x - center
-    if p == 2:
-        slope, g_slope = deviation, g_sigma / (size * s.sigma)
+    if p == 1:
+        slope = deviation.sign()
     else:
-        slope = deviation.sign() if p == 1 else deviation.sign() * (deviation.abs() / s.sigma) ** (p - 1)
-        g_slope = g_sigma / size
-        if setting == "batch":
-            g_mu = g_mu - g_sigma * slope.mean(dims, keepdim=True)
+        slope = deviation / s.sigma
+        slope = slope if p == 2 else deviation.sign() * slope.abs() ** (p - 1)
+    if p != 2 and setting == "batch":
+        g_mu = g_mu - g_sigma * slope.mean(dims, keepdim=True)
     scaled = dy / s.sigma_hat if gain is None else dy * (gain.reshape(s.sigma_hat.shape) / s.sigma_hat)
-    return scaled.add_(g_mu, alpha=1 / size).addcmul_(slope, g_slope)
+    return scaled.add_(g_mu, alpha=1 / size).addcmul_(slope, g_sigma / size)
 
 
 def _maps(x: Tensor, d: Definition) -> Tensor | None:
@@ -187,5 +191,6 @@ def _dense(x: Tensor) -> Tensor | None:
 
 def _is_moderate(center: Tensor, deviation: Tensor) -> bool:
     """Whether squares of the deviation are numbers and the center is not large beside it; NaN is not."""
-    fits = (center.abs() <= LARGE * deviation) & (deviation > 1e-15) & (deviation < 1e15)
+    least, most = squarable(deviation.dtype)
+    fits = (center.abs() <= LARGE * deviation) & (deviation >= least) & (deviation <= most)
     return bool(fits.all())

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from streamnorm.definition.layer import Definition, Statistics
-from streamnorm.definition.ref import NormRef
+from streamnorm.definition.ref import NormRef, mean_over
 from streamnorm.ops import eager, generic
 from streamnorm.ops.backends import Backend, choose, may_use, using
 from streamnorm.stream import Memory, finite
@@ -60,7 +60,7 @@ def pack(mu: Tensor, sigma: Tensor, ref: NormRef) -> Tensor:
 def pack_row(stat: Tensor, ref: NormRef) -> Tensor:
     """One statistic ``(g, m', G, q', *place') -> (g, G q', *place')``: the mean over the samples, and no place axes
     where the reference covers all places."""
-    row = (stat.squeeze(1) if stat.shape[1] == 1 else stat.mean(1)).flatten(1, 2)
+    row = (stat.squeeze(1) if stat.shape[1] == 1 else mean_over(stat, (1,)).squeeze(1)).flatten(1, 2)
     return row.flatten(1) if ref.place == "all" else row
 
 

@@ -49,6 +49,8 @@ class Lagging(Rule):
         if len(s) > CHUNK:
             return in_chunks(self, state, s, ok)
         mu, var = state["moments"].to(s.dtype).split([1, len(state["moments"]) - 1])
+        fits = s[:, 1:].square().isfinite().flatten(1).all(1)  # a variance that is no number would stay for good
+        ok = fits if ok is None else ok & fits
         means, mu = self._averages(mu, s[:, :1], ok)
         squares, var = self._averages(var, s[:, 1:].square() - (1 - self.alpha) * (s[:, :1] - means).square(), ok)
         return {"moments": torch.cat([mu, var])}, torch.cat([means, squares.sqrt()], 1)

@@ -125,7 +125,10 @@ class Pooled(Rule):
             return long
         first = s[0] if len(s) == 1 else s.index_select(0, arrived.int().argmax().reshape(1)).squeeze(0)
         mu, sigma = first
-        wide = ((mu - mu.mean()).square() + sigma.square()).mean().sqrt()
+        # In units of the largest, whose squares are numbers, as are sums of parts.
+        unit = torch.maximum(mu.abs().amax(), sigma.abs().amax()).clamp_min(torch.finfo(s.dtype).tiny)
+        mu_u, sigma_u = mu / unit, sigma / unit
+        wide = unit * ((mu_u - mu_u.mean()).square() + sigma_u.square()).mean().sqrt()
         begins = (state["count"] == 0) & (state["held"] == 0) & arrived.any()
         return torch.where(begins, torch.stack([mu, wide.expand_as(sigma)]), long)
 
@@ -222,11 +225,13 @@ class Residual(GradientRule):
         M = column((before + 1).to(g.dtype).clamp_max(self.memory), g[:, 0])
         (mu, sigma), (mu_hat, sigma_hat) = s.to(g.dtype).unbind(1), s_hat.to(g.dtype).unbind(1)
         mean, scale = (mu - mu_hat) / sigma_hat, sigma / sigma_hat
-        square = torch.maximum(scale.square(), mean.square())
         b_v, b_u = (-g * sigma_hat.unsqueeze(1)).unbind(1)
-        # theta <- P theta + q with P = M D^-1, q = m D^-1 b, D = M I + m A
-        d_v, d_u, off = (M + m).expand_as(mean), M + m * square, m * mean
-        det = M * (M + m + m * square) + m**2 * (square - mean.square())  # no difference of large products
+        # theta <- P theta + q with P = M D^-1, q = m D^-1 b, D = M I + m A; D times r^2, so that squares are numbers
+        r = torch.maximum(scale.abs(), mean.abs()).clamp_min(1).reciprocal()
+        by_r, one = mean * r, r.square()
+        square = torch.maximum((scale * r).square(), by_r.square())
+        d_v, d_u, off = (M + m) * one, M * one + m * square, m * by_r * r
+        det = M * (d_v + m * square) + m**2 * (square - by_r.square())  # no difference of large products
         P = (M / det) * torch.stack([d_u, -off, -off, d_v])
         q = (m / det) * torch.stack([d_u * b_v - off * b_u, d_v * b_u - off * b_v])
         if ok is not None:

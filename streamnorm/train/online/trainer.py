@@ -22,6 +22,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from streamnorm.inputs import expect_floating, expect_tensor
 from streamnorm.ops import library
 from streamnorm.ops.backends import may_use
+from streamnorm.stream import Pooled
 from streamnorm.tracing import is_traced
 from streamnorm.train.dau import Warmup, attach
 from streamnorm.train.online.plan import CROSS_ENTROPY, Plan
@@ -200,6 +201,11 @@ class OnlineTrainer:
         outputs.view(n, -1)[:leading] = float("nan")
         self.skipped += leading
         return leading
+
+    def _begins(self) -> bool:
+        """Whether a norm has its first sample before it: its first estimate is made of all features, by torch."""
+        memories = (norm.H1 for norm in self._plan.norms)
+        return any(m is not None and isinstance(m.rule, Pooled) and m.rule.prior and not m.known for m in memories)
 
     def _is_warming(self) -> bool:
         return not self.link._warm and self.link.warming_up
