@@ -29,6 +29,7 @@ def expect_floating(what: str, x: Tensor) -> None:
     Raises:
         ValueError: with its dtype.
 
+    >>> import torch
     >>> expect_floating("the input", torch.ones(2, dtype=torch.int64))
     Traceback (most recent call last):
     ValueError: the input has to be of a floating dtype, got torch.int64; write x.float()

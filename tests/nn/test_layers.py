@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -183,17 +184,17 @@ def test_non_contiguous_input() -> None:
             assert_close(f"{name} dx", gb[0], ga[0], 64)
 
 
-def overflowing(shape: tuple[int, ...]) -> torch.Tensor:
-    """Finite, with a mean of 0 and a second moment that float32 cannot hold."""
+def infinite(shape: tuple[int, ...]) -> torch.Tensor:
+    """A mini-batch whose statistics are no numbers."""
     x = torch.zeros(shape)
-    x[0], x[1] = 1e20, -1e20
+    x[0], x[1] = math.inf, -math.inf
     return x
 
 
 @pytest.mark.parametrize(("rules", "members"), [({}, ["theta"]), ({"alpha": (0.7, 0.3)}, ["long", "short"])])
 def test_h2_learns_only_from_calls_that_h1_learned_from(rules: dict[str, Any], members: list[str]) -> None:
     layer = trained(sn.StreamingNorm(4, **rules), 2, 4)
-    x = overflowing((2, 4)).requires_grad_()
+    x = infinite((2, 4)).requires_grad_()
     layer(x).sum().backward()
     assert layer.H1.skipped == 1
     assert layer.H2.seen == 0
@@ -216,7 +217,7 @@ def test_a_refused_mini_batch_does_not_touch_the_rest_of_its_cycle(
 ) -> None:
     cycle = draw((6, 2, 4), 0).float()
     for step in bad:
-        cycle[step] = overflowing((2, 4))
+        cycle[step] = infinite((2, 4))
     cycle[1, 0, 0] = float("nan")
     once, each = sn.StreamingNorm(4, center=center, **rules), sn.StreamingNorm(4, center=center, **rules)
     x = cycle.flatten(0, 1).requires_grad_()
