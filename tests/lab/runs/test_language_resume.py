@@ -90,6 +90,6 @@ def test_another_run_or_text_is_refused_and_the_folder_stays(tmp_path: Path) -> 
         CheckpointError, match=r"epochs 1 there and 2 here \(the learning rate falls late, .*; give another folder"
     ):
         train_text(small(), tiny(), tmp_path)
-    with pytest.raises(CheckpointError, match=r"text 'made by tests/texts\.py' there and 'another' here"):
+    with pytest.raises(CheckpointError, match=r"text 'made by tests/helpers/texts\.py' there and 'another' here"):
         train_text(small(epochs=1), dataclasses.replace(tiny(), source="another"), tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
