@@ -319,7 +319,8 @@ def test_a_comparison_names_the_loops(tmp_path: Path) -> None:
 
 
 def test_loops_of_what_has_none_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint.save(tmp_path / "checkpoint.safetensors", {"run": {"arch": "gru"}})
+    held = {"run": {"arch": "gru"}, "data": {}, "model": {}, "failed": None, "done": 1, "updates": 1}
+    checkpoint.save(tmp_path / "checkpoint.safetensors", held)
     assert main(["evaluate", str(tmp_path), "--loops", "2"]) == 2
     assert "holds a language model" in capsys.readouterr().err
     short = ["--width", "4", "--epochs", "1", "--train-limit", "64", "--test-limit", "32"]
