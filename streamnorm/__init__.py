@@ -19,10 +19,10 @@ from streamnorm.definition.stats import DegenerateReferenceError as DegenerateRe
 from streamnorm.definition.stats import Lp as Lp
 from streamnorm.monitoring.monitor import Monitor as Monitor
 from streamnorm.monitoring.monitor import monitor as monitor
+from streamnorm.nn.affine import Affine as Affine
 from streamnorm.nn.layers import BatchNorm as BatchNorm
 from streamnorm.nn.layers import SampleNorm as SampleNorm
 from streamnorm.nn.layers import StreamingNorm as StreamingNorm
-from streamnorm.nn.norm import Affine as Affine
 from streamnorm.nn.norm import Norm as Norm
 from streamnorm.nn.recurrent.cells import NormGRUCell as NormGRUCell
 from streamnorm.nn.recurrent.cells import NormLSTMCell as NormLSTMCell

@@ -25,6 +25,16 @@ def expect_whole(name: str, value: object, least: int = 1) -> None:
         raise ValueError(f"{name} is a whole number >= {least}, got {value!r}")
 
 
+def expect_sizes(name: str, value: object, most: int = 3) -> None:
+    """Raise unless it is the size of a map: a tuple of whole numbers, of ``most`` axes at most.
+
+    Raises:
+        ValueError: with the name and the value.
+    """
+    if not (isinstance(value, (tuple, list)) and len(value) <= most and all(map(is_whole, value))):
+        raise ValueError(f"{name} is the size of a map, up to {most} whole numbers >= 1 such as (7, 7), got {value!r}")
+
+
 def expect_finite(name: str, value: object, above: bool = False) -> None:
     """Raise unless it is a finite number of at least 0; ``above`` 0, if that is asked for.
 

@@ -93,14 +93,10 @@ class NormSite(Site):
             memory.restart(table)
 
     def snapshot(self) -> Any:
-        return {name: buffer.clone() for name, buffer in self.memory.named_buffers()}, self.memory.shaped
+        return self.memory.snapshot()
 
     def put_back(self, snapshot: Any) -> None:
-        buffers, shaped = snapshot
-        if shaped != self.memory.shaped:
-            self.memory._resize(buffers[self.memory._names[0]].shape[1:])
-        self.memory.shaped = shaped
-        self.memory.load_state_dict(buffers)
+        self.memory.put_back(snapshot)
 
 
 class TorchSite(Site):

@@ -5,13 +5,15 @@ Imports the layer and what stands below it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from streamnorm.definition.ref import BA1, SP2, NormRef
 from streamnorm.definition.stats import Center, Lp
-from streamnorm.nn.norm import Device, Norm
+from streamnorm.nn.affine import Device
+from streamnorm.nn.norm import Norm
 from streamnorm.stream.policy import Batch, Evidence, Policy, Sample, Streaming
 
 ALPHA, BETA = (0.7, 0.3), (0.7, 0.3, 0.0)
@@ -45,6 +47,7 @@ class StreamingNorm(Norm):
         device, dtype: as torch's; statistics stay float32 or wider.
         memory: of ``Evidence``, in samples: how far back statistics reach, 4 weight updates at least.
             None: 100.
+        place: of ``Norm``: the size of the map, for ``BA3 ... BA6`` and ``SP3 ... SP5``.
 
     Raises:
         ValueError: for a memory beside an alpha, beta or kappa, and for values that are out of range.
@@ -73,9 +76,10 @@ class StreamingNorm(Norm):
         device: Device = None,
         dtype: torch.dtype | None = None,
         memory: float | None = None,
+        place: Sequence[int] | None = None,
     ) -> None:
         policy = streaming_policy(alpha, beta, kappa, memory)
-        super().__init__(num_features, ref, Lp(p, center, eps), policy, affine, device=device, dtype=dtype)
+        super().__init__(num_features, ref, Lp(p, center, eps), policy, affine, None, device, dtype, place)
 
     def __repr__(self) -> str:
         policy = self.policy
@@ -92,6 +96,7 @@ class StreamingNorm(Norm):
             eps=(self.moment.eps, 1e-5),
             affine=(self.affine is not None, True),
             **rule,
+            place=(self.place, None),
         )
 
 
@@ -107,6 +112,7 @@ class BatchNorm(Norm):
         rate: weight of the newest mini-batch in the running estimate, of mu and of sigma (torch averages the variance).
         affine: follow with a gain and a bias per feature.
         device, dtype: as torch's; statistics stay float32 or wider.
+        place: of ``Norm``: the size of the map, for ``BA3 ... BA6``.
 
     >>> BatchNorm(8, rate=0.05)
     BatchNorm(8, rate=0.05)
@@ -123,8 +129,9 @@ class BatchNorm(Norm):
         affine: bool = True,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        place: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(num_features, ref, Lp(p, center, eps), Batch(rate), affine, device=device, dtype=dtype)
+        super().__init__(num_features, ref, Lp(p, center, eps), Batch(rate), affine, None, device, dtype, place)
 
     def __repr__(self) -> str:
         policy = self.policy
@@ -137,6 +144,7 @@ class BatchNorm(Norm):
             rate=(policy.rate, 0.1),
             eps=(self.moment.eps, 1e-5),
             affine=(self.affine is not None, True),
+            place=(self.place, None),
         )
 
 

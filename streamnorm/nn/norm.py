@@ -9,68 +9,31 @@ Legend: ``n`` inputs along the first axis = ``g`` mini-batches (steps of the str
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from streamnorm.checks import is_whole
+from streamnorm.checks import expect_sizes, is_whole
 from streamnorm.definition.layer import Definition
 from streamnorm.definition.operation import Scale, Standardize
 from streamnorm.definition.ref import NormRef
 from streamnorm.definition.stats import Lp
 from streamnorm.inputs import expect_floating, expect_tensor
+from streamnorm.nn.affine import Affine, Device, gains_of, trusting, unwatched
 from streamnorm.ops import backends, cpu
 from streamnorm.ops import functional as _op
-from streamnorm.ops.fused import Fused, FusedCall, is_hooked
+from streamnorm.ops.fused import Fused, FusedCall
 from streamnorm.stream import Memory
 from streamnorm.stream.policy import Policy
 from streamnorm.tracing import is_readable, is_traced, refuse_recorded
 
-Device = torch.device | str | int | None
 NOT_RECOMPUTING = -1
 """The task of autograd where there is none."""
 FORGOTTEN = 1000
 """Training calls without a weight update after which a streaming layer asks whether it was forgotten."""
-
-
-class Affine(nn.Module):
-    """The learnable gain and bias, a layer of its own after each normalization (section 3.5).
-
-    ``y = weight x + bias``, one pair a feature; ``x (n, c, *place) -> y (n, c, *place)``.
-
-    >>> Affine(3)(torch.ones(2, 3, 4)).shape
-    torch.Size([2, 3, 4])
-    """
-
-    def __init__(self, num_features: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.num_features = num_features
-        self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
-
-    def reset_parameters(self) -> None:
-        """Gain 1, bias 0."""
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor, trust: float = 1.0) -> Tensor:
-        """``y``; the gradients of gain and bias are multiplied by ``trust``."""
-        expect_tensor("the input", x)
-        if x.ndim < 2 or x.shape[1] != self.num_features:
-            raise ValueError(f"expected (n, {self.num_features}, ...), got {tuple(x.shape)}")
-        expect_floating("the input", x)
-        weight, bias = self.weight, self.bias
-        if trust != 1:  # the same values, of which a share has gradients
-            weight, bias = (torch.lerp(p.detach(), p, trust) for p in (weight, bias))
-        shape = (-1, *[1] * (x.ndim - 2))
-        return (x * weight.reshape(shape)).add_(bias.reshape(shape)).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_features}"
 
 
 @dataclass(slots=True)
@@ -106,6 +69,8 @@ class Norm(nn.Module):
         affine: follow with a gain and a bias per feature (``Affine``).
         op: N, ``Standardize()`` as in the paper, ``Scale()``, or one of your own.
         device, dtype: as torch's; statistics stay float32 or wider.
+        place: the size of the map, for references that keep statistics for every place: their buffers have their shape
+            from the start then. None: the first input tells it.
 
     Shapes: ``x (n, c)``, ``(n, c, x)``, ``(n, c, x, y)`` or ``(n, c, x, y, z)`` -> ``y`` of the same shape and dtype.
     Statistics are kept in float32 or wider.
@@ -126,6 +91,8 @@ class Norm(nn.Module):
     torch.Size([1, 3])
     """
 
+    place: tuple[int, ...] | None = None
+
     def __init__(
         self,
         num_features: int,
@@ -136,6 +103,7 @@ class Norm(nn.Module):
         op: Standardize | Scale | None = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        place: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if not is_whole(num_features):
@@ -151,7 +119,13 @@ class Norm(nn.Module):
         self.reverse = False
         self.unit = 1
         _check_pairing(ref, moment, policy)
+        if place is not None:
+            expect_sizes("place", place)
+            self.place = tuple(place)
         shape = (2, ref.groups(num_features)) if ref.place == "all" and ref.is_built_in else None
+        if shape is None and self.place is not None:
+            view = ref.view(torch.zeros(2, num_features, *self.place, device="cpu"))
+            shape = (2, *_op.pack_row(ref.mean(view), ref).shape[1:])
         self.H1 = None if policy.F is None else Memory(policy.F, shape)
         self.H2 = None if policy.G is None else Memory(policy.G, shape)
         self.affine = Affine(num_features) if affine else None
@@ -210,13 +184,17 @@ class Norm(nn.Module):
                 return fused_y
         return self._train(x, affine)
 
+    def normalize_by(self, x: Tensor, s: Tensor) -> Tensor:
+        """``N(x, s)`` with constant statistics; NaN if there are none, as nobody can be asked without waiting."""
+        return _op.normalize_fixed(self._view(x, steps=1), self.definition, s, s[-1].any()).reshape(x.shape)
+
     def _test(self, x: Tensor) -> Tensor:
-        view, memory = self._view(x, steps=1), self.H1
+        memory = self.H1
         assert memory is not None
-        if not is_readable(memory.seen):
-            # Nobody can be asked without waiting, or at all: where there are no statistics, y is NaN.
-            return _op.normalize_fixed(view, self.definition, memory.estimate, memory.has_estimate()).reshape(x.shape)
-        if not memory.known:
+        if memory.shaped and not is_readable(memory.seen):
+            return self.normalize_by(x, memory.estimate)
+        view = self._view(x, steps=1)
+        if not memory.shaped or not memory.known:
             if not view.numel():
                 return x.clone()
             raise RuntimeError(
@@ -258,7 +236,7 @@ class Norm(nn.Module):
         if remembers and _recomputing():
             return self._fused_again(x, affine)
         way = self.steps if remembers else 1, self.reverse, self.unit
-        weight, bias = _unwatched(affine) or (None, None)
+        weight, bias = unwatched(affine) or (None, None)
         call, y = fused.latest, None
         if call is not None and call.way == way:  # most inputs are of the kind of the one before
             y = call.forward(x, weight, bias)
@@ -410,6 +388,8 @@ class Norm(nn.Module):
         options = ", affine=True" if self.affine is not None else ""
         if self.definition.op != Standardize():
             options += f", op={self.definition.op!r}"
+        if self.place is not None:
+            options += f", place={self.place!r}"
         return f"Norm({self.num_features}, {self.ref!r}, {self.moment!r}, {self.policy!r}{options})"
 
 
@@ -429,37 +409,6 @@ def _check_pairing(ref: NormRef, moment: Lp, policy: Policy) -> None:
         raise ValueError(f"{policy!r} trains with F's estimate (uses_estimate) and has no F")
     if policy.F is None and getattr(moment, "center", None) == "estimate":
         raise ValueError(f'center="estimate" (Setting B) needs a running estimate and {policy!r} keeps none')
-
-
-def gains_of(affine: nn.Module | None) -> tuple[Tensor, Tensor] | None:
-    """Gain and bias of an ``Affine``, one a feature on one device, that does nothing else and that nobody watches."""
-    found = _unwatched(affine)
-    if found is None or affine is None:
-        return None
-    weight, bias = found
-    return found if weight.shape == bias.shape == (affine.num_features,) and weight.is_cpu == bias.is_cpu else None
-
-
-def _unwatched(affine: nn.Module | None) -> tuple[Tensor, Tensor] | None:
-    """``gains_of`` for an operator, which looks at their shapes itself."""
-    if type(affine) is not Affine or is_hooked(affine):
-        return None
-    parameters: Any = affine._parameters
-    return parameters["weight"], parameters["bias"]
-
-
-def trusting(affine: nn.Module, trust: float) -> Callable[[Tensor], Tensor]:
-    """What follows a layer, with the gradients of its gain and bias multiplied by ``trust``; a forward of its own knows
-    nothing of that and is called as it is."""
-    return affine if trust == 1 else partial(_trusted, affine, trust)
-
-
-def _trusted(affine: nn.Module, trust: float, y: Tensor) -> Tensor:
-    # Asked at every call: the forward of what follows may be replaced between two.
-    takes_trust = (
-        isinstance(affine, Affine) and type(affine).forward is Affine.forward and "forward" not in vars(affine)
-    )
-    return affine(y, trust=trust) if takes_trust else affine(y)
 
 
 def _recomputing() -> bool:

@@ -5,6 +5,7 @@ Imports the layers and what stands below them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from streamnorm.checks import expect_choice, expect_finite
 from streamnorm.definition.ref import BA1, NormRef
 from streamnorm.definition.stats import Lp
+from streamnorm.nn.affine import Device
 from streamnorm.nn.layers import call_of
-from streamnorm.nn.norm import Device, Norm
+from streamnorm.nn.norm import Norm
 from streamnorm.stream.policy import BatchRenormalization, OnlineNormalization
 
 Bound = Literal["clamp", "scale", "none"]
@@ -41,6 +43,7 @@ class OnlineNorm(Norm):
         eps: part of every variance.
         affine: a gain and a bias per feature, before the bound.
         device, dtype: as torch's; statistics stay float32 or wider.
+        place: of ``Norm``: the size of the map.
 
     >>> OnlineNorm(8, bound="scale")
     OnlineNorm(8, bound='scale')
@@ -58,11 +61,12 @@ class OnlineNorm(Norm):
         affine: bool = True,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        place: Sequence[int] | None = None,
     ) -> None:
         expect_choice("bound", bound, ("clamp", "scale", "none"))
         expect_finite("limit", limit, above=True)
         policy = OnlineNormalization(alpha_forward, alpha_backward)
-        super().__init__(num_features, ref, Lp(2, "estimate", eps), policy, affine, device=device, dtype=dtype)
+        super().__init__(num_features, ref, Lp(2, "estimate", eps), policy, affine, None, device, dtype, place)
         self.bound, self.limit = bound, limit
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,6 +96,7 @@ class OnlineNorm(Norm):
             limit=(self.limit, 5.0),
             eps=(self.moment.eps, 1e-5),
             affine=(self.affine is not None, True),
+            place=(self.place, None),
         )
 
 
@@ -114,6 +119,7 @@ class BatchRenorm(Norm):
         eps: part of every variance.
         affine: follow with a gain and a bias per feature.
         device, dtype: as torch's; statistics stay float32 or wider.
+        place: of ``Norm``: the size of the map.
 
     >>> BatchRenorm(8, r_max=2.0)
     BatchRenorm(8, r_max=2.0)
@@ -133,9 +139,10 @@ class BatchRenorm(Norm):
         affine: bool = True,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        place: Sequence[int] | None = None,
     ) -> None:
         policy = BatchRenormalization(rate, r_max, d_max, begin, r_end, d_end)
-        super().__init__(num_features, ref, Lp(2, "batch", eps), policy, affine, device=device, dtype=dtype)
+        super().__init__(num_features, ref, Lp(2, "batch", eps), policy, affine, None, device, dtype, place)
 
     def __repr__(self) -> str:
         policy = self.policy
@@ -148,4 +155,5 @@ class BatchRenorm(Norm):
             **{name: (getattr(policy, name), getattr(default, name)) for name in names},
             eps=(self.moment.eps, 1e-5),
             affine=(self.affine is not None, True),
+            place=(self.place, None),
         )

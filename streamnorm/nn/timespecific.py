@@ -11,9 +11,13 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from streamnorm.checks import expect_whole
 from streamnorm.nn.norm import Norm
+from streamnorm.stream import TimedMemory, expect_replaceable
+from streamnorm.tracing import is_readable
 
 Factory = Callable[[int], nn.Module]
 """What makes a normalization of c features: a class, a ``functools.partial`` of one, a function."""
@@ -28,6 +32,11 @@ class TimeSpecificNorm(nn.Module):
         norm: a ``Norm`` that trains with the mini-batch's own statistics, such as ``BatchNorm``.
         reuse_last: what testing does beyond the longest trained sequence: the statistics of the last trained step, or
             an error.
+        steps: of ``TimeSpecific``.
+
+    Attributes:
+        H1: the memories of all time steps, in two buffers.
+        times: the normalization of each time step, with its own view of them.
 
     Shapes: ``x (n, c, *place), t -> y (n, c, *place)``, t = 0, 1, ...
 
@@ -43,21 +52,39 @@ class TimeSpecificNorm(nn.Module):
     TimeSpecificNorm(BatchNorm(3, affine=False), steps=5)
     """
 
-    def __init__(self, norm: Norm, reuse_last: bool = True) -> None:
+    def __init__(self, norm: Norm, reuse_last: bool = True, steps: int | None = None) -> None:
         super().__init__()
         if not isinstance(norm, Norm) or norm.H1 is None or norm.H2 is not None or norm.policy.uses_estimate:
             raise TypeError(
                 f"statistics per time step are for a batch normalization such as BatchNorm, got {norm!r}; a sample "
                 "normalization has none to keep, a streaming one keeps one set for all time steps: use it as it is"
             )
+        if steps is not None:
+            expect_whole("steps", steps)
         self.affine, norm.affine = norm.affine, None
+        self.H1 = TimedMemory(norm.H1, steps)
         self.times = nn.ModuleList([norm])
         self.reuse_last = reuse_last
+        norm.H1 = self.H1.at(0)
+        self._follow()
+
+    def _follow(self) -> None:
+        """As many layers as there are memories."""
+        del self.times[self.H1.steps :]
+        for t in range(len(self.times), self.H1.steps):
+            norm = deepcopy(self._at(0), {id(self.H1): self.H1})
+            norm.H1 = self.H1.at(t)
+            self.times.append(norm)
 
     @property
     def trained_steps(self) -> int:
         """How many time steps have statistics."""
-        return sum(self._at(t).H1.known for t in range(len(self.times)))  # type: ignore[union-attr]
+        return sum(self._is_known(t) for t in range(len(self.times)))
+
+    def _is_known(self, t: int) -> bool:
+        H1 = self._at(t).H1
+        assert H1 is not None
+        return H1.known
 
     def _at(self, t: int) -> Norm:
         norm = self.times[t]
@@ -67,45 +94,72 @@ class TimeSpecificNorm(nn.Module):
     def forward(self, x: Tensor, t: int = 0) -> Tensor:
         if t < 0:
             raise ValueError(f"t is a time step >= 0, got {t}")
-        if not self.training:
-            self.expect(t + 1)
-            t = min(t, len(self.times) - 1)
-            while t and not self._at(t).H1.known:  # type: ignore[union-attr]
-                t -= 1
-            return self._at(t)._normalize(x, self.affine)
+        self.expect(t + 1)
         known = len(self.times)
-        norm = self._at(t) if t < known else self._fresh()
-        y = norm._normalize(x, self.affine)
-        if not x.numel():
-            return y
+        if not self.training and self.H1.shaped and not is_readable(self.H1.counts):
+            y = self._at(0).normalize_by(x, self.H1.latest(t))
+            return y if self.affine is None else self.affine(y)
+        if not self.training:
+            t = min(t, known - 1)
+            while t and not self._is_known(t):
+                t -= 1
+        if not self.training or (t < known and self.H1.shaped):
+            return self._at(t)._normalize(x, self.affine)
+        if isinstance(x, Tensor) and not x.numel():
+            return self._at(0)._normalize(x, self.affine)
         # Only what did not fail is kept; whoever begins in the middle leaves empty steps behind.
-        self.times.extend([*(self._fresh() for _ in range(known, t)), norm] if t >= known else [])
-        return y
+        expect_replaceable(self.H1.counts)
+        before = self.H1.save()
+        try:
+            self.H1.grow(max(t + 1, known))
+            self._follow()
+            return self._at(t)._normalize(x, self.affine)
+        except BaseException:
+            self.H1.restore(before)
+            self._follow()
+            raise
 
     def expect(self, length: int) -> None:
-        """Raise if a sequence of this length is tested that would need statistics nobody has trained."""
-        if self.training or self.reuse_last or length <= len(self.times):
+        """Raise for a sequence of this length if training has no room for its statistics, or if testing would need some
+        that nobody has trained."""
+        if self.training:
+            if self.H1.fixed and length > self.H1.steps:
+                raise ValueError(
+                    f"there is room for the statistics of {self.H1.steps} time steps and the sequence has {length}; "
+                    f"write TimeSpecific(norm, steps={length}), or no steps: then training tells"
+                )
+            return
+        if (
+            self.reuse_last
+            or not is_readable(self.H1.counts)
+            or any(self._is_known(t) for t in range(length - 1, len(self.times)))
+        ):
             return
         trained = self.trained_steps
         if trained:
             raise ValueError(
-                f"there are statistics for {trained} time steps and the sequence has {length}; train with sequences as "
-                "long, or let the last step's stand in: TimeSpecific(norm, reuse_last=True)"
+                f"there are statistics for {trained} time steps and the sequence has {length}; train with sequences "
+                "as long, or let the last step's stand in: TimeSpecific(norm, reuse_last=True)"
             )
 
-    def _fresh(self) -> Norm:
-        norm = deepcopy(self._at(0))
-        assert norm.H1 is not None
-        norm.H1.clear()
-        return norm
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        mine = prefix + "times."
-        saved = {int(name[len(mine) :].split(".")[0]) for name in state_dict if name.startswith(mine)}
-        if saved:
-            del self.times[max(saved) + 1 :]
-            self.times.extend(self._fresh() for _ in range(len(self.times), max(saved) + 1))
+        self._migrate(state_dict, prefix)
+        saved = state_dict.get(f"{prefix}H1.{self.H1._names[0]}")
+        if saved is not None:
+            self.H1.fit_to(saved)
+            self._follow()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _migrate(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Stack what an older version has left there, a memory for each time step."""
+        mine = prefix + "times."
+        steps = sorted({int(name[len(mine) :].split(".")[0]) for name in state_dict if name.startswith(mine)})
+        for t in steps:
+            self._at(0).H1._migrate(state_dict, f"{mine}{t}.H1.")  # type: ignore[union-attr]
+        for name in self.H1._names if steps else ():
+            each = [state_dict.pop(f"{mine}{t}.H1.{name}", None) for t in steps]
+            if all(isinstance(value, Tensor) for value in each):
+                state_dict[f"{prefix}H1.{name}"] = torch.stack(each)
 
     def __repr__(self) -> str:
         reuse = "" if self.reuse_last else ", reuse_last=False"
@@ -124,6 +178,9 @@ class TimeSpecific:
         norm: makes the batch normalization of c features: ``BatchNorm``, a ``functools.partial`` of it, a function.
         reuse_last: beyond the longest trained sequence, test with the statistics of the last trained step; otherwise
             raise an error.
+        steps: how many sets there are, the length of the longest training sequence. By default training tells, and the
+            buffers are replaced whenever it meets a longer one; given, they have their shape from the start, as copies
+            made before the first input and memory that processes share ask for.
 
     >>> import torch
     >>> from streamnorm import BatchNorm, NormRNN
@@ -135,8 +192,9 @@ class TimeSpecific:
 
     norm: Factory
     reuse_last: bool = True
+    steps: int | None = None
 
     def __call__(self, num_features: int) -> TimeSpecificNorm:
         """The layer for c features."""
         made = self.norm(num_features)
-        return TimeSpecificNorm(made, self.reuse_last)  # type: ignore[arg-type]
+        return TimeSpecificNorm(made, self.reuse_last, self.steps)  # type: ignore[arg-type]

@@ -49,7 +49,7 @@ class Native:
     """A memory as the kernels see it: its rule in numbers, and where its members lie in its two buffers.
 
     Attributes:
-        at: where its buffers are registered.
+        at: where its buffers are.
         stream: the rest of that, for an operator.
     """
 
@@ -57,7 +57,7 @@ class Native:
         rule: Any = memory.rule
         kind, numbers, members = _KNOWN[type(rule)]
         self.memory, self.rule = memory, rule
-        self.at: Any = memory._buffers
+        self.at: Any = memory._at
         self.names = memory._names
         long, short, estimate, *counters = map(
             memory.place, (*members[:2], "estimate", *members[2:], "seen", "skipped")
@@ -198,8 +198,8 @@ class Fused:
         return (
             self.definition is definition
             and self.policy is policy
-            and (H1 is None if f is None else f.memory is H1 and f.rule is f.memory.rule and f.at is f.memory._buffers)
-            and (H2 is None if g is None else g.memory is H2 and g.rule is g.memory.rule and g.at is g.memory._buffers)
+            and (H1 is None if f is None else f.memory is H1 and f.rule is f.memory.rule and f.at is f.memory._at)
+            and (H2 is None if g is None else g.memory is H2 and g.rule is g.memory.rule and g.at is g.memory._at)
         )
 
     def call(

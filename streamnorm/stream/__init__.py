@@ -3,6 +3,7 @@
 A rule says what happens to a state, a memory holds it. Imports torch and the checks alone.
 """
 
+from streamnorm.stream.buffers import expect_replaceable as expect_replaceable
 from streamnorm.stream.controlled import Controlled as Controlled
 from streamnorm.stream.controlled import Lagging as Lagging
 from streamnorm.stream.evidence import Pooled as Pooled
@@ -17,3 +18,4 @@ from streamnorm.stream.rule import CHUNK as CHUNK
 from streamnorm.stream.rule import GradientRule as GradientRule
 from streamnorm.stream.rule import Rule as Rule
 from streamnorm.stream.rule import State as State
+from streamnorm.stream.timed import TimedMemory as TimedMemory

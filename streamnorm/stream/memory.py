@@ -1,4 +1,5 @@
-"""H1 and H2: the state of a rule as buffers of a module (paper, sections 3.3.1 and 3.3.2). Imports the rule.
+"""H1 and H2: the state of a rule as buffers of a module (paper, sections 3.3.1 and 3.3.2). Imports the rule and the
+buffers.
 
 Legend: ``g`` arrivals in order along the first axis; ``s (g, 2, *shape)``: row 0 belongs to the mean, row 1 to sigma.
 """
@@ -6,14 +7,14 @@ Legend: ``g`` arrivals in order along the first axis; ``s (g, 2, *shape)``: row 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
+from torch import Tensor
 
+from streamnorm.stream.buffers import Buffers, expect_replaceable
 from streamnorm.stream.rule import GradientRule, Remembering, Rule, State
 from streamnorm.tracing import is_readable
 
@@ -26,9 +27,9 @@ EXTRAS = "estimate", "seen", "skipped"
 """What a memory keeps beside the members of H."""
 
 
-class Memory(nn.Module):
-    """H1 or H2: the state of a rule in two buffers, changed in place; the tables are replaced once if the first input
-    tells their shape.
+class Memory(Buffers):
+    """H1 or H2: the state of a rule in two buffers, changed in place. If the first input tells the shape of the tables,
+    they are replaced once, and ``Unshaped`` until then.
 
     ``tables (k, 2, *shape)``, float32 or wider, holds the k members of H that are shaped like a statistic, and the
     latest ``estimate``, which testing uses (Algorithm 5). ``counts``, int64, holds the counters of H, then ``seen``
@@ -56,9 +57,7 @@ class Memory(nn.Module):
     skipped: Tensor
 
     def __init__(self, rule: Remembering, shape: Sequence[int] | None) -> None:
-        super().__init__()
-        self.rule = rule
-        self.shaped = shape is not None
+        waits = shape is None
         shape = tuple(shape or (2, 0))
         state = rule.empty(shape)
         for name, value in state.items():
@@ -68,27 +67,20 @@ class Memory(nn.Module):
                     f"(); {name!r} is {value.dtype} of {tuple(value.shape)}"
                 )
         tables = [name for name, value in state.items() if value.shape == shape]
-        self._members = tuple(state)
-        self._rows = {name: j for j, name in enumerate([*tables, "estimate"])}
         counters = [name for name in state if name not in tables]
-        self._places = {name: j for j, name in enumerate([*counters, "seen", "skipped"])}
-        self._names = RUNNING + "_".join(self._rows), COUNTERS + "_".join(self._places)
-        values = (
-            _packed(state, self._rows, torch.zeros(shape)),
-            _packed(state, self._places, torch.zeros((), dtype=torch.int64)),
-        )
-        for name, value in zip(self._names, values, strict=True):
-            self.register_buffer(name, _wide(value))
+        rows, places = [*tables, "estimate"], [*counters, "seen", "skipped"]
+        super().__init__((RUNNING + "_".join(rows), COUNTERS + "_".join(places)), waits)
+        self.rule = rule
+        self._members = tuple(state)
+        self._rows = {name: j for j, name in enumerate(rows)}
+        self._places = {name: j for j, name in enumerate(places)}
+        self._hold(*self._nothing(shape), shaped=not waits)
 
-    @property
-    def tables(self) -> Tensor:
-        """Everything that is shaped like a statistic, ``(k, 2, *shape)``."""
-        return self._buffers[self._names[0]]  # type: ignore[return-value]
-
-    @property
-    def counts(self) -> Tensor:
-        """All counters."""
-        return self._buffers[self._names[1]]  # type: ignore[return-value]
+    def _nothing(self, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Tables and counters with nothing in them, for statistics of this shape."""
+        state = self.rule.empty(tuple(shape))
+        tables = _packed(state, self._rows, torch.zeros(*shape))
+        return tables, _packed(state, self._places, torch.zeros((), dtype=torch.int64))
 
     def place(self, name: str) -> int:
         """Where a member lies in ``tables``, or in ``counts``."""
@@ -231,39 +223,40 @@ class Memory(nn.Module):
         """Take the shape of the statistics ``s (g, 2, ...)``, if nothing has told it yet.
 
         Raises:
-            RuntimeError: if a compiler is watching, which would keep buffers of its own.
+            RuntimeError: if a compiler is watching, which would keep buffers of its own, and if other processes share
+                the memory, which would not see new ones.
         """
         if self.shaped:
             return
-        if is_dynamo_compiling():
-            raise RuntimeError(
-                "a layer that keeps statistics for every place takes its shape from the first input; call the model "
-                "once in training before it is compiled"
-            )
+        expect_replaceable(self.counts)
         self._resize(s.shape[1:])
 
     def _resize(self, shape: Sequence[int]) -> None:
-        """New buffers for statistics of another shape, with nothing in them."""
+        """New tables for statistics of another shape, with nothing in them; ``(2, 0)``: of none."""
         with self.tables.device:
-            empty = _packed(self.rule.empty(tuple(shape)), self._rows, torch.zeros(*shape))
-        self._buffers[self._names[0]] = empty.to(self.tables.dtype)
-        self.shaped = True
+            tables, _ = self._nothing(shape)
+        self._buffers[self._names[0]] = tables.to(self.tables.dtype)
+        self.shaped = 0 not in shape
+        self._mark()
+
+    def snapshot(self) -> tuple[Tensor, Tensor]:
+        """What ``put_back`` needs."""
+        return self.tables.clone(), self.counts.clone()
+
+    @torch.no_grad()
+    def put_back(self, snapshot: tuple[Tensor, Tensor]) -> None:
+        """Everything as it was."""
+        tables, counts = snapshot
+        if tables.shape != self.tables.shape:
+            self._resize(tables.shape[1:])
+        self.tables.copy_(tables)
+        self.counts.copy_(counts)
 
     @staticmethod
     def _write(state: State, new: State) -> None:
         for name, member in state.items():
             if new[name] is not member:
                 member.copy_(new[name])
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Memory:
-        # .half() and .bfloat16() reach every floating buffer; statistics must not lose precision with the weights.
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, after in self._buffers.items():
-            wide = before[name]
-            if after is not None and wide is not None and after.is_floating_point() and after.itemsize < 4:
-                self._buffers[name] = wide.to(after.device)
-        return self
 
     def _migrate(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Make this rule's buffers in ``state_dict`` of what another rule, or an older version, has left there."""
@@ -284,12 +277,9 @@ class Memory(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self._migrate(state_dict, prefix)
         saved = state_dict.get(prefix + self._names[0])
-        if not self.shaped and saved is not None and saved.numel():
+        if self.waits and saved is not None and self.shaped == (saved.numel() == 0):
             self._resize(saved.shape[1:])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        for name, value in self._buffers.items():
-            if value is not None:
-                self._buffers[name] = _wide(value)
 
 
 def _packed(state: State, where: dict[str, int], nothing: Tensor) -> Tensor:
@@ -318,11 +308,6 @@ def _at_the_last(estimates: Tensor, ok: Tensor) -> Tensor:
         return estimates[0]
     last = ok.cumsum(0).argmax()  # the first place where all have arrived
     return estimates.index_select(0, last.reshape(1)).squeeze(0)
-
-
-def _wide(value: Tensor) -> Tensor:
-    """``value`` in float32 if it is narrower."""
-    return value.float() if value.is_floating_point() and value.itemsize < 4 else value
 
 
 def finite(s: Tensor, ok: Tensor | None = None) -> Tensor | None:

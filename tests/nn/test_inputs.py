@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 import streamnorm as sn
-from streamnorm.nn.norm import Affine, norms
+from streamnorm.nn.affine import Affine
+from streamnorm.nn.norm import norms
 from streamnorm.nn.recurrent.cells import Cell
 from streamnorm.ops.backends import using
 

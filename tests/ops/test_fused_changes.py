@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import streamnorm as sn
-from streamnorm.nn.norm import Affine
+from streamnorm.nn.affine import Affine
 from streamnorm.ops import library
 from streamnorm.ops.backends import using
 

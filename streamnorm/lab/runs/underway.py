@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from streamnorm.lab.runs import checkpoint
+from streamnorm.stream.buffers import Buffers
 
 LATE = " (the learning rate falls late, at a time that the epochs decide)"
 """Why epochs cannot be added to a run whose learning rate has a schedule."""
@@ -140,19 +141,22 @@ def load_model(model: nn.Module, state: dict[str, Tensor]) -> None:
     Raises:
         CheckpointError: with the names, shapes and dtypes that do not fit.
     """
-    mine, there = model.state_dict(), {_first_step(name) for name in state}
-    missing = sorted(name for name in mine if _first_step(name) not in there)
-    unknown = sorted(name for name in state if _first_step(name) not in mine)
-    # A memory of streamnorm that has seen nothing yet is empty here and takes the shape that it has there.
+    mine, there = model.state_dict(), {_as_now(name) for name in state}
+    missing = sorted(name for name in mine if _as_now(name) not in there)
+    unknown = sorted(name for name in state if _as_now(name) not in mine)
+    # A memory of streamnorm whose shape training tells takes the one that it has there.
+    waiting = {f"{name}." for name, module in model.named_modules() if isinstance(module, Buffers) and module.waits}
     shapes = [
         f"{name} {tuple(value.shape)} there and {tuple(here.shape)} here"
         for name, value in state.items()
-        if (here := mine.get(_first_step(name))) is not None and here.numel() and value.shape != here.shape
+        if (here := mine.get(_as_now(name))) is not None
+        and value.shape != here.shape
+        and not _as_now(name).startswith(tuple(waiting))
     ]
     dtypes = [
         f"{name} {value.dtype} there and {here.dtype} here"
         for name, value in state.items()
-        if (here := mine.get(_first_step(name))) is not None and value.dtype != here.dtype
+        if (here := mine.get(_as_now(name))) is not None and value.dtype != here.dtype
     ]
     if missing or unknown or shapes or dtypes:
         parts = [
@@ -218,9 +222,9 @@ def load_part(part: Any, state: dict[str, Any]) -> None:
     part.load_state_dict({"state": held, "param_groups": [{**own, "lr": there["lr"]} for own, there in groups]})
 
 
-def _first_step(name: str) -> str:
-    """Statistics per time step are as many as training had; those of the first step speak for all."""
-    return re.sub(r"\btimes\.\d+\.", "times.0.", name)
+def _as_now(name: str) -> str:
+    """The name under which a memory of one time step, as older versions kept them, is loaded."""
+    return re.sub(r"\btimes\.\d+\.", "", name)
 
 
 def description(run: Any, data: Named) -> dict[str, Any]:

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from streamnorm.nn.norm import Norm, gains_of
+from streamnorm.nn.affine import gains_of
+from streamnorm.nn.norm import Norm
 from streamnorm.nn.recurrent.cells import Cell, NormGRUCell, NormRNNCell
 from streamnorm.ops import backends, cpu, library
 from streamnorm.ops.functional import refuse_second_derivative

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from streamnorm.nn.affine import Device
 from streamnorm.nn.layers import StreamingNorm
-from streamnorm.nn.norm import Calls, Device, Norm
+from streamnorm.nn.norm import Calls, Norm
 from streamnorm.nn.recurrent.cells import (
     Cell,
     HiddenNorm,

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from streamnorm.definition.operation import Standardize
 from streamnorm.definition.stats import Lp
+from streamnorm.nn.affine import Affine
 from streamnorm.nn.layers import StreamingNorm
-from streamnorm.nn.norm import Affine, Norm
+from streamnorm.nn.norm import Norm
 from streamnorm.ops import cpu, library
 from streamnorm.ops.fused import NOTHING, Native
 from streamnorm.stream import Memory

@@ -13,7 +13,8 @@ from toy import small
 from streamnorm.definition.ref import REFS
 from streamnorm.definition.stats import DegenerateReferenceError
 from streamnorm.lab.runs.classifier.models import ARMS, PEERS, Block, build
-from streamnorm.nn.norm import Affine, Norm
+from streamnorm.nn.affine import Affine
+from streamnorm.nn.norm import Norm
 
 IMAGE = (1, 8, 8)
 ONE_ACTIVATION = {

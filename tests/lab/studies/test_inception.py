@@ -35,8 +35,9 @@ from streamnorm.lab.studies.inception.runs import (
     runs,
 )
 from streamnorm.lab.studies.inception.study import main
+from streamnorm.nn.affine import Affine
 from streamnorm.nn.layers import BatchNorm
-from streamnorm.nn.norm import Affine, Norm
+from streamnorm.nn.norm import Norm
 
 CHECK = {claim.id: claim.check for claim in CLAIMS}
 SMALL = InceptionRun(arm="batch", width=2, epochs=1, samples_per_batch=32, batches_per_update=1, learning_rate=0.01)

@@ -27,7 +27,8 @@ from streamnorm.lab.studies.mnist.runs import (
     scaled,
 )
 from streamnorm.lab.studies.mnist.study import main
-from streamnorm.nn.norm import Affine, Norm
+from streamnorm.nn.affine import Affine
+from streamnorm.nn.norm import Norm
 
 CHECK = {claim.id: claim.check for claim in CLAIMS}
 

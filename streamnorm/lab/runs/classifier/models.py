@@ -16,7 +16,8 @@ from streamnorm.definition.operation import Scale
 from streamnorm.definition.ref import BA1, REFS, SP1, SP2, NormRef
 from streamnorm.definition.stats import Lp
 from streamnorm.lab.runs.classifier.run import Run
-from streamnorm.nn.norm import Affine, Norm
+from streamnorm.nn.affine import Affine
+from streamnorm.nn.norm import Norm
 from streamnorm.nn.recurrent.cells import at
 from streamnorm.nn.rivals import BatchRenorm, OnlineNorm
 from streamnorm.nn.timespecific import TimeSpecific

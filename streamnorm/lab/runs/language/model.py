@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from streamnorm.lab.runs.language.data import decode, encode
 from streamnorm.lab.runs.language.run import TextRun
+from streamnorm.nn.affine import Affine
 from streamnorm.nn.layers import BatchNorm, SampleNorm, StreamingNorm
-from streamnorm.nn.norm import Affine, Norm
+from streamnorm.nn.norm import Norm
 from streamnorm.nn.recurrent.layers import NormGRU, NormLSTM, NormRNN, Recurrent
 from streamnorm.nn.timespecific import TimeSpecific, TimeSpecificNorm
 
@@ -226,4 +227,4 @@ def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> int
 def statistics_kept(model: nn.Module) -> int:
     """Numbers that the normalization layers of a model remember beside its weights (H1 and H2, section 4.3)."""
     memories = [memory for module in model.modules() if isinstance(module, Norm) for memory in (module.H1, module.H2)]
-    return sum(buffer.numel() for memory in memories if memory is not None for buffer in memory.buffers())
+    return sum(memory.tables.numel() + memory.counts.numel() for memory in memories if memory is not None)

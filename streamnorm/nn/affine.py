@@ -1,0 +1,85 @@
+"""The learnable gain and bias, which follow a normalization (paper, section 3.5). Imports the checks and torch.
+
+Legend: ``n`` inputs, ``c`` features, ``place`` = x, y, z.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from streamnorm.inputs import expect_floating, expect_tensor
+from streamnorm.ops.fused import is_hooked
+
+Device = torch.device | str | int | None
+
+
+class Affine(nn.Module):
+    """The learnable gain and bias, a layer of its own after each normalization (section 3.5).
+
+    ``y = weight x + bias``, one pair a feature; ``x (n, c, *place) -> y (n, c, *place)``.
+
+    >>> Affine(3)(torch.ones(2, 3, 4)).shape
+    torch.Size([2, 3, 4])
+    """
+
+    def __init__(self, num_features: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Gain 1, bias 0."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, trust: float = 1.0) -> Tensor:
+        """``y``; the gradients of gain and bias are multiplied by ``trust``."""
+        expect_tensor("the input", x)
+        if x.ndim < 2 or x.shape[1] != self.num_features:
+            raise ValueError(f"expected (n, {self.num_features}, ...), got {tuple(x.shape)}")
+        expect_floating("the input", x)
+        weight, bias = self.weight, self.bias
+        if trust != 1:  # the same values, of which a share has gradients
+            weight, bias = (torch.lerp(p.detach(), p, trust) for p in (weight, bias))
+        shape = (-1, *[1] * (x.ndim - 2))
+        return (x * weight.reshape(shape)).add_(bias.reshape(shape)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}"
+
+
+def gains_of(affine: nn.Module | None) -> tuple[Tensor, Tensor] | None:
+    """Gain and bias of an ``Affine``, one a feature on one device, that does nothing else and that nobody watches."""
+    found = unwatched(affine)
+    if found is None or affine is None:
+        return None
+    weight, bias = found
+    return found if weight.shape == bias.shape == (affine.num_features,) and weight.is_cpu == bias.is_cpu else None
+
+
+def unwatched(affine: nn.Module | None) -> tuple[Tensor, Tensor] | None:
+    """``gains_of`` for an operator, which looks at their shapes itself."""
+    if type(affine) is not Affine or is_hooked(affine):
+        return None
+    parameters: Any = affine._parameters
+    return parameters["weight"], parameters["bias"]
+
+
+def trusting(affine: nn.Module, trust: float) -> Callable[[Tensor], Tensor]:
+    """What follows a layer, with the gradients of its gain and bias multiplied by ``trust``; a forward of its own knows
+    nothing of that and is called as it is."""
+    return affine if trust == 1 else partial(_trusted, affine, trust)
+
+
+def _trusted(affine: nn.Module, trust: float, y: Tensor) -> Tensor:
+    # Asked at every call: the forward of what follows may be replaced between two.
+    takes_trust = (
+        isinstance(affine, Affine) and type(affine).forward is Affine.forward and "forward" not in vars(affine)
+    )
+    return affine(y, trust=trust) if takes_trust else affine(y)
