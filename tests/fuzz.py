@@ -26,12 +26,12 @@ TOGETHER = {"layers": 50, "recurrent": 20}
 
 def one(kind: str, seed: int) -> str | None:
     """A history: what differed, or None."""
-    from histories import Difference, History
+    from histories import DifferenceError, History
     from recurrent_histories import RecurrentHistory
 
     try:
         (History if kind == "layers" else RecurrentHistory)(seed).run()
-    except Difference as difference:
+    except DifferenceError as difference:
         return str(difference)
     return None
 

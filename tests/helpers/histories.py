@@ -35,7 +35,7 @@ DISTURBED = 8
 how they are passed on, and not how large the worst of them is."""
 
 
-class Difference(AssertionError):
+class DifferenceError(AssertionError):
     """A layer is not what the oracle says."""
 
 
@@ -125,24 +125,24 @@ def compare(name: str, got: Tensor, wanted: list[Tensor]) -> None:
     """``got`` is what the oracle says, up to rounding.
 
     Raises:
-        Difference: if not.
+        DifferenceError: if not.
     """
     want, other = (w.reshape(got.shape) for w in wanted)
     got = got.detach().double()
     if not want.isfinite().all():
         if not torch.equal(want.isfinite(), got.isfinite()):
-            raise Difference(f"{name}: finite at {got.isfinite().tolist()}, want {want.isfinite().tolist()}")
+            raise DifferenceError(f"{name}: finite at {got.isfinite().tolist()}, want {want.isfinite().tolist()}")
         keep = want.isfinite() & other.isfinite()
         got, want, other = got[keep], want[keep], other[keep]
     if not want.numel():
         return
     if not got.isfinite().all():
-        raise Difference(f"{name}: {got.tolist()} is not finite, want {want.tolist()}")
+        raise DifferenceError(f"{name}: {got.tolist()} is not finite, want {want.tolist()}")
     decided = (want - other).abs().nan_to_num(math.inf).max().item()
     allowed = ROUNDED * EPS * max(want.abs().max().item(), 1.0) + DISTURBED * decided
     off = (got - want).abs().max().item()
     if off > allowed:
-        raise Difference(f"{name}: off by {off:.2e}, rounding allows {allowed:.2e}")
+        raise DifferenceError(f"{name}: off by {off:.2e}, rounding allows {allowed:.2e}")
 
 
 @dataclass
@@ -242,7 +242,7 @@ class History:
     def run(self, events: int = 14) -> None:
         """
         Raises:
-            Difference: at the first one, after everything that led to it.
+            DifferenceError: at the first one, after everything that led to it.
         """
         backend = self.rng.choice((None, None, "eager", "generic"))
         self.told.append(f"backend {backend}")
@@ -254,7 +254,7 @@ class History:
                     getattr(self, "_" + event.replace(" ", "_"))()
                     self._compare_state()
         except Exception as error:
-            raise Difference(f"history {self.seed}: " + "; ".join(self.told) + f"\n{error}") from error
+            raise DifferenceError(f"history {self.seed}: " + "; ".join(self.told) + f"\n{error}") from error
 
     def _compare_state(self) -> None:
         if self.layer.H1 is None:
@@ -273,10 +273,10 @@ class History:
                 self.layer(x)
             except DegenerateReferenceError:
                 return
-            raise Difference("a reference of one activation was taken in Setting A")
+            raise DifferenceError("a reference of one activation was taken in Setting A")
         leaf = x.detach().requires_grad_()
         if leaf.stride() != x.stride():
-            raise Difference("the draw lost its layout")
+            raise DifferenceError("the draw lost its layout")
         if with_backward:
             y = self.layer(leaf)
         else:
@@ -313,7 +313,7 @@ class History:
         for name, wanted in _paired(made).items():
             grad = got[name]
             if grad is None:
-                raise Difference(f"{name}: there is none")
+                raise DifferenceError(f"{name}: there is none")
             compare(name, grad, wanted)
 
     def _update(self) -> None:
@@ -327,7 +327,7 @@ class History:
             return
         y = self.layer(x)
         if y.shape != x.shape:
-            raise Difference(f"y {tuple(y.shape)} for {tuple(x.shape)}")
+            raise DifferenceError(f"y {tuple(y.shape)} for {tuple(x.shape)}")
         if x.numel():
             made = self.twin.evaluate(x)
             compare("y in testing", y, [one["y"] for one in made])
@@ -341,7 +341,7 @@ class History:
         y.sum().backward()
         for name, parameter in self.layer.named_parameters():
             if parameter.grad is None or parameter.grad.any():
-                raise Difference(f"an empty batch leaves {name} the gradient {parameter.grad}")
+                raise DifferenceError(f"an empty batch leaves {name} the gradient {parameter.grad}")
 
     def _replaced(self, layer: Norm) -> None:
         """From now on another layer is the one that is followed; calls of the one before are not gone back through."""

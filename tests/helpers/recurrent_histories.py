@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from histories import DISTURBED, EPS, Difference, compare
+from histories import DISTURBED, EPS, DifferenceError, compare
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
@@ -176,7 +176,7 @@ class RecurrentHistory:
     def run(self, events: int = 8) -> None:
         """
         Raises:
-            Difference: at the first one, after everything that led to it.
+            DifferenceError: at the first one, after everything that led to it.
         """
         backend = self.rng.choice((None, None, None, "eager", "generic"))
         self.told.append(f"backend {backend}")
@@ -188,7 +188,7 @@ class RecurrentHistory:
                     getattr(self, f"_{event}")()
                     self._compare_state()
         except Exception as error:
-            raise Difference(f"history {self.seed}: " + "; ".join(self.told) + f"\n{error}") from error
+            raise DifferenceError(f"history {self.seed}: " + "; ".join(self.told) + f"\n{error}") from error
 
     def _batch(self) -> tuple[list[Tensor], bool, tuple[Tensor, ...] | None]:
         """Sequences, longest first; whether they are to be packed; a state or none."""
@@ -315,5 +315,5 @@ class RecurrentHistory:
 
 def _given(grad: Tensor | None) -> Tensor:
     if grad is None:
-        raise Difference("a gradient did not arrive")
+        raise DifferenceError("a gradient did not arrive")
     return grad
