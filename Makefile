@@ -4,6 +4,7 @@
 # make check   linters, types, import contract, docs map
 # make build   compiles the kernels again if their sources changed; without a C++ compiler there are none
 # make bench   times the layers beside their peers, each way to keep memory; takes a while
+# make fuzz    random histories of layers against the oracle, for SECONDS=600
 # make sanitize  tests the compiled kernels under address and undefined-behavior sanitizers; needs gcc
 # PYTHON is any Python >= 3.11; the environment is made once in .venv and reused.
 
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test check setup build bench sanitize clean
+.PHONY: demo test check setup build bench fuzz sanitize clean
 .DEFAULT_GOAL := test
 
 setup: .venv/ready
@@ -33,6 +34,10 @@ demo: build
 
 test: build
 	$(BIN)/python -m pytest -n 2
+
+SECONDS ?= 600
+fuzz: build
+	$(BIN)/python tests/fuzz.py --seconds $(SECONDS)
 
 bench: build
 	$(BIN)/streamnorm bench

@@ -225,7 +225,10 @@ class Oracle:
         return H1, known.mix(*self.alpha)
 
     def G(self, H2: LongShort | Regression, g: Tensor, call: Call) -> tuple[LongShort | Regression, Tensor]:
-        """Algorithm 6: H2 takes in g, unless it is not finite, then ``g-hat = beta1 long + beta2 short + beta3 g``."""
+        """Algorithm 6: H2 takes in g, unless it is not finite, then ``g-hat = beta1 long + beta2 short + beta3 g``.
+
+        A beta3 of 0 leaves g out, whatever it is: 0 NaN is NaN.
+        """
         if isinstance(H2, Regression):
             s, s_hat = mean_of([block.s for block in call.blocks]), call.blocks[0].used
             learned = call.finite and is_finite(g)
@@ -235,7 +238,7 @@ class Oracle:
         if is_finite(g):
             H2 = H2.arrive(g)
         known = H2 if H2.knows else H2.arrive(g)
-        return H2, known.mix(b_long, b_short) + b_now * g
+        return H2, known.mix(b_long, b_short) + (b_now * g if b_now else 0.0)
 
     # Figure 1: the references
 
@@ -300,7 +303,8 @@ class Oracle:
             # Powers of very large or small numbers are no floats; of their ratios to the largest they are.
             unit = max(*distance, floor)
             moment = sum((d / unit) ** self.p for d in distance) / len(distance)
-            sigma[j] = unit * (moment + (floor / unit) ** self.p) ** (1 / self.p)
+            of_finite = unit * (moment + (floor / unit) ** self.p) ** (1 / self.p)
+            sigma[j] = math.inf if math.isinf(unit) else of_finite
         return sigma
 
     def S_backward(self, g: list[Tensor], call: Call, dx: Activations) -> None:
