@@ -31,8 +31,8 @@ EPS = torch.finfo(torch.float64).eps
 ROUNDED = 1 << 14
 """Roundings that a value may have seen: sums of up to 64, a dozen operations around them, a dozen calls."""
 DISTURBED = 8
-"""The second oracle's inputs are off by so many eps, and what it differs by counts as often: one draw of errors says
-how they are passed on, and not how large the worst of them is."""
+"""The second oracle's inputs, and the weights of its F, are off by so many eps, and what it differs by counts as often:
+one draw of errors says how they are passed on, and not how large the worst of them is."""
 
 
 class DifferenceError(AssertionError):
@@ -40,10 +40,10 @@ class DifferenceError(AssertionError):
 
 
 class Twin:
-    """An oracle with gain and bias, and one beside it whose inputs are off in the last digits."""
+    """An oracle with gain and bias, and one beside it whose inputs and weights are off in the last digits."""
 
-    def __init__(self, make: Callable[[], Oracle], affine: nn.Module | None, policy: Policy) -> None:
-        self.oracles, self.policy = (make(), make()), policy
+    def __init__(self, make: Callable[[float], Oracle], affine: nn.Module | None, policy: Policy) -> None:
+        self.oracles, self.policy = (make(0.0), make(DISTURBED * EPS)), policy
         self.weight, self.bias = (None, None) if affine is None else (read(affine.weight), read(affine.bias))
         self.draw = torch.Generator().manual_seed(0)
 
@@ -121,14 +121,16 @@ def read(parameter: Tensor) -> Tensor:
     return parameter.detach().double().clone()
 
 
-def compare(name: str, got: Tensor, wanted: list[Tensor]) -> None:
-    """``got`` is what the oracle says, up to rounding.
+def compare(name: str, got: Tensor, wanted: list[Tensor], lost: Tensor | None = None) -> None:
+    """``got`` is what the oracle says, up to rounding, where it is not ``lost``.
 
     Raises:
         DifferenceError: if not.
     """
     want, other = (w.reshape(got.shape) for w in wanted)
     got = got.detach().double()
+    if lost is not None:
+        got = torch.where(lost, want, got)
     if not want.isfinite().all():
         if not torch.equal(want.isfinite(), got.isfinite()):
             raise DifferenceError(f"{name}: finite at {got.isfinite().tolist()}, want {want.isfinite().tolist()}")
@@ -189,7 +191,10 @@ class History:
             nn.init.uniform_(parameter, 0.5, 1.5, generator=self._generator())
         rules = {n: getattr(policy, n) for n in ("alpha", "beta", "kappa", "rate", "memory") if hasattr(policy, n)}
 
-        def oracle() -> Oracle:
+        def oracle(off: float) -> Oracle:
+            own = dict(rules)
+            if "alpha" in own:
+                own["alpha"] = own["alpha"][0], own["alpha"][1] * (1 + off)
             return Oracle(
                 features=ref.features,
                 place=ref.place,
@@ -199,7 +204,7 @@ class History:
                 center=moment.center,
                 eps=moment.eps,
                 policy=type(policy).__name__.lower(),  # type: ignore[arg-type]
-                **rules,
+                **own,
             )
 
         self.told.append(f"{layer!r}, {c} features, map {place}")
@@ -314,7 +319,23 @@ class History:
             grad = got[name]
             if grad is None:
                 raise DifferenceError(f"{name}: there is none")
-            compare(name, grad, wanted)
+            compare(name, grad, wanted, self._lost(call.x, dy, grad))
+
+    def _lost(self, x: Tensor, dy: Tensor, grad: Tensor) -> Tensor:
+        """Where a gradient depends on a statistic of what is not finite: on such an x, whose loss is not finite, it may
+        be anything; on such a dy, right or not finite."""
+        lost = self._shares(x.detach()) | (self._shares(dy) & ~grad.isfinite() if grad.shape == dy.shape else False)
+        return lost if grad.shape == lost.shape else lost.transpose(0, 1).flatten(1).any(1)
+
+    def _shares(self, x: Tensor) -> Tensor:
+        """Which activations share a statistic with one that is not finite."""
+        ref = self.layer.ref
+        view = ref.view((~x.isfinite()).double())
+        shape = view.shape
+        for _ in range(2):  # statistics that are not finite, and what depends on them
+            view = ref.mean(view)
+            view = (view if self.layer.H1 is None else view.mean(1, keepdim=True)).expand(shape)
+        return view.reshape(x.shape) > 0
 
     def _update(self) -> None:
         self.layer.fold()

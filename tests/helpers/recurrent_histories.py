@@ -98,24 +98,22 @@ class Plain:
     def direction(
         self, cell: str, xs: list[Tensor], state: tuple[Tensor, ...], from_the_end: bool
     ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        """``xs`` by sequence ``(T_i, features)``, longest first -> outputs likewise and last states."""
+        """``xs`` by sequence ``(T_i, features)``, longest first -> outputs likewise and last states. From the end: each
+        is reversed by itself."""
+        if from_the_end:
+            outputs, final = self.direction(cell, [x.flip(0) for x in xs], state, False)
+            return [output.flip(0) for output in outputs], final
         lengths = [len(x) for x in xs]
         now = [list(part.unbind(0)) for part in state]
         outputs: list[list[Tensor]] = [[] for _ in xs]
-        times = range(max(lengths))
-        for t in reversed(times) if from_the_end else times:
+        for t in range(max(lengths)):
             alive = sum(length > t for length in lengths)
-            made = self.step(
-                cell,
-                torch.stack([x[t] for x in xs[:alive]]),
-                tuple(torch.stack(part[:alive]) for part in now),
-                max(lengths) - 1 - t if from_the_end else t,
-            )
+            rows = torch.stack([x[t] for x in xs[:alive]])
+            made = self.step(cell, rows, tuple(torch.stack(part[:alive]) for part in now), t)
             for part, new in zip(now, made, strict=True):
                 part[:alive] = new.unbind(0)
             for output, h in zip(outputs, made[0].unbind(0), strict=False):
                 output.append(h)
-        outputs = [output[::-1] for output in outputs] if from_the_end else outputs
         return [torch.stack(output) for output in outputs], tuple(torch.stack(part) for part in now)
 
     def run(self, xs: list[Tensor], state: tuple[Tensor, ...]) -> tuple[list[Tensor], tuple[Tensor, ...]]:
@@ -154,7 +152,6 @@ class RecurrentHistory:
         self.kind = rng.choice(list(KINDS))
         make = rng.choice((sn.NormRNN, sn.NormGRU, sn.NormLSTM))
         options = {"num_layers": rng.choice((1, 1, 2)), "bidirectional": rng.random() < 0.4}
-        self.packs = not (self.kind == "by time" and options["bidirectional"])
         self.net: Any = make(2, 3, norm=KINDS[self.kind][0], **options).double()
         for parameter in self.net.parameters():
             nn.init.uniform_(parameter, -1.0, 1.0, generator=self._generator())
@@ -193,7 +190,7 @@ class RecurrentHistory:
     def _batch(self) -> tuple[list[Tensor], bool, tuple[Tensor, ...] | None]:
         """Sequences, longest first; whether they are to be packed; a state or none."""
         rng, n = self.rng, self.rng.choice((2, 3, 4))
-        packed = self.packs and rng.random() < 0.5
+        packed = rng.random() < 0.5
         longest = rng.choice((1, 2, 4))
         lengths = sorted((rng.randint(1, longest) for _ in range(n)), reverse=True) if packed else [longest] * n
         if packed and self.kind != "sample":  # batch normalization asks for two sequences at every step
