@@ -144,14 +144,20 @@ def load_model(model: nn.Module, state: dict[str, Tensor]) -> None:
     mine, there = model.state_dict(), {_as_now(name) for name in state}
     missing = sorted(name for name in mine if _as_now(name) not in there)
     unknown = sorted(name for name in state if _as_now(name) not in mine)
-    # A memory of streamnorm whose shape training tells takes the one that it has there.
-    waiting = {f"{name}." for name, module in model.named_modules() if isinstance(module, Buffers) and module.waits}
+    # A memory of streamnorm whose shape training tells takes the one that it has there; its counters say whether it is
+    # of each time step.
+    waiting = tuple(f"{at}." for at, module in model.named_modules() if isinstance(module, Buffers) and module.waits)
+
+    def fits(name: str, value: Tensor, here: Tensor) -> bool:
+        now = _as_now(name)
+        if not now.startswith(waiting):
+            return value.shape == here.shape
+        return here.is_floating_point() or value.ndim + (now != name) == here.ndim
+
     shapes = [
         f"{name} {tuple(value.shape)} there and {tuple(here.shape)} here"
         for name, value in state.items()
-        if (here := mine.get(_as_now(name))) is not None
-        and value.shape != here.shape
-        and not _as_now(name).startswith(tuple(waiting))
+        if (here := mine.get(_as_now(name))) is not None and not fits(name, value, here)
     ]
     dtypes = [
         f"{name} {value.dtype} there and {here.dtype} here"
