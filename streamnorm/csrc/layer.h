@@ -32,7 +32,7 @@ struct sn_layer {
 
 namespace {
 
-constexpr int64_t LINE = 16;           // block sizes are multiples of a cache line
+constexpr int64_t LINE = 16;           // units: blocks begin at multiples of a cache line
 
 struct Block { int64_t from, wide, apart; };  // its first unit, its units, values from row to row
 

@@ -41,7 +41,7 @@ template <class A> struct Product {
         });
     }
 
-    // y (rows, units), `apart` values from row to row; added to what is there, or not.
+    // y (rows, units), `apart` values from row to row; added to the output, or replacing it.
     template <bool add, class X> void multiply(const X &x, A *y, int64_t rows, int64_t apart) const {
         panels<A>(units, WIDE, [&](int64_t first, int64_t v) {
             const A *part = packed + first * W * inputs;
@@ -102,7 +102,7 @@ constexpr int64_t DEPTH = 128;  // rows that fit in the caches, with the matrix 
 template <class A> struct Gram {
     static constexpr int W = lanes<A>::W, UNITS = Product<A>::ROWS, WIDE = Product<A>::WIDE;
 
-    // M (units, inputs) of d (rows, units) and x (rows, inputs), added to what is there, or not. `room` for DEPTH values
+    // M (units, inputs) of d (rows, units) and x (rows, inputs), added to M or replacing it. `room` for DEPTH values
     // of every unit, to whole UNITS.
     template <class X>
     static void sum(const Part<A> &d, const X &x, int64_t rows, bool add, A *M, int64_t inputs, A *room) {

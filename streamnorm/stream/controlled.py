@@ -49,7 +49,7 @@ class Lagging(Rule):
         if len(s) > CHUNK:
             return in_chunks(self, state, s, ok)
         mu, var = state["moments"].to(s.dtype).split([1, len(state["moments"]) - 1])
-        fits = s[:, 1:].square().isfinite().flatten(1).all(1)  # an infinite variance would stay forever
+        fits = s[:, 1:].square().isfinite().flatten(1).all(1)  # a non-finite variance would stay forever
         ok = fits if ok is None else ok & fits
         means, mu = self._averages(mu, s[:, :1], ok)
         squares, var = self._averages(var, s[:, 1:].square() - (1 - self.alpha) * (s[:, :1] - means).square(), ok)

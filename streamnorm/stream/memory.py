@@ -24,7 +24,7 @@ expect floating values there."""
 
 
 EXTRAS = "estimate", "seen", "skipped"
-"""What a memory keeps beside the members of H."""
+"""What a memory keeps in addition to the members of H."""
 
 
 class Memory(Buffers):
