@@ -1,4 +1,4 @@
-"""What a setting is refused for: a number out of range, an unknown word. Imports the standard library alone."""
+"""Validation of settings: numbers out of range, unknown words. Imports the standard library alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 
 def is_whole(value: object, least: int = 1) -> bool:
-    """Whether it is an int, and no bool, of at least ``least``."""
+    """Whether it is an int (not a bool) of at least ``least``."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
@@ -26,7 +26,7 @@ def expect_whole(name: str, value: object, least: int = 1) -> None:
 
 
 def expect_sizes(name: str, value: object, most: int = 3) -> None:
-    """Raise unless it is the size of a map: a tuple of whole numbers, of ``most`` axes at most.
+    """Raise unless it is the size of a map: a tuple of at most ``most`` whole numbers.
 
     Raises:
         ValueError: with the name and the value.
@@ -36,7 +36,7 @@ def expect_sizes(name: str, value: object, most: int = 3) -> None:
 
 
 def expect_finite(name: str, value: object, above: bool = False) -> None:
-    """Raise unless it is a finite number of at least 0; ``above`` 0, if that is asked for.
+    """Raise unless it is a finite number >= 0; with ``above``, > 0.
 
     Raises:
         ValueError: with the name and the value.

@@ -1,5 +1,5 @@
-"""What all pictures have in common: colors, dashes, lines over seeds, the look of a panel. Imports nothing of ours, and
-matplotlib by what it is handed."""
+"""Shared by all plots: colors, dashes, lines over seeds, the style of a panel. Imports nothing of ours, and matplotlib
+only through its arguments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-# Okabe and Ito's colors, which color-blind readers tell apart; without their yellow, too faint on white.
+# Okabe and Ito's color-blind safe colors, without their yellow, which is too faint on white.
 COLORS = {"none": "#7f8793", "batch": "#0072B2", "layer": "#009E73", "streaming": "#D55E00"}
 OTHER_COLORS = ("#CC79A7", "#56B4E9", "#E69F00", "#8F6BD1")
 PALETTE = (*OTHER_COLORS, *COLORS.values())
@@ -17,7 +17,7 @@ DASHES = ("-", "--", ":", "-.", (0, (6, 1.5, 1, 1.5, 1, 1.5)), (0, (1, 3)))
 
 
 def colors_of(arms: Sequence[str]) -> list[str]:
-    """An arm's own color where it comes first, another one for each that follows or has none.
+    """An arm's own color for its first line, another one for each further line and for arms without one.
 
     >>> colors_of(["batch", "batch", "group"])
     ['#0072B2', '#CC79A7', '#56B4E9']
@@ -32,7 +32,7 @@ def colors_of(arms: Sequence[str]) -> list[str]:
 
 def draw(panel: Any, x: Sequence[float], seeds: Sequence[Sequence[float | None]], style: dict[str, Any]) -> None:
     """A line at the mean over the seeds, in a band from the lowest to the highest; a gap where one is not finite.
-    Without seeds the line is in the legend alone."""
+    Without seeds the line appears only in the legend."""
     if seeds:
         draw_columns(panel, x, list(zip(*seeds, strict=True)), style)
     else:
@@ -40,14 +40,14 @@ def draw(panel: Any, x: Sequence[float], seeds: Sequence[Sequence[float | None]]
 
 
 def draw_columns(panel: Any, x: Sequence[float], of: Sequence[Sequence[float | None]], style: dict[str, Any]) -> None:
-    """``draw`` from the seeds' values at each x, which may be more at one than at another."""
+    """``draw`` from the seeds' values at each x, whose number may vary."""
     columns: list[Any] = [[math.nan] if None in column else column for column in of]
     panel.plot(x, [statistics.fmean(column) for column in columns], linewidth=1.4, **style)
     panel.fill_between(x, [*map(min, columns)], [*map(max, columns)], color=style["color"], alpha=0.15, linewidth=0)
 
 
 def finish(panel: Any, title: str, axis: str) -> None:
-    """Title, name of the x axis, grid, and a legend if any line has a name; an empty panel is taken away."""
+    """Title, name of the x axis, grid, and a legend if any line has a name; an empty panel is removed."""
     if not panel.has_data():
         panel.set_axis_off()
         return

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what is said where one cannot be. The standard library alone."""
+"""Atomic file writes, and error messages for those that fail. The standard library alone."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if hasattr(errno, "EDQUOT"):  # not on every system
 
 
 def write(path: Path, data: bytes | str) -> None:
-    """Put ``data`` at ``path`` so that a reader finds the old file or the new one, never a part.
+    """Write ``data`` to ``path`` atomically: a reader finds the old file or the new one, never a part.
 
     Raises:
-        OSError: with the path and what to do, if the system refuses; the old file is left.
+        OSError: with the path and what to do, if writing fails; the old file is left.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with named(path):
@@ -44,21 +44,21 @@ def write(path: Path, data: bytes | str) -> None:
 
 
 def append(path: Path, line: bytes) -> None:
-    """Put a whole line, without its end, behind the others of a file. What a write that broke off left of the last one
-    becomes a line of its own.
+    """Append a line, given without its newline, to a file. An unfinished last line, left by an interrupted write, is
+    ended first.
 
     Raises:
-        OSError: with the path and what to do, if the system refuses; then the file is as it was, as far as it can be.
+        OSError: with the path and what to do, if writing fails; the file is restored as far as possible.
     """
     with named(path), path.open("ab+" if path.is_file() else "ab", buffering=0) as file:
         size, cut_off = 0, False
-        if file.readable():  # and no device or pipe
+        if file.readable():  # not a device or pipe
             size = file.seek(0, os.SEEK_END)
             file.seek(max(size - 1, 0))
             cut_off = file.read(1) not in (b"", b"\n")
         data = memoryview(b"\n" * cut_off + line + b"\n")
         try:
-            while data:  # a write into the last room of a disk takes a part
+            while data:  # on a nearly full disk only a part may be written
                 data = data[file.write(data) :]
         except OSError:
             with suppress(OSError):
@@ -67,7 +67,7 @@ def append(path: Path, line: bytes) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a process that was killed inside ``write`` left in ``folder``; nobody else may be writing there."""
+    """Remove temporary files left in ``folder`` by a process killed inside ``write``; nothing else may write there."""
     for part in folder.glob(".*.part"):
         with named(part):
             part.unlink(missing_ok=True)
@@ -75,7 +75,7 @@ def sweep(folder: Path) -> None:
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Inside, an error of the system says that ``path`` cannot be written, why, and what to do.
+    """Inside, an OSError says that ``path`` cannot be written, why, and what to do.
 
     >>> with named(Path("runs/run.json")):
     ...     raise OSError(errno.ENOSPC, "No space left on device")
@@ -92,7 +92,7 @@ def named(path: Path) -> Iterator[None]:
 
 
 def _sync(folder: Path) -> None:
-    """Make the names in ``folder`` last, where the system can: a rename alone may be lost with the power."""
+    """Sync the names in ``folder`` to disk if the system can: a rename alone may be lost in a power failure."""
     with suppress(OSError):
         entry = os.open(folder, os.O_RDONLY)
         try:

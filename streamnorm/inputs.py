@@ -1,4 +1,4 @@
-"""What an input is refused for, whatever its shape: no tensor, no floating dtype. Imports torch alone."""
+"""Validation of inputs, independent of shape: not a tensor, not a floating dtype. Imports torch alone."""
 
 from __future__ import annotations
 

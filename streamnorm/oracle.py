@@ -1,9 +1,9 @@
 """Algorithms 1-6 of "Streaming Normalization" (arXiv 1610.06160, sections 3 to 3.4) in plain loops and float64.
 
-This is the oracle: every fast kernel is compared with it, so it is written to be checked by reading it next to the
-paper, and its speed does not matter. It imports nothing of this package but the rules of one policy more, only the
-standard library and torch, which holds inputs, outputs and the few numbers of a state. Where the paper is silent, the
-docstring says what was decided.
+This is the oracle: every fast kernel is compared with it, so it is written to be checked line by line against the
+paper, and its speed does not matter. It imports only the standard library, torch for inputs, outputs and the few
+numbers of a state, and, from this package, the rules of one more policy. Where the paper is silent, the docstring says
+what was decided.
 
 Legend: ``n`` samples, ``c`` features, in equal groups; ``place`` = x, y, z, or none for fully connected input.
 ``k = (sample, feature, *place)`` names an activation, ``j = (group, *place)`` a statistic (without place where all
@@ -73,7 +73,7 @@ class LongShort:
 
 @dataclass(frozen=True)
 class Block:
-    """What a block leaves for the backward: its s = S(x), the center c it was taken about, and the s that N used."""
+    """What a block saves for the backward pass: its s = S(x), the center c of sigma, and the s that N used."""
 
     samples: Sequence[int]
     c: Tensor
@@ -94,7 +94,7 @@ class Oracle:
 
     Args:
         features, place, samples: the reference (Figure 1 C, D). An int is a number of groups of features; "local" is
-            a window of ``window`` positions along every axis around the place, less what lies outside of the map.
+            a window of ``window`` positions along every axis around the place, without positions outside the map.
         p, center, eps: ``sigma = (mean |x - c|^p + eps^(p/2))^(1/p)``, c being the mu of the same statistic ("batch",
             Setting A), the running estimate mu-hat ("estimate", Setting B) or 0 ("zero", Setting C).
         subtract_mean: ``N(x, s) = (x - mu) / sigma``, or ``x / sigma`` where it is False.
@@ -102,13 +102,13 @@ class Oracle:
             the F and G of ``oracle_rules``.
         alpha, beta, kappa: the paper's, in its order; kappa is (alpha1, alpha2, alpha1, alpha2) unless given.
         rate: weight of the newest s in the running estimate of policy "batch".
-        memory: samples that statistics count as by policy "evidence"; their gradients as a fifth of it.
+        memory: the most samples that statistics count as in policy "evidence"; their gradients a fifth of it.
 
     Attributes:
-        H1, H2: what is remembered of s and of dE/ds-hat; nothing by policy "sample". Policy "batch" has its running
-            estimate in ``H1.long``, counts its calls in ``H1.updates``, and has no H2.
+        H1, H2: the memories of s and of dE/ds-hat; none in policy "sample". Policy "batch" has its running estimate in
+            ``H1.long``, counts its calls in ``H1.updates``, and has no H2.
         estimate: the last s-hat, for testing; None before there is one.
-        skipped: the forward calls that changed nothing because their s was not finite.
+        skipped: the number of forward calls that changed nothing because their s was not finite.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Oracle:
         self.place, self.samples, self.reach = place, samples, window // 2
         self.p, self.center, self.eps, self.subtract_mean = p, center, eps, subtract_mean
         self.policy, self.alpha, self.beta, self.kappa = policy, alpha, beta, kappa or (*alpha, *alpha)
-        if policy == "batch":  # a stream that folds at every call and reads long alone
+        if policy == "batch":  # a stream that folds at every call and uses long only
             self.alpha, self.kappa = (1.0, 0.0), (1 - rate, rate, 0.0, 0.0)
         self.streams, self.memory = policy in ("streaming", "evidence"), memory
         self._empty((2, 0))
@@ -172,12 +172,12 @@ class Oracle:
         return write(self.N(values, shape, blocks), shape)
 
     def backward(self, dy: Tensor) -> Tensor:
-        """``dE/dy -> dE/dx`` for the latest forward call that was not back-propagated yet, with the s it used.
+        """``dE/dy -> dE/dx`` for the latest forward call without a backward pass so far, with the s it used.
 
         Algorithms 2 and 4: the chain rule. Algorithm 6: ``g = dE/ds-hat`` by the chain rule, summed over the blocks,
-        as they share s-hat; ``{H2, g-hat} = G(H2, g)``; from there on g-hat in the place of g, 1/m of it to each of m
-        blocks, as s is their average, and no factor for the share of s in s-hat. H2 learns only from calls that H1
-        learned from.
+        as they share s-hat; ``{H2, g-hat} = G(H2, g)``; from there on g-hat replaces g, 1/m of it for each of m
+        blocks, as s is their average, without a factor for the share of s in s-hat. H2 only takes in calls that H1 took
+        in.
         """
         if not self._calls or tuple(dy.shape) != self._calls[-1].shape:
             raise ValueError(f"no forward call waits for a gradient of shape {tuple(dy.shape)}")
@@ -212,8 +212,7 @@ class Oracle:
     def F(self, H1: LongShort | Pool, s: Tensor, samples: int) -> tuple[LongShort | Pool, Tensor]:
         """Algorithm 5: H1 takes in s, then ``s-hat = alpha1 long + alpha2 short`` (Algorithm 3: the running mean).
 
-        An s that is not finite is not taken in: s-hat is what H1 knew before; if that was nothing, s stands in
-        for it.
+        An s that is not finite is not taken in: s-hat is then H1's previous estimate, or s itself if H1 is empty.
         """
         if isinstance(H1, Pool):
             H1 = H1.arrive(s, samples) if is_finite(s) else H1
@@ -227,7 +226,7 @@ class Oracle:
     def G(self, H2: LongShort | Regression, g: Tensor, call: Call) -> tuple[LongShort | Regression, Tensor]:
         """Algorithm 6: H2 takes in g, unless it is not finite, then ``g-hat = beta1 long + beta2 short + beta3 g``.
 
-        A beta3 of 0 leaves g out, whatever it is: 0 NaN is NaN.
+        With beta3 = 0, g is left out: 0 * NaN is NaN.
         """
         if isinstance(H2, Regression):
             s, s_hat = mean_of([block.s for block in call.blocks]), call.blocks[0].used
@@ -280,7 +279,7 @@ class Oracle:
         mu = [self.mean(x, shape, samples) for samples in blocks]
         c = mu if self.center == "batch" else [torch.zeros_like(m) for m in mu]
         if self.center == "estimate":
-            # The rows of a state never meet: whatever stands in the row of sigma, F gives the same mu-hat.
+            # The rows of a state are independent: F's mu-hat does not depend on the row of sigma.
             _, s_hat = self.F(self.H1, mean_of([torch.stack((m, m)) for m in mu]), shape[0])
             c = [s_hat[MU]] * len(mu)
         s = [torch.stack((m, self.sigma(x, shape, b, c_b))) for m, b, c_b in zip(mu, blocks, c, strict=True)]
@@ -300,7 +299,7 @@ class Oracle:
         for j in self.statistics(shape):
             c_j, floor = float(c[j]), math.sqrt(self.eps)
             distance = [abs(x[k] - c_j) for k in self.reference(j, shape, samples)]
-            # Powers of very large or small numbers are no floats; of their ratios to the largest they are.
+            # Powers of very large or small numbers overflow or vanish; those of their ratios to the largest do not.
             unit = max(*distance, floor)
             moment = sum((d / unit) ** self.p for d in distance) / len(distance)
             of_finite = unit * (moment + (floor / unit) ** self.p) ** (1 / self.p)
@@ -311,8 +310,8 @@ class Oracle:
         """``dx <- dx + (dS/dx)^T g`` for every block.
 
         ``dmu_j/dx_k = 1/N``, ``dsigma_j/dx_k = sign(d_k) (|d_k| / sigma_j)^(p-1) / N`` with ``d_k = x_k - c_j``, 0 at
-        ``d_k = 0``. The center is a constant in Settings B, C; in A it is mu, and sigma has a second way back:
-        ``dsigma_j/dmu_j = -sum_k`` of the same.
+        ``d_k = 0``. The center is a constant in Settings B, C; in A it is mu, and sigma also depends on x through
+        it: ``dsigma_j/dmu_j = -sum_k`` of the same.
         """
         for block, g_block in zip(call.blocks, g, strict=True):
             for j in self.statistics(call.shape):

@@ -14,20 +14,20 @@ from torch import Tensor
 
 MU, SIGMA = 0, 1
 PRIOR = (0, 10)
-"""Samples that the row of mu, and that of sigma, holds before anything arrived."""
+"""Samples that the prior counts as in the row of mu, and in that of sigma."""
 UPDATES = 4
 
 
 @dataclass(frozen=True)
 class Pool:
-    """``H = {long, short, counters}`` of F: everything weighs the samples that it stands for.
+    """``H = {long, short, counters}`` of F: everything is weighted by the samples that it stands for.
 
     Attributes:
         memory: the most samples that long counts as, unless ``UPDATES`` updates like the last one hold more.
-        long: up to the last weight update, at first the prior: in the row of sigma the deviation of all features of the
-            first arrival about their common mean; in that of mu its own mu, which weighs nothing.
+        long: up to the last weight update, initially the prior: in the row of sigma the deviation of all features of
+            the first arrival about their common mean; in that of mu its own mu, with weight 0.
         short: the exact average of the samples since the last weight update.
-        count: those samples.
+        count: the number of these samples.
         held: M, the samples that long counts as.
     """
 
@@ -77,7 +77,7 @@ class Regression:
     Attributes:
         memory: the most samples that they count as.
         theta: (v, u) of every statistic, times the samples in a call.
-        held: the samples that they come from; they count as one more.
+        held: the number of samples behind them; they count as one more.
     """
 
     memory: float
@@ -98,7 +98,7 @@ class Regression:
             a = (mu - mu_hat) / sigma_hat
             q = max((sigma / sigma_hat) ** 2, a**2)
             right_v, right_u = M * v - m * sigma_hat * g_mu, M * u - m * sigma_hat * g_sigma
-            # The first row of the system, times factor, is taken from the second: u is left alone there.
+            # Elimination: subtract factor times the first row from the second, which leaves only u there.
             factor = m * a / (M + m)
             u = (right_u - factor * right_v) / (M + m * q - factor * m * a)
             v = (right_v - m * a * u) / (M + m)
@@ -111,5 +111,5 @@ class Regression:
         return -torch.stack((v, u * s[SIGMA] / s_hat[SIGMA])) / s_hat[SIGMA]
 
     def fold(self) -> Regression:
-        """A weight update means nothing to it."""
+        """No-op: weight updates have no effect."""
         return self

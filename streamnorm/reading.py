@@ -1,9 +1,9 @@
-"""What is read, held against the shape that it has to have, so that whoever uses it need not doubt it. Imports torch.
+"""Validation of data read from files against a schema, here called shape, so that users can rely on it. Imports torch.
 
-A shape is written as the thing itself: ``int``, ``float`` (a finite number), ``str``, ``bool``, ``None``, ``Tensor`` or
-``object`` (anything); another value, just that; ``range(5)``, a whole number in it; a tensor, one of its shape and
-dtype; a tuple, one of several; ``[shape, ...]``, a list of any length, and ``[a, b]``, one of two; ``{"key": shape}``,
-a dict with this key and maybe others; ``{str: shape}``, one with any keys of that type.
+A shape is ``int``, ``float`` (a finite number), ``str``, ``bool``, ``None``, ``Tensor`` or ``object`` (anything); any
+other value: exactly that; ``range(5)``: a whole number in it; a tensor: one of its shape and dtype; a tuple: one of
+several; ``[shape, ...]``: a list of any length; ``[a, b]``: a list of two; ``{"key": shape}``: a dict with this key and
+maybe others; ``{str: shape}``: one with any keys of that type.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LARGEST = 2.0**1023
 
 
 def misfit(value: Any, shape: Any, at: str = "") -> str | None:
-    """Where ``value`` is not as ``shape`` says, and what it would be there; None if it is all so.
+    """Where ``value`` does not match ``shape``, and what was expected there; None if it matches.
 
     >>> misfit({"done": 3, "sums": {"loss": "0"}}, {"done": range(4), "sums": {"loss": float}})
     "sums.loss is '0', not a finite number"
@@ -103,7 +103,7 @@ def _said(shape: Any) -> str:
 
 
 def of_annotation(annotation: Any) -> Any:
-    """The shape that JSON has for a type: of a field of a dataclass, for instance.
+    """The JSON shape for a type annotation, for instance of a dataclass field.
 
     >>> misfit([0.7, "0.3"], of_annotation(tuple[float, float] | None))
     "1 is '0.3', not a finite number"
@@ -119,14 +119,14 @@ def of_annotation(annotation: Any) -> Any:
 
 
 class ReadError(ValueError):
-    """A file that is not what it has to be."""
+    """A file with invalid content."""
 
 
 def read_json(path: Path, shape: Any, remedy: str) -> Any:
-    """What a file of JSON says.
+    """The content of a JSON file.
 
     Raises:
-        ReadError: with the path, what is wrong and the ``remedy``, for a file that is none, or of another shape.
+        ReadError: with the path, what is wrong and the ``remedy``, for a file that is not JSON, or of another shape.
         OSError: if it cannot be read.
     """
     value, wrong = parsed(path.read_bytes(), shape)
@@ -136,8 +136,8 @@ def read_json(path: Path, shape: Any, remedy: str) -> Any:
 
 
 def read_lines(path: Path, shape: Any, remedy: str) -> Iterator[tuple[Any, int]]:
-    """What each line of a file of JSON lines says, and where the line ends. A last line without its end is left out:
-    whoever wrote it was stopped there.
+    """The content of each line of a JSON lines file, and where the line ends. A last line without a newline is left
+    out: its write was interrupted.
 
     Raises:
         ReadError: as ``read_json``, with the number of the line.
@@ -156,7 +156,7 @@ def read_lines(path: Path, shape: Any, remedy: str) -> Iterator[tuple[Any, int]]
 
 
 def parsed(data: str | bytes, shape: Any) -> tuple[Any, str]:
-    """What JSON says, and what is wrong with it; nothing if it is of the shape."""
+    """The value of a JSON text, and what is wrong with it; an empty string if it matches the shape."""
     try:
         value = json.loads(data)
     except RecursionError:

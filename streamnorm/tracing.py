@@ -1,4 +1,4 @@
-"""Whether somebody records or rewrites torch operations, and whether values may be looked at. Imports torch alone."""
+"""Whether torch operations are being traced, and whether values can be read. Imports torch alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.compiler import is_dynamo_compiling
 
 
 def is_traced() -> bool:
-    """Whether something records or rewrites torch operations: a compiler, an exporter, a dispatch mode, a transform of
-    functions, forward-mode derivatives. It would not see what a compiled kernel does, nor a branch on a value."""
+    """Whether torch operations are recorded or rewritten: by a compiler, an export, a dispatch mode, ``torch.func`` or
+    forward-mode derivatives. These would not see what a compiled kernel does, nor a branch on a value."""
     return (
         is_dynamo_compiling()
         or _get_tracing_state() is not None
@@ -25,16 +25,16 @@ def is_traced() -> bool:
 
 
 def is_readable(x: Tensor) -> bool:
-    """Whether a branch may depend on values of ``x``: they lie on a CPU, where nobody waits, and nothing is traced."""
+    """Whether a branch may depend on values of ``x``: on a CPU, without a synchronization, and nothing is traced."""
     return x.is_cpu and not is_traced()
 
 
 def refuse_recorded() -> None:
-    """Raise where a recorded training call of a layer that remembers would be wrong without a sign.
+    """Raise where a traced training call of a layer with a memory would be silently wrong.
 
     Raises:
-        RuntimeError: for an export, which loses the gradient of G; and for activation checkpointing that is compiled,
-            which computes a call again from statistics that have moved on.
+        RuntimeError: for an export, which loses the gradient of G; and for compiled activation checkpointing, which
+            recomputes a call with statistics that have changed since.
     """
     if torch.compiler.is_exporting():
         raise RuntimeError(
@@ -46,7 +46,7 @@ def refuse_recorded() -> None:
 
 
 def _refuse_checkpointing() -> None:
-    # Called while a compiler traces: what it is in the middle of is on its own stack, or on the stack of hooks.
+    # Called while a compiler traces: an enclosing checkpoint is on the compiler's stack, or on the stack of hooks.
     of: Any = torch._C
     hooks = of._autograd._top_saved_tensors_default_hooks(True)
     where = "" if hooks is None else getattr(hooks[0], "__qualname__", "")

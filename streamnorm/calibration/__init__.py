@@ -1,6 +1,6 @@
-"""The statistics of testing: taken anew from data, and how far off they were.
+"""The statistics used in testing: recomputing them from data, and measuring how far off they are.
 
-``streamnorm.recalibrate`` is the function of this room that most will want; ``gap`` is the other one.
+The main function is ``streamnorm.recalibrate``; the other one is ``gap``.
 """
 
 from streamnorm.calibration.recalibrate import Gap as Gap

@@ -1,7 +1,7 @@
-"""The course of recalibration: which sites use what is stored, which of them are exact, and when passes end.
+"""The course of recalibration: which sites use stored statistics, which of them are exact, and when passes end.
 
-A table has to be taken while the tables before it are those that will be used with it: where data are drawn anew in
-each pass, others of the same data set will not do. Imports the state postproc.
+A table must be computed with exactly those tables of earlier layers that will be used with it: if data are sampled
+anew in each pass, tables from another pass over the same data set differ. Imports the state postproc.
 
 Legend: a table is ``(2, ...)``, row 0 the mean, row 1 sigma; a site is one set of statistics that testing uses.
 """
@@ -17,26 +17,26 @@ from torch import Tensor
 from streamnorm.calibration.postproc import Site, Told
 
 TOLERANCE = 1e-5
-"""Passes end when no mean moved further than so many sigmas, and no sigma by a larger share."""
+"""Passes end when no mean moved by more than so many sigmas, and no sigma by a larger fraction."""
 NEAR = 0.1
-"""Statistics that moved by less since the pass before are used in the next one, though they may not be exact yet."""
+"""Statistics that moved by less since the previous pass are used in the next one, though they may not be exact yet."""
 PATIENCE = 50
-"""Passes for statistics that act on themselves, after those that a chain needs."""
+"""Passes for statistics that depend on themselves, in addition to those that a chain of layers needs."""
 
 
 class Queue:
-    """Sites that are done, which others wait for. Where sigma has to wait for the mean, it takes a site two passes."""
+    """Sites that are done, which others wait for. If sigma needs the mean first, a site takes two passes."""
 
     def __init__(self) -> None:
         self.done: set[Site] = set()
         self._centered: set[Site] = set()
 
     def ready(self, told: Told) -> list[Site]:
-        """The sites that are not done, all of whose calls in the last pass came behind sites that are."""
+        """The sites that are not done, but depend only on sites that are, by all their calls in the last pass."""
         return [site for site in told.sites if site not in self.done and told.behind[site] <= self.done]
 
     def move_up(self, sites: Iterable[Site], told: Told) -> None:
-        """A pass has told of these as of what is ready."""
+        """Advance these sites after a pass for which they were ready."""
         for site in sites:
             if told.sites[site].waits and site not in self._centered:
                 self._centered.add(site)
@@ -45,26 +45,26 @@ class Queue:
 
 
 class Course:
-    """What recalibration knows after some passes.
+    """The state of recalibration after some passes.
 
-    A site is *exact* once all its calls in a pass came behind exact ones: those before it will not change any more, and
-    neither does its table. What is called several times comes behind itself and never is; its *turn* comes all the
-    same, in the order of first calls, and from then on it normalizes with what is stored.
+    A site is *exact* once all its calls in a pass depended on exact sites only: these will not change any more, and
+    neither will its table. A site that is called several times depends on itself and never becomes exact; it still gets
+    its *turn*, in the order of first calls, and from then on normalizes with its stored table.
 
-    What comes in first and what is exact cannot move on fixed data, unless a state is carried from batch to batch. So
-    if it does, the same pass is repeated: if it tells something else, data differ. Then each layer is taken once, in
-    its turn; and statistics that act on themselves go on from there.
+    First inputs and exact tables cannot move on fixed data, unless a state is carried from batch to batch. So if one
+    does, the same pass is repeated: if the result differs, so do the data. Then each layer is computed once, at its
+    turn; and statistics that depend on themselves go on from there.
 
     Args:
-        most: passes that are allowed, or None.
+        most: the most passes allowed, or None.
 
     Attributes:
         number: of passes.
-        tables: what is stored, by site.
-        fixed: the sites that use it in the next pass.
-        still: how far a table that is not exact moved at most in the last pass.
-        is_recurrent: whether statistics act on what they are taken of themselves, at a later call.
-        differs: where the data of a pass were not those of another: the site, and how far it moved.
+        tables: the stored tables by site.
+        fixed: the sites that use them in the next pass.
+        still: the furthest that a table that is not exact moved in the last pass.
+        is_recurrent: whether statistics depend on themselves, through a later call.
+        differs: if data differ from pass to pass: a site, and how far it moved.
     """
 
     def __init__(self, most: int | None) -> None:
@@ -86,11 +86,11 @@ class Course:
         self._best: tuple[float, dict[Site, Tensor]] | None = None
 
     def take(self, told: Told, values: Mapping[Site, Tensor], first: Mapping[Site, Tensor]) -> Mapping[Site, Tensor]:
-        """Take in a pass; the tables that are to be stored.
+        """Process the results of a pass, and return the tables to store.
 
         Args:
-            values: what it told of each site.
-            first: what it told of the first call in each batch.
+            values: the table of each site.
+            first: the tables of the first call in each batch.
         """
         self.number += 1
         if self._is_in_doubt(told, values, first):
@@ -110,7 +110,7 @@ class Course:
         return new
 
     def _is_in_doubt(self, told: Told, values: Mapping[Site, Tensor], first: Mapping[Site, Tensor]) -> bool:
-        """Whether this pass has to be repeated to learn whether data differ."""
+        """Whether this pass must be repeated to find out whether data differ."""
         self._first, before = {**first, **self._first}, self._first
         if self._doubt:
             doubt, self._doubt = self._doubt, None
@@ -128,7 +128,7 @@ class Course:
         return self._doubt is not None
 
     def _damped(self, new: dict[Site, Tensor], free: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
-        """Tables that lie a share of the way to the new ones."""
+        """Tables a fraction of the way to the new ones."""
         if self.differs and (self._best is None or self.still < self._best[0]):
             self._best = self.still, {site: self.tables[site] for site in new}
         last, self._move = self._move, torch.cat([way.flatten() for way in free.values()])
@@ -152,7 +152,7 @@ class Course:
         return self.number >= (self.most or enough) or (self._settled and self.still <= TOLERANCE)
 
     def best(self) -> Mapping[Site, Tensor]:
-        """On data that differ, those tables of statistics that act on themselves that a pass agreed with most."""
+        """If data differ: of statistics that depend on themselves, the tables that moved least in a pass."""
         return {} if self._best is None else self._best[1]
 
 
@@ -170,10 +170,10 @@ def _far(way: Tensor) -> float:
 def _moved(
     old: Mapping[Site, Tensor], new: Mapping[Site, Tensor], among: Container[Site], told: Told
 ) -> tuple[Site, float] | None:
-    """The first site of some whose table moved further than rounding moves it, and how far; None: there is none."""
+    """The first site in ``among`` whose table moved by more than rounding, and how far; None: there is none."""
     for site, way in _moves(old, new).items():
         tiny = torch.finfo(way.dtype).tiny
-        size = max(1.0, _far(new[site][0] / new[site][1].clamp_min(tiny)))  # of what is rounded, in sigmas
+        size = max(1.0, _far(new[site][0] / new[site][1].clamp_min(tiny)))  # of the rounded values, in sigmas
         if site in among and not _far(way) <= max(TOLERANCE, told.rounding[site] * size):
             return site, _far(way)
     return None
@@ -187,8 +187,8 @@ def move(old: Tensor, new: Tensor) -> Tensor:
 
 
 def _share(share: float, last: Tensor | None, move: Tensor) -> float:
-    """Of the next move of statistics that act on themselves, which share to take: less where they swing about their
-    value, more where they creep up to it (Irons and Tuck 1969), from the share and the moves of the last two passes."""
+    """The relaxation factor for the next move of statistics that depend on themselves: less if they oscillate, more if
+    they converge slowly (Irons and Tuck 1969), from the last factor and the moves of the last two passes."""
     turn = None if last is None or last.shape != move.shape else move - last
     if last is None or turn is None or not turn.any():
         return share
@@ -196,7 +196,7 @@ def _share(share: float, last: Tensor | None, move: Tensor) -> float:
 
 
 def _on_the_way(old: Tensor, new: Tensor, share: float) -> Tensor:
-    """The statistics that lie ``share`` of the way from old to new: means on a line, sigmas by their ratio."""
+    """The statistics ``share`` of the way from old to new: means linearly, sigmas by their ratio."""
     tiny = torch.finfo(new.dtype).tiny
     before, sigma = old[1].clamp_min(tiny), new[1].clamp_min(tiny)
     return torch.stack([old[0].lerp(new[0], share), before * (sigma / before) ** share])

@@ -1,10 +1,10 @@
 """Estimators: the statistics of a whole data set from its mini-batches, in float64.
 
-They say what recalibration accumulates. ``Pooled`` and ``Mean`` are exact and do not see how the data were batched;
-``Moving`` is the running average of a post-processing pass. Imports the definitions and the op's packing.
+They define what recalibration accumulates. ``Pooled`` and ``Mean`` are exact, independent of the batching; ``Moving``
+is the running average of a post-processing pass. Imports the definitions and the op's packing.
 
-Legend: a table is ``(2, ...)``, row 0 the mean, row 1 sigma, shaped as what a memory is fed; ``view`` is the canonical
-view ``(1, m, G, q, *place)`` of a mini-batch.
+Legend: a table is ``(2, ...)``, row 0 the mean, row 1 sigma, shaped like an arrival of a memory; ``view`` is the
+canonical view ``(1, m, G, q, *place)`` of a mini-batch.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from streamnorm.ops.functional import pack, unpack_row
 Across = Callable[[Tensor], Tensor]
 """The sum of a tensor over all replicas, the same on each."""
 DECAY = 0.9
-"""Weight of the old value in a moving average, after the text that proposes it."""
+"""Weight of the old value in a moving average, as in "Batch Normalization: The Untold Story"."""
 
 
 def alone(value: Tensor) -> Tensor:
-    """``across`` of a single process."""
+    """``across`` for a single process."""
     return value
 
 
@@ -41,20 +41,20 @@ def table(view: Tensor, ref: NormRef, moment: Lp, about: Tensor | None) -> Tenso
 
 
 class Estimator(ABC):
-    """What is known of one set of statistics after some mini-batches.
+    """Accumulates one set of statistics over mini-batches.
 
     Args:
         ref, moment: R and S of the layer.
-        unbiased: the variance is divided by the number of activations less one, as torch's running one is.
-        about: a table whose mean is the center of sigma, where one has to be known beforehand; None: the batch's own
-            mean stands in.
+        unbiased: divide the variance by the number of activations less one, as torch's running variance.
+        about: a table whose mean is the center of sigma, if it must be known beforehand; None: use the batch's own mean
+            instead.
 
     Attributes:
         arrivals: mini-batches.
         size: activations in a reference, of all mini-batches together.
-        weight: of this replica beside others: activations, samples, or mini-batches.
-        is_degenerate: a single activation was to tell its own sigma, which is 0 whatever it is.
-        initial_share: how much a value from before the data still weighs.
+        weight: of this replica among all: activations, samples, or mini-batches.
+        is_degenerate: sigma was taken of a single activation about itself, which is always 0.
+        initial_share: the remaining weight of the initial value.
     """
 
     def __init__(self, ref: NormRef, moment: Lp, unbiased: bool = False, about: Tensor | None = None) -> None:
@@ -67,7 +67,7 @@ class Estimator(ABC):
     @staticmethod
     @abstractmethod
     def needs_center(moment: Lp) -> bool:
-        """Whether sigma can be told only once the mean of all data is known."""
+        """Whether sigma can be computed only once the mean of all data is known."""
 
     @property
     def waits(self) -> bool:
@@ -75,7 +75,7 @@ class Estimator(ABC):
         return self.needs_center(self.moment)
 
     def add(self, view: Tensor) -> Tensor:
-        """Take in a mini-batch; its own s, a table."""
+        """Add a mini-batch, and return its own s, a table."""
         n = self.ref.size(view.shape)
         self.arrivals += 1
         self.size += n
@@ -89,7 +89,7 @@ class Estimator(ABC):
         """The table of all mini-batches, of all replicas."""
 
     def _told(self, across: Across) -> tuple[Tensor, Tensor]:
-        """The table of this replica, and its share in the weight of all."""
+        """The table of this replica, and its share of the total weight."""
         assert self.result is not None
         return self.result, self.weight / across(self._number(self.weight))
 
@@ -99,7 +99,7 @@ class Estimator(ABC):
 
 
 class Pooled(Estimator):
-    """S of all data as one reference: exact, whatever the mini-batches were.
+    """S of all data as one reference: exact, independent of the batching.
 
     ::
 
@@ -107,7 +107,7 @@ class Pooled(Estimator):
         M   = M_a + (n_b / n) (M_b - M_a) + (n_a n_b / n^2) (mu_b - mu_a)^2
 
     M is the mean of ``|x - c|^p``, and ``sigma = (M + eps^(p/2))^(1/p)``. The last term (Chan, Golub, LeVeque 1979) is
-    that of p = 2 about the mean. About a fixed c moments of any p are averaged, so there the mean comes first.
+    for p = 2 about the mean only. About a fixed c moments of any p are averaged, so the mean must come first.
     """
 
     @staticmethod
@@ -129,7 +129,7 @@ class Pooled(Estimator):
 
     @property
     def _moves(self) -> bool:
-        """Whether the center of M moves with the mean."""
+        """Whether the center of M is the running mean."""
         return self.moment.p == 2 and self.moment.center != "zero"
 
     def _table(self, moments: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class Pooled(Estimator):
 
 
 class _Averaged(Estimator):
-    """What averages the s of mini-batches."""
+    """Base class for averages of the s of mini-batches."""
 
     @staticmethod
     def needs_center(moment: Lp) -> bool:
@@ -172,7 +172,7 @@ class _Averaged(Estimator):
 
 
 class Mean(_Averaged):
-    """The mean of s over samples, for references inside one sample: exact, whatever the mini-batches were."""
+    """The mean of s over samples, for references inside one sample: exact, independent of the batching."""
 
     def _average(self, arrival: Tensor, samples: int, n: int) -> None:
         self.weight += samples
@@ -182,7 +182,7 @@ class Mean(_Averaged):
 class Moving(_Averaged):
     """The running average of a post-processing pass ("Batch Normalization: The Untold Story").
 
-    ``s <- decay s + (1 - decay) s_batch``, the mean from 0, sigma from 1; it is sigma that is averaged, not its square.
+    ``s <- decay s + (1 - decay) s_batch``, the mean from 0, sigma from 1; sigma itself is averaged, not its square.
     """
 
     def __init__(self, *args: Any, decay: float = DECAY, **kwargs: Any) -> None:
@@ -203,7 +203,7 @@ class Moving(_Averaged):
 
 
 class Corrected(Moving):
-    """``Moving`` without what the initial value weighs: from 0, and divided by ``1 - decay^k`` after k mini-batches."""
+    """``Moving`` with bias correction: from 0, and divided by ``1 - decay^k`` after k mini-batches."""
 
     def _initial(self, like: Tensor) -> Tensor:
         return torch.zeros_like(like)

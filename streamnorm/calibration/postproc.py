@@ -1,7 +1,7 @@
-"""The state postproc: layers hand what they are given to estimators, while nothing is learned and outputs are ignored.
+"""The state postproc: layers pass their inputs to estimators, while nothing is learned and outputs are ignored.
 
 A layer is in one of three states ("Batch Normalization: The Untold Story"): ``train``; ``postproc``, where statistics
-are accumulated; ``test``, where they are fixed. Here is what is done to layers in it, ours and torch's. Imports the
+are accumulated; ``test``, where they are fixed. This module implements postproc for our layers and torch's. Imports the
 layers and what stands below them.
 
 Legend: a table is ``(2, ...)``, row 0 the mean, row 1 sigma; a site is one set of statistics that testing uses.
@@ -34,7 +34,7 @@ State = Literal["train", "postproc", "test"]
 
 
 class Site(ABC):
-    """One set of statistics that testing uses: where it lies, and what it is of."""
+    """One set of statistics that testing uses: where it is stored, and its definition."""
 
     ref: NormRef
     moment: Lp
@@ -46,7 +46,7 @@ class Site(ABC):
 
     @abstractmethod
     def view(self, x: Tensor) -> Tensor:
-        """The canonical view of an input that the layer does not refuse."""
+        """The canonical view of an input, after checking it."""
 
     @abstractmethod
     def stored(self) -> Tensor | None:
@@ -54,15 +54,15 @@ class Site(ABC):
 
     @abstractmethod
     def store(self, table: Tensor, arrivals: int | None = None) -> None:
-        """Let testing use this table; ``arrivals``: of so many mini-batches, None: for the moment."""
+        """Make testing use this table, of ``arrivals`` mini-batches; None: temporarily."""
 
     @abstractmethod
     def snapshot(self) -> Any:
-        """What ``put_back`` needs."""
+        """A copy of the statistics, for ``put_back``."""
 
     @abstractmethod
     def put_back(self, snapshot: Any) -> None:
-        """Everything as it was."""
+        """Restore a snapshot."""
 
 
 class NormSite(Site):
@@ -89,7 +89,7 @@ class NormSite(Site):
         memory.estimate = table
         memory.seen.clamp_(min=1)
         if arrivals is not None and not self.streams:
-            # Nothing but testing reads this memory: it goes on from here as if the data had been its first arrival.
+            # Only testing reads this memory: training continues from here as if the data had been its first arrival.
             memory.restart(table)
 
     def snapshot(self) -> Any:
@@ -100,7 +100,7 @@ class NormSite(Site):
 
 
 class TorchSite(Site):
-    """The running statistics of a batch normalization of torch's."""
+    """The running statistics of torch's batch normalization."""
 
     unbiased, streams = True, False
     ref = BA1
@@ -140,13 +140,13 @@ class TorchSite(Site):
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A module that is called, and its sites: one, or one for each time step."""
+    """A module, and its sites: one, or one for each time step."""
 
     module: nn.Module
     sites: list[Site]
 
     def at(self, t: int) -> Site:
-        """The site that testing uses at time step t: the last one that has statistics, beyond those."""
+        """The site that testing uses at time step t; beyond the last one with statistics, that one."""
         t = min(t, len(self.sites) - 1)
         while t and self.sites[t].stored() is None:
             t -= 1
@@ -157,7 +157,7 @@ def layers(model: nn.Module) -> list[Layer]:
     """Every layer of ``model`` that keeps statistics for testing.
 
     Raises:
-        ValueError: if there is none, or if one of torch's keeps none.
+        ValueError: if there is none, or if one of torch's keeps no running statistics.
     """
     found: list[Layer] = []
     inside: set[nn.Module] = set()
@@ -183,15 +183,15 @@ def layers(model: nn.Module) -> list[Layer]:
 
 
 class Told:
-    """What a pass through the data has told.
+    """The results of a pass through the data.
 
     Attributes:
-        batches: how many there were.
+        batches: number of batches.
         sites: the estimator of every site that was called, in the order of their first calls.
-        behind: the sites that were called before a call of a site, in the same batch; itself too, if it was.
-        first: of the sites that a batch calls first, an estimator of these calls alone.
-        rounding: by how much of itself rounding may change a number that a site is given.
-        finite: whether the statistics of each call of the present batch are finite.
+        behind: for each site those called before it in the same batch, including itself if it was.
+        first: for the sites that a batch calls first, an estimator of these calls alone.
+        rounding: relative rounding error of the inputs of each site.
+        finite: whether the statistics of each call in the current batch are finite.
     """
 
     def __init__(self, make: Callable[[Site], Estimator]) -> None:
@@ -206,13 +206,13 @@ class Told:
         self._was_empty = False
 
     def begin(self, batch: int) -> None:
-        """So many batches with the one that comes now."""
+        """Begin a batch; ``batch`` counts from 1."""
         self.batches = batch
         self.finite.clear()
         self._called.clear()
 
     def add(self, site: Site, x: Tensor) -> Tensor | None:
-        """Take in what a site is given; its own s, a table, or None where there is no sample in it."""
+        """Add the input of a site, and return its own s, a table; None for an empty input."""
         if not x.numel():
             self._was_empty = True
             return None
@@ -230,7 +230,7 @@ class Told:
 
     @property
     def is_recurrent(self) -> bool:
-        """Whether a layer's statistics act on what it is given itself, at a later call."""
+        """Whether a layer's statistics affect its own input at a later call."""
         try:
             TopologicalSorter(self.behind).prepare()
         except CycleError:
@@ -252,18 +252,18 @@ class Told:
 
 
 def _plain(site: Site) -> Estimator:
-    """An estimator for which neither the order of the data nor how they are batched matters."""
+    """An estimator that is independent of the order of the data and the batching."""
     kind = Mean if site.ref.samples == "one" else Pooled
     return kind(site.ref, Lp(2, "batch", getattr(site.moment, "eps", 0.0)))
 
 
 class Gather:
-    """What a layer does in the state postproc, before it normalizes: it hands on its input.
+    """The hook of a layer in the state postproc: it records the input before the layer normalizes.
 
     Args:
-        fixed: the sites that normalize with what is stored. Others normalize a mini-batch with its own statistics, or,
-            if it holds a single activation, with what is stored.
-        told: takes the inputs of all layers.
+        fixed: the sites that normalize with their stored table. Others normalize a mini-batch with its own statistics,
+            or, if it holds a single activation, with the stored table.
+        told: records the inputs of all layers.
     """
 
     def __init__(self, layer: Layer, fixed: Container[Site], told: Told) -> None:
@@ -283,7 +283,7 @@ class Gather:
 
 
 def state(layer: nn.Module) -> State:
-    """The state of a layer: it trains, it gathers statistics inside ``recalibrate`` or ``gap``, or it is tested.
+    """The state of a layer: training, accumulating statistics inside ``recalibrate`` or ``gap``, or testing.
 
     >>> state(nn.BatchNorm1d(3))
     'train'
@@ -295,11 +295,11 @@ def state(layer: nn.Module) -> State:
 
 @contextmanager
 def _postproc(model: nn.Module, gathers: list[Gather]) -> Iterator[None]:
-    """Inside, the layers are in the state postproc and everything else is as in testing; then all is as it was."""
+    """Inside, the layers are in the state postproc and everything else is in eval mode; restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     hooks = []
     try:
-        # The flags themselves: train() and eval() of somebody's own module may do more, which nobody could undo.
+        # Set the flags directly: a user's own train() and eval() may do more, which could not be undone.
         for module, _ in modes:
             module.training = False
         for gather in gathers:
@@ -321,11 +321,11 @@ def once_through(
     call: Callable[[nn.Module, Any], Any],
     show: Callable[[int], None],
 ) -> Told:
-    """Once through the data, all layers in the state postproc.
+    """One pass through the data, with all layers in the state postproc.
 
     Args:
-        make: the estimator of a site.
-        fixed: the sites that normalize with what is stored; others normalize a mini-batch with its own statistics.
+        make: makes the estimator of a site.
+        fixed: the sites that normalize with their stored table; others normalize a mini-batch with its own statistics.
         call: runs the model on a batch.
         show: called with the number of batches so far.
 

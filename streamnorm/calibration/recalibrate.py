@@ -1,7 +1,7 @@
-"""Recalibration: the statistics that testing uses, taken anew from data with fixed weights; and how far off they are.
+"""Recalibration: recompute the statistics that testing uses from data, with fixed weights; and how far off they are.
 
 The second of two ways to test a batch normalization ("Batch Normalization: The Untold Story"): statistics of
-mini-batches in training, then a pass over the data to fix those of testing. Imports the state postproc.
+mini-batches in training, then a pass over the data for those of testing. Imports the state postproc.
 
 Legend: a table is ``(2, ...)``, row 0 the mean, row 1 sigma; a site is one set of statistics that testing uses.
 """
@@ -33,13 +33,13 @@ Call = Callable[[nn.Module, Any], Any]
 Progress = Callable[[int, int, int | None], None]
 
 LEFT = 0.01
-"""How much of its initial value a moving average may hold without a warning: 44 mini-batches at a decay of 0.9."""
+"""The most initial weight left in a moving average without a warning: 44 mini-batches at a decay of 0.9."""
 BAR = 30
-"""Characters of a progress bar."""
+"""Width of a progress bar in characters."""
 
 
 def _given(model: nn.Module, batch: Any) -> Any:
-    """The model on a batch: a tensor, the first of a tuple or list, or the entries of a dictionary as arguments."""
+    """Call the model on a batch: a tensor, the first of a tuple or list, or a dictionary of arguments."""
     is_tuple = isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence)
     x = batch[0] if is_tuple and batch else batch
     weight = next(model.parameters(), None)
@@ -60,7 +60,7 @@ def _given(model: nn.Module, batch: Any) -> Any:
 
 
 def _bar(number: int, batch: int, batches: int | None) -> None:
-    """A progress bar on the standard error stream."""
+    """A progress bar on stderr."""
     drawn = f"batch {batch}"
     if batches:
         drawn = f"[{'#' * (BAR * batch // batches):{BAR}}] {drawn} of {batches}"
@@ -77,7 +77,7 @@ def _show(progress: bool | Progress, data: Iterable[Any], number: int) -> Callab
 
 
 class _Taken:
-    """So many batches of data that may have no end."""
+    """So many batches of data that may be endless."""
 
     def __init__(self, data: Iterable[Any], batches: int) -> None:
         self.data, self.batches = data, batches
@@ -95,7 +95,7 @@ class _Taken:
 
 
 def _checked(data: Iterable[Any], batches: int | None, estimator: str = "pooled") -> Iterable[Any]:
-    """What to go through in each pass."""
+    """The data of each pass, after checking the arguments."""
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator is one of {', '.join(ESTIMATORS)}, got {estimator!r}")
     if isinstance(data, Tensor) or not isinstance(data, Iterable):
@@ -120,57 +120,56 @@ def recalibrate(
     across: Across | None = None,
     progress: bool | Progress = False,
 ) -> int:
-    """Take the statistics that testing uses anew from ``data``, with the weights as they are, and store them.
+    """Recompute the statistics that testing uses from ``data``, with the current weights, and store them.
 
     ::
 
         train      a mini-batch by itself, or F's estimate; weights are learned
-        postproc   in here: weights are frozen, outputs ignored, statistics accumulated
-        test       fixed statistics, which ``state_dict()`` holds beside the parameters
+        postproc   during this call: weights are frozen, outputs ignored, statistics accumulated
+        test       fixed statistics, saved in ``state_dict()`` next to the parameters
 
-    What comes out is what each layer meets in testing: the statistics of the layers before it are fixed already. In the
-    first pass every layer normalizes a mini-batch with its own statistics; after each pass one more layer, in the order
-    of their calls, is exact and normalizes with what was found, and so do those that hardly moved. So how the data are
-    batched does not matter. There are as many passes as layers at most, and about a dozen where there are many with
-    residual connections; twice as many where sigma has to wait for the mean (p other than 2, about the mean). In
-    recurrent layers statistics act on themselves, and it takes some dozens of passes (27 to 46 with a two-layer
-    ``NormGRU``) until they stand still; ``passes`` ends it earlier.
+    The result describes what each layer sees in testing, with fixed statistics in the layers before it. In the first
+    pass every layer normalizes a mini-batch with its own statistics; after each pass one more layer, in the order of
+    their calls, is exact and normalizes with its new statistics, and so do layers that hardly moved. So the result does
+    not depend on the batching. There are at most as many passes as layers, and about a dozen for many layers with
+    residual connections; twice as many if sigma needs the mean first (p other than 2, about the mean). In recurrent
+    layers statistics depend on themselves, and it takes some dozens of passes (27 to 46 with a two-layer ``NormGRU``)
+    until they converge; ``passes`` ends it earlier.
 
-    Works for every ``Norm`` that remembers, also where it is called several times or at every time step,
-    ``TimeSpecific`` ones included, and for ``torch.nn`` batch normalization (``running_mean``, unbiased
-    ``running_var``). Streaming layers go on in training as if nothing had been; the running average of a batch
-    normalization goes on from here. Modes, hooks and all else are left as they were, and after an error the statistics
-    too.
+    Works for every ``Norm`` that has a memory, even if called several times or at every time step, including
+    ``TimeSpecific`` ones, and for ``torch.nn`` batch normalization (``running_mean``, unbiased ``running_var``).
+    Streaming layers then continue training as if nothing had happened; the running average of a batch normalization
+    continues from the new values. Modes, hooks and everything else are left unchanged, and after an error the
+    statistics too.
 
     Args:
         model: in any mode.
         data: a loader, or any iterable of batches: tensors, tuples that begin with the input, dictionaries of
-            arguments. One that can be gone through once only (an iterator) needs ``passes=1``. A loader that draws
-            anew in each pass will do: each layer is taken from one of them, while those before it stand still.
+            arguments. One that can be iterated only once (an iterator) needs ``passes=1``. A loader that samples anew
+            in each pass works: each layer is taken from one pass, with fixed statistics before it.
         estimator: ``"pooled"``: S of all data as one reference. ``"moving"``: the running average of the s of
             mini-batches, the mean from 0, sigma from 1, as proposed in "Batch Normalization: The Untold Story"; shuffle
-            the data. ``"corrected"``: the same without what the initial values weigh.
+            the data. ``"corrected"``: the same with bias correction for the initial values.
         decay: of the moving averages.
-        passes: so many at most. 1 is the single pass that is usual elsewhere, in which layers before the one that is
-            looked at normalize each mini-batch with its own statistics. None: until all are exact, and 1 for moving
-            averages.
-        batches: so many in each pass, of data that may have no end; None: all. An iterator is gone through further.
-        call: ``call(model, batch)`` runs the model on a batch that is none of the above.
-        across: the sum of a tensor over all replicas, each of which has batches of its own; they are weighted by their
+        passes: the most passes. 1 is the usual single pass, in which earlier layers normalize each mini-batch with its
+            own statistics. None: until all are exact, and 1 for moving averages.
+        batches: so many in each pass, for data that may be endless; None: all. An iterator is not restarted.
+        call: ``call(model, batch)`` runs the model on a batch of any other kind.
+        across: the sum of a tensor over all replicas, each of which has its own batches; they are weighted by their
             counts.
         progress: show a bar, or call ``progress(pass, batch, batches or None)`` after each batch.
 
     Returns:
-        How many passes there were.
+        The number of passes.
 
     Raises:
         ValueError: for a model without such layers, data that yield nothing or fewer than ``batches``, statistics that
             are not finite, or an iterator where several passes are needed.
-        DegenerateReferenceError: for a sigma that single activations were to tell.
+        DegenerateReferenceError: for a sigma of single activations.
         TypeError: for a batch that needs ``call``.
 
     Warns:
-        UserWarning: where the initial values still weigh more than 0.01 in a moving average; for layers that were not
+        UserWarning: if the initial values still weigh more than 0.01 in a moving average; for layers that were not
             called, which keep their statistics; for data that differ from pass to pass; if the statistics of layers
             that are called several times still move.
 
@@ -231,7 +230,7 @@ def recalibrate(
 
 
 def _estimator(choice: str, decay: float, tables: Mapping[Site, Tensor], site: Site) -> Estimator:
-    """The estimator of a site in a pass, after that in which ``tables`` were found."""
+    """The estimator of a site in a pass; ``tables`` are the result of the previous one."""
     kind: type[Estimator] = ESTIMATORS[choice]
     moment = site.moment
     if kind is Pooled and site.ref.samples == "one":
@@ -249,7 +248,7 @@ def _estimator(choice: str, decay: float, tables: Mapping[Site, Tensor], site: S
 
 
 def _values(told: Told, across: Across | None) -> dict[Site, Tensor]:
-    """What a pass has told of every site."""
+    """The table of every site after a pass."""
     values = {site: one.value(across or alone) for site, one in told.sites.items()}
     for site, one in told.sites.items():
         if one.is_degenerate:
@@ -285,7 +284,7 @@ class Row:
     Attributes:
         layer: its name in the model.
         mean: root mean square over its statistics of (stored mean - mean of the data) / sigma of the data.
-        largest: the largest of them.
+        largest: the largest of these by absolute value.
         lowest, ratio, highest: stored sigma / sigma of the data: the lowest, the geometric mean, the highest.
     """
 
@@ -299,7 +298,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Gap:
-    """What ``gap`` found; printed, a table. ``rows`` holds a ``Row`` for each layer in the order of the calls."""
+    """The result of ``gap``, which prints as a table. ``rows`` holds a ``Row`` for each layer in the order of calls."""
 
     rows: tuple[Row, ...]
 
@@ -332,7 +331,7 @@ def gap(
 ) -> Gap:
     """How far the statistics that testing uses are from those of ``data``, layer by layer.
 
-    The model runs as in testing, once through the data; nothing is changed. After ``recalibrate`` on the same data
+    The model runs once through the data, as in testing; nothing is changed. After ``recalibrate`` on the same data
     there is no gap. For p other than 2, sigma is taken about the stored mean.
 
     Args:

@@ -1,4 +1,4 @@
-// The non-linearities of the cells, a vector at a time, and their derivatives.
+// The nonlinearities of the cells, vectorized, and their derivatives.
 #pragma once
 #include "vec.h"
 
@@ -41,10 +41,10 @@ SN_INLINE vec<double> tangent(vec<double> x) {
 }
 
 template <class A> SN_INLINE vec<A> activate(vec<A> x, bool relu) {
-    return relu ? choose<A>((mask<A>)(x < vec<A>{}), vec<A>{}, x) : tangent(x);  // what is no number stays
+    return relu ? choose<A>((mask<A>)(x < vec<A>{}), vec<A>{}, x) : tangent(x);  // NaN stays NaN
 }
-// The gradient before the non-linearity, from that after it and what came out. Selected, as torch does: what a ReLU has
-// stopped is 0, and not 0 times what may be infinite.
+// The gradient before the nonlinearity, from that after it and its output. By selection, as torch does: where a ReLU is
+// 0 the gradient is 0, not 0 * infinity.
 template <class A> SN_INLINE vec<A> deactivate(vec<A> g, vec<A> y, bool relu) {
     return relu ? choose<A>((mask<A>)(y <= vec<A>{}), vec<A>{}, g) : g * (all((A)1) - y * y);
 }

@@ -1,11 +1,11 @@
-// What a layer tells the kernels about one kind of input: constant, so that it is made once and travels as a tensor of
-// bytes. Mirrored by `Call` in kernels/cpu.py.
+// A layer's parameters for one kind of input: constant, so made once and passed as a tensor of bytes. Mirrored by
+// `Call` in streamnorm/ops/cpu.py.
 #pragma once
 #include "norm.h"
 
 constexpr int SN_AXES = 8;
 
-// Where the members of a memory lie in its two buffers, and how many there are.
+// The indices of a memory's members in its two buffers, and how many there are.
 struct sn_places {
     int32_t long_, short_, estimate, tables;
     int32_t count, updates, seen, skipped, counts;
@@ -22,7 +22,7 @@ enum sn_dtype { SN_F32, SN_F64, SN_BF16, SN_F16 };
 struct sn_call {
     sn_plan plan;
     int64_t ndim, shape[SN_AXES], stride[SN_AXES];
-    int64_t slots, kept, scratch;      // of a step; values for the way back; values to work in, behind them
+    int64_t slots, kept, scratch;      // of a step; values for the backward pass; scratch values after them
     int32_t dtype, has_f, has_g, reserved;
     sn_stream f, g;
 };

@@ -8,10 +8,10 @@ template <class T> struct Columns {
     typedef A_<T> A;
     static constexpr int W = lanes<A>::W;
     static constexpr int64_t STRETCH = 64;  // rows that are summed in A before the sum goes on in double
-    static constexpr int64_t FETCH = 8192 / sizeof(T);  // how far ahead is fetched: hardware sees no pattern in rows abreast
-    // Where little is left to come, what lies ahead is not ours: no step further.
+    static constexpr int64_t FETCH = 8192 / sizeof(T);  // prefetch distance: hardware sees no pattern in rows abreast
+    // Near the end do not prefetch beyond our data.
     SN_INLINE int64_t ahead(const sn_plan &p, int64_t rows) { return p.k0 * rows * p.xr0 > 2 * FETCH ? FETCH : 0; }
-    static constexpr int ABREAST = 4;       // rows that are read side by side, so that sums are loaded once for all
+    static constexpr int ABREAST = 4;       // rows that are read together, so that sums are loaded once for all
 
     // f<span>(i, k) over n columns
     template <class F> SN_INLINE void across(int64_t n, const F &f) {

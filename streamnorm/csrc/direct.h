@@ -1,4 +1,4 @@
-// What one call of a layer is told, and the passes over the data of some slots on the calling thread.
+// The arguments of one call of a layer, and the passes over the data of some slots on the calling thread.
 #pragma once
 #include "columns.h"
 #include "slots.h"

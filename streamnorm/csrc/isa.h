@@ -1,5 +1,5 @@
-// One source, several instruction sets: every file is compiled once for each SN_ISA (v4, v3, base), and what it exports
-// carries the name of its set, `SN_EXPORT(int, forward)(...)` -> `forward_v4`. Python picks the set at run time.
+// One source, several instruction sets: every file is compiled once for each SN_ISA (v4, v3, base), and its exports are
+// named after the set, `SN_EXPORT(int, forward)(...)` -> `forward_v4`. Python selects the set at run time.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>

@@ -1,8 +1,8 @@
-// A recurrent layer over all time steps, and where lies what it computes with.
+// A recurrent layer over all time steps, and the layout of its buffers.
 //
-// The hidden units are cut into blocks. A block belongs to one thread; whatever is computed of its units lies together,
-// for all time steps, so that no two threads write near each other. A buffer has so many values for every unit; what
-// lies in it is known by the values of a unit before it.
+// The hidden units are split into blocks. A block belongs to one thread; all values of its units are contiguous, for
+// all time steps, so that threads do not share cache lines. A buffer holds a number of values for every unit; its parts
+// are addressed by the number of values per unit before them.
 #pragma once
 #include "direct.h"
 #include "product.h"
@@ -15,28 +15,28 @@ struct sn_site {
     void *dweight, *dbias;             // (H)
 };
 
-// A layer. All that is named here is dense.
+// A layer. All tensors are contiguous.
 struct sn_layer {
     int64_t T, n, H;
     int32_t paths, relu;               // into the gates; RNN: one; GRU: reset, update, candidate
     int32_t blocks, threads;
-    sn_site hidden[3], input[3];       // the latter null: as it comes
+    sn_site hidden[3], input[3];       // the latter null: already normalized
     const void *matrix;                // (paths, H, H), row i makes feature i of W h
-    const void *x;                     // (T, n, paths, H): W x; back, where it is normalized
+    const void *x;                     // (T, n, paths, H): W x; backward only if it is normalized here
     const void *h0;                    // (n, H)
     void *out;                         // (T, n, H): h after every step
     const void *dout;
-    void *dh0, *dx, *dmatrix;          // the last null: nobody asks for it
-    void *tape, *work;                 // what forward leaves for the way back; room for one call
+    void *dh0, *dx, *dmatrix;          // the last may be null: not needed
+    void *tape, *work;                 // what forward saves for backward; scratch of one call
 };
 
 namespace {
 
-constexpr int64_t LINE = 16;           // units that begin on a cache line
+constexpr int64_t LINE = 16;           // units: blocks begin at multiples of a cache line
 
 struct Block { int64_t from, wide, apart; };  // its first unit, its units, values from row to row
 
-// The hidden units in blocks, as even as whole lines can be.
+// The hidden units in blocks, as even as whole cache lines allow.
 struct Cut {
     static constexpr int64_t MOST = 64;  // blocks: `BLOCKS` in streamnorm/nn/recurrent/fused.py
     int64_t H, count;
@@ -55,7 +55,7 @@ struct Cut {
     static int64_t whole(int64_t units) { return (units + LINE - 1) / LINE * LINE; }
 };
 
-// Values of a unit, one thing after the other.
+// Allocates values per unit, one part after the other.
 struct Shelf {
     int64_t all = 0;
     int64_t put(int64_t values) { return (all += values) - values; }
@@ -66,18 +66,18 @@ constexpr int PATHS = 3, SITES = 2 * PATHS;
 SN_INLINE const sn_site &site_of(const sn_layer &l, int s) {
     return s < PATHS ? l.hidden[s] : l.input[s - PATHS];
 }
-// f(s) over those that there are
+// f(s) over the existing ones
 template <class F> SN_INLINE void sites(const sn_layer &l, const F &f) {
     for (int s = 0; s < SITES; s++)
         if (s % PATHS < l.paths && site_of(l, s).plan) f(s);
 }
 
-// What forward leaves for the way back.
+// What forward saves for backward.
 struct Tape : Shelf {
     int64_t states;                    // (T + 1, n): h before the first step and after each
     int64_t product[PATHS];            // (T, n): W h before its norm
-    int64_t tables[SITES];             // (T, 5), as a norm's `forward` leaves them
-    int64_t gate[PATHS];               // GRU, (T, n): after the non-linearity
+    int64_t tables[SITES];             // (T, 5), as a norm's `forward` saves them
+    int64_t gate[PATHS];               // GRU, (T, n): after the nonlinearity
     explicit Tape(const sn_layer &l) {
         const int64_t steps = l.T * l.n;
         states = put(steps + l.n);
@@ -86,20 +86,20 @@ struct Tape : Shelf {
     }
 };
 
-// What a call works in. Of gradients the latest steps are kept.
+// The scratch of a call. Gradients are kept for the latest steps.
 struct Room : Shelf {
-    int64_t packed[PATHS];             // (H): the matrix as it is read
+    int64_t packed[PATHS];             // (H): the matrix in the order in which it is read
     int64_t memory[SITES];             // (3, 2): long, short and estimate of H1 or H2
     int64_t scratch[SITES];            // (4)
     int64_t x;                         // (n): W x before its norm
-    int64_t left[SITES];               // forward, (n): what goes into the gate
-    int64_t masked = 0;                // GRU: r h; forward (n), back (deep, n)
-    int64_t deep = 0;                  // back: time steps whose products the gradients of matrices take in together
+    int64_t left[SITES];               // forward, (n): the input of the gate
+    int64_t masked = 0;                // GRU: r h; forward (n), backward (deep, n)
+    int64_t deep = 0;                  // backward: time steps that are added to the gradients of matrices together
     int64_t dentered[SITES];           // (deep, n), those of the input (2, n)
     int64_t dgate[PATHS];              // (2, n)
-    int64_t sums[SITES], once = 0;     // (2): gradients of gain and bias, and those of one step
-    int64_t dh = 0, dmasked = 0;       // (n): what goes back in time; GRU
-    int64_t rows = 0;                  // (DEPTH): of products as they are read
+    int64_t sums[SITES], once = 0;     // (2): gradients of gain and bias, in total and of one step
+    int64_t dh = 0, dmasked = 0;       // (n): the gradient of the previous state; GRU
+    int64_t rows = 0;                  // (DEPTH): rows of products in the order in which they are read
     Room(const sn_layer &l, bool back) {
         for (int i = 0; i < l.paths; i++) packed[i] = put(l.H);
         sites(l, [&](int s) { memory[s] = put(6), scratch[s] = put(4); });

@@ -15,7 +15,7 @@ template <class T> struct Blocks {
     Work<A> &w;
     int threads;
     int64_t rows, blocks, each;
-    bool turned = false;  // the next pass goes the other way, where the data are still in the caches
+    bool turned = false;  // the next pass runs in reverse, as the last data are still in the caches
     A *part;
     Blocks(const Job<T> &job, int64_t at, int n_threads, A *scratch)
         : one(job, at), w(one.w), threads(n_threads), rows(job.p.r0), part(scratch) {
@@ -74,13 +74,13 @@ template <class T> struct Blocks {
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// f(arrival, first slot a, n slots, offset of their data within a step) over all slots, in parallel; the arrivals of a slot
-// in order if they depend on each other.
+// f(arrival, first slot a, n slots, offset of their data within a step) over all slots, in parallel; the arrivals of a
+// slot in order if they depend on each other.
 template <class T, class F> void over_slots(const sn_plan &p, int threads, bool in_order, bool once, const F &f) {
     int64_t across = p.columns ? p.L : p.k1, groups = p.columns ? p.k1 : 1, width;
     if (elements(p) < SERIAL) threads = 1;
     if (p.columns) {
-        // Short pieces of a row: the hardware fetches for one thread what another is about to write.
+        // Short pieces of a row: hardware prefetches for one thread what another is about to write.
         constexpr int64_t PIECE = 512 / sizeof(T);
         width = least(TILE, ceil_div(ceil_div(across, threads), PIECE) * PIECE);
     } else {
@@ -100,7 +100,7 @@ template <class T> bool in_blocks(const sn_plan &p) {
     return p.columns && p.r0 * p.L * (int64_t)sizeof(T) >= 4 * SLAB && p.r0 >= 16 * 64;
 }
 
-// Runs step(arrival, j, a, n, executor) for everything; whether all statistics were finite.
+// Runs step(arrival, j, a, n, executor) for everything; returns whether all statistics were finite.
 template <class T, class F> bool run(const Job<T> &J, int threads, bool in_order, const F &step) {
     const sn_plan &p = J.p;
     if (in_blocks<T>(p)) {
@@ -136,8 +136,8 @@ template <class T, class F> bool run(const Job<T> &J, int threads, bool in_order
     return !wrong;
 }
 
-// saved: 5 tables (k0, S); scratch: (2, S). Returns 0, or 1 with the memory as it was: something was not finite or
-// extreme, or the memory begins with this call.
+// saved: 5 tables (k0, S); scratch: (2, S). Returns 0, or 1 with the memory unchanged: a value was not finite or was
+// extreme, or this is the memory's first call.
 template <class T>
 int forward(const sn_plan *p, const sn_memory *h, const void *x, const void *weight, const void *bias, void *y,
             A_<T> *saved, A_<T> *scratch, int threads) {

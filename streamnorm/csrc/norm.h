@@ -1,30 +1,30 @@
-// Normalization of a tensor whose references are whole axes: what the passes over the data share.
+// Normalization of a tensor whose references are whole axes: shared by the passes over the data.
 //
-// Memory is a set of rows of L values that lie together. Rows are counted by two kept indices (k0: steps of the stream or
-// samples; k1) and two reduced ones (r0, r1). A *slot* is one statistic. Two kinds of layout follow, and all references
-// and memory formats are one of them:
+// Memory is a set of rows of L contiguous values. Rows are indexed by two kept indices (k0: steps of the stream or
+// samples; k1) and two reduced ones (r0, r1). A *slot* is one statistic. There are two kinds of layout, which cover all
+// references and memory formats:
 //
 //     Rows     a row belongs to one slot               maps of (n, c, x, y): BA1, SP1, SP2, groups; (n, c): SP2
 //     Columns  element i of a row belongs to slot i    channels_last and (n, c): BA1, SP1; maps: SP5, BA6
 //
-// What is computed on slots (statistics, F, G) is the same for both and lies in slots.h.
+// Computations on slots (statistics, F, G) are the same for both, in slots.h.
 #pragma once
 #include "parallel.h"
 #include "rule.h"
 #include "vec.h"
 
-// Constant for a layer and a shape of input; mirrored by `Plan` in kernels/cpu.py.
+// Constant for a layer and a shape of input; mirrored by `Plan` in streamnorm/ops/cpu.py.
 struct sn_plan {
     int64_t k0, k1, r0, r1, L;         // numbers of rows, length of a row
     int64_t xk0, xk1, xr0, xr1;        // from one row to the next, in elements
     int32_t columns;                   // the kind
     int32_t p, center;                 // the order of the moment, 1 or 2; Setting 0 = A, 1 = B, 2 = C
     int32_t uses_estimate, scale;      // normalize with F's estimate; N is x / sigma
-    int32_t reversed;                  // going back, the steps arrive last to first
+    int32_t reversed;                  // backward, the steps arrive last to first
     double eps;
-    double unit;                       // what a gradient is multiplied by on its way to G, and its estimate divided by
+    double unit;                       // gradients are multiplied by it before G, and G's estimate is divided by it
     double samples;                    // in a step
-    double trust;                      // what gradients of gain and bias are multiplied by
+    double trust;                      // factor on the gradients of gain and bias
 };
 
 // H1 or H2 with its rule. Tables (2, slots) of float, or double for double.
@@ -35,23 +35,23 @@ struct sn_memory {
 
     bool has_short() const { return rule.kind == LONG_SHORT || rule.kind == POOLED; }
     bool counts_samples() const { return rule.kind == POOLED || rule.kind == RESIDUAL; }
-    // Whether what arrives is the first of all, and more than its slot decides on the estimate.
+    // Whether this is the very first arrival, and its estimate depends on more than its own slot.
     bool begins() const { return rule.kind == POOLED && rule.a[1] > 0 && *count == 0 && *updates == 0; }
 };
 
 namespace {
 
-constexpr int TILE = 1024;             // slots that are worked on together
-constexpr int ROOM = TILE + 16;         // of arrays over them: a page apart they would push each other out of the cache
+constexpr int TILE = 1024;             // slots that are processed together
+constexpr int ROOM = TILE + 16;         // of arrays over them: a page apart they would evict each other from the cache
 constexpr int64_t SLAB = 256 << 10;    // bytes that stay in a core's cache between two passes
-constexpr int64_t PAST_CACHES = 6 << 20;  // outputs of so many bytes are stored past the caches, by columns
+constexpr int64_t PAST_CACHES = 6 << 20;  // from so many bytes on, outputs bypass the caches, by columns
 constexpr int64_t PAST_CACHES_ROWS = 16 << 20;  // and by rows, which leave more of the caches to the output
-constexpr int64_t SERIAL = 64 << 10;  // elements that one core is done with before a second one has begun
+constexpr int64_t SERIAL = 64 << 10;  // elements that one core has processed before a second one could start
 constexpr int FLUSH = 4096;            // values that are summed in A before the sum goes on in double
 
 template <class T> using A_ = acc<T>;
 
-// How a vector at the end of a row is to be taken.
+// How to treat a vector at the end of a row.
 enum Span { FULL, LAST, PART };        // all lanes; the last k lanes are new; only the first k lanes exist
 
 template <class T, int span> SN_INLINE vec<A_<T>> take(const T *p, int k) {
@@ -85,15 +85,15 @@ template <class A, class F> SN_INLINE void along(int64_t begin, int64_t end, boo
     }
 }
 
-// What the passes give to and take from the slots, arrays over the slots at hand.
+// Exchanged between the passes and the slots: arrays over the current slots.
 template <class A> struct Work {
     alignas(64) A s1[ROOM], s2[ROOM];              // sums
-    alignas(64) A k1[ROOM], k2[ROOM];              // what they are taken about
+    alignas(64) A k1[ROOM], k2[ROOM];              // their centers
     alignas(64) A m[ROOM], a[ROOM], b[ROOM];       // y = (x - m) a + b;  dx = a dy + gs slope(x - c) + gm
     alignas(64) A c[ROOM], gs[ROOM], gm[ROOM];
 };
 
-// Sums over the data: of x - k1; and of nothing, |x - k2|, (x - k2)^2, or |x - k2| with sign(x - k2) in the place of x - k1.
+// Sums over the data: of x - k1; and of 0, |x - k2|, (x - k2)^2, or |x - k2| with sign(x - k2) in place of x - k1.
 enum Moment { MEAN_ONLY = 0, ABS = 1, SQUARE = 2, SIGN = 3 };
 
 template <class A, int P> SN_INLINE void moments(vec<A> x, vec<A> k1, vec<A> k2, vec<A> &d1, vec<A> &d2) {

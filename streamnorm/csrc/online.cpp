@@ -4,20 +4,20 @@
 //     [streaming or layer norm -> gain and bias, or nothing] of the input, then
 //     [linear -> streaming or layer norm or nothing -> gain and bias -> ReLU or nothing] x L,  the last of them linear
 //
-// What such a step costs is the memory traffic of the weights, so they are touched as seldom as can be: twice a sample,
-// and those of the first layer once. A pass backward reads them and gives the layer below its gradient. A pass forward
-// moves them by the gradients of the sample before, which has been learned by then, and makes the products of the new
-// one with each row that it has just moved.
+// The cost of such a step is the memory traffic of the weights, so they are accessed as rarely as possible: twice per
+// sample, and those of the first layer once. The backward pass reads them and computes the gradient of the layer below.
+// The forward pass applies the update of the previous sample, and computes the products of the new sample with each row
+// that it has just updated.
 //
-// That weights move only at the next pass forward leaves everything as it was until all gradients of a sample are known.
-// A sample is learned if its input, target, activations, loss and gradients are finite, and otherwise nothing of it is:
-// it is skipped, or the run ends before it. Weights that are no longer finite end a run as well; they show for nothing,
-// since then no product of a finite input is.
+// As weights are updated only in the next forward pass, nothing changes until all gradients of a sample are known. A
+// sample is learned if its input, target, activations, loss and gradients are finite; otherwise it has no effect: it is
+// skipped, or the run ends before it. Weights that are no longer finite also end a run; detecting them is free, since
+// then no product of a finite input is finite.
 //
-// A thread has rows of its own of a large layer, always the same, which stay in its core's cache from step to step: two
-// threads pass 3 MB of weights in half the time of one. Nothing that is computed depends on how many there are.
+// Each thread has its own rows of a large layer, always the same, which stay in its core's cache from step to step: two
+// threads process 3 MB of weights in half the time of one. Results do not depend on the number of threads.
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("O3")  // loops over units are left to the compiler, which has to see that they are vectors
+#pragma GCC optimize("O3")  // the compiler must vectorize the loops over units
 #endif
 #include "online.h"
 
@@ -27,14 +27,14 @@ typedef sn_online Layer;
 typedef sn_param Param;
 typedef sn_net Net;
 typedef sn_why Why;
-constexpr int64_t ALONE = 1 << 18;  // weights that one thread has passed before a second one has begun
+constexpr int64_t ALONE = 1 << 18;  // weights that one thread has processed before a second one could start
 
-// --- Scratch: what a forward pass leaves for the backward pass, and that for the next one ---
+// --- Scratch: what a forward pass saves for the backward pass, and that for the next forward pass ---
 
 template <class T> struct Room {
     T *s, *s_hat, *g, *g_hat;   // (2, out): row 0 the mean, row 1 sigma. For a layer norm, s_hat holds y
-    T *out;                     // (out,): what goes to the layer above, one for each `side`
-    T *grad, *by_gain, *by_shift;  // (out,): what comes from the layer above, then of the products; of gain and shift
+    T *out;                     // (out,): the output to the layer above, one for each `side`
+    T *grad, *by_gain, *by_shift;  // (out,): gradient from the layer above, then of the products; of gain and shift
 
     Room(const Net &net, int64_t k, int side) {
         T *at = (T *)net.scratch;
@@ -51,7 +51,7 @@ template <class T> bool finite(const T *v, int64_t n) {
     for (int64_t i = 0; i < n; i++) bad |= !(fabs(v[i]) <= largest<T>());
     return !bad;
 }
-// `squarable` of normstats.py
+// `squarable` of streamnorm/definition/stats.py
 template <class T> bool squarable(const T *v, int64_t n) {
     const T most = sizeof(T) == 4 ? (T)0x1p32 : (T)0x1p256, least = 1 / most;
     int bad = 0;
@@ -73,7 +73,7 @@ template <class T> T peak(const T *v, int64_t n) {  // the largest magnitude; Na
     memcpy(&top, &most, sizeof top);
     return top;
 }
-template <class T> SN_INLINE T sum_of(vec<T> v) {  // in pairs: a row has one, so that it should not be a chain
+template <class T> SN_INLINE T sum_of(vec<T> v) {  // pairwise: it is needed for every row, so latency matters
     T part[lanes<T>::W];
     store(part, v);
     for (int w = lanes<T>::W / 2; w > 0; w /= 2)
@@ -85,7 +85,7 @@ template <class T> SN_INLINE T sum_of(vec<T> v) {  // in pairs: a row has one, s
 
 template <class T> struct Arrival {
     const sn_memory &m;
-    bool ok, known;  // whether it is taken in; whether there is anything to make an estimate of
+    bool ok, known;  // whether it is taken in; whether there is an estimate
     T share, to_long, to_short, to_now;
 
     Arrival(const sn_memory &memory, bool is_ok, int row = 0) : m(memory), ok(is_ok) {
@@ -98,7 +98,7 @@ template <class T> struct Arrival {
         }
         const double *mix = m.rule.a;
         int64_t count = *m.count + ok;
-        bool has_long = *m.updates > 0, has_short = count > 0;  // whichever is empty, the other stands in for it
+        bool has_long = *m.updates > 0, has_short = count > 0;  // if one is empty, the other stands in for it
         known = has_long || has_short;
         share = (T)1 / (T)(count > 0 ? count : 1);
         to_long = (T)(has_long ? mix[0] + (has_short ? 0 : mix[1]) : 0);
@@ -141,8 +141,8 @@ template <class T> struct Arrival {
     }
 };
 
-// G as the residual of a regression over the stream, for one sample (`regress` of slots.h): what is handed on, and in the
-// place of g the coefficients that it makes.
+// G as the residual of a regression over the stream, for one sample (`regress` of slots.h): the estimate, and in place
+// of g the new coefficients.
 template <class T> void regress(const sn_memory &m, const T *s, const T *s_hat, T *g, T *g_hat, int64_t n) {
     const T *v = (const T *)m.long_, *u = v + n;
     const double held = (double)*m.count + 1;
@@ -163,7 +163,7 @@ template <class T> void remember_coefficients(const sn_memory &m, const T *theta
     *m.seen += 1, *m.count += 1;
 }
 
-// --- What an optimizer does ---
+// --- The optimizer's step ---
 
 enum How { HOLD, PLAIN, DECAY, HEAVY, ADAM };  // nothing, SGD, SGD with decay, with decay and momentum, Adam
 
@@ -176,7 +176,7 @@ template <class T> struct Move {  // one step of a parameter
     How how = HOLD;
     bool nesterov = false;
     T lr = 0, decay = 0, momentum = 0, gain = 0;   // `gain`: of the gradient in the average
-    T keep = 1, beta2 = 0, gain2 = 0, scale = 0, eps = 0;  // of w; of squares and their root, which is corrected
+    T keep = 1, beta2 = 0, gain2 = 0, scale = 0, eps = 0;  // of w; of squares and of their bias-corrected root
 
     Move() {}
     Move(const sn_rates &r, const Param &p) : nesterov(r.nesterov != 0), momentum((T)r.momentum) {
@@ -189,7 +189,7 @@ template <class T> struct Move {  // one step of a parameter
         gain = (T)(1 - r.momentum), beta2 = (T)r.beta2, gain2 = (T)(1 - r.beta2), eps = (T)r.eps;
         lr = (T)(r.lr / (1 - pow(r.momentum, count))), scale = (T)(1 / sqrt(1 - pow(r.beta2, count)));
     }
-    // w by its gradient g, with its average a and its square b; numbers or vectors of them.
+    // Updates w by its gradient g, with its average a and its square b; scalars or vectors.
     template <int how, class V> __attribute__((always_inline)) void step(V g, V &w, V &a, V &b) const {
         if (how == PLAIN) w -= lr * g;
         if (how == DECAY) w -= lr * (g + decay * w);
@@ -207,7 +207,7 @@ template <class T> struct Move {  // one step of a parameter
     }
 };
 
-// The next step of a parameter, which is counted.
+// The next step of a parameter; increases its step count.
 template <class T> Move<T> next_move(Param &p) {
     Move<T> move(*p.rates, p);
     p.fresh = false;
@@ -226,7 +226,7 @@ template <class Body> SN_INLINE void by_constant(How how, const Body &body) {
     if (how == ADAM) body(constant<ADAM>{});
 }
 
-// Whether the optimizer can take gradients of at most this magnitude: the step of SGD has to be finite, Adam's square.
+// Whether gradients of at most this magnitude do not overflow in the optimizer: in the step of SGD, in Adam's square.
 template <class T> bool fits(const Param &p, T most) {
     if (!p.at) return true;
     const sn_rates &r = *p.rates;
@@ -235,7 +235,7 @@ template <class T> bool fits(const Param &p, T most) {
 
 template <class T> bool finite(const Param &p, int64_t n) { return !p.at || finite((const T *)p.at, n); }
 
-// A parameter of n values, at once. False: it is not finite any more.
+// Updates a parameter of n values at once. False: it is no longer finite.
 template <class T> bool move(Param &p, const T *grad, int64_t n) {
     if (!p.at) return true;
     const Move<T> m = next_move<T>(p);
@@ -249,7 +249,7 @@ template <class T> bool move(Param &p, const T *grad, int64_t n) {
 
 // --- Weights ---
 
-enum What { AHEAD, BELOW };  // a pass forward, that may move weights, or a pass backward
+enum What { AHEAD, BELOW };  // a forward pass, which may update weights, or a backward pass
 
 template <class T> struct Pass {
     T *w, *average, *square;
@@ -260,10 +260,10 @@ template <class T> struct Pass {
     const T *bias;
 };
 
-// n rows from the i-th. What a row's sum is does not depend on n.
+// n rows from the i-th. A row's sum does not depend on n.
 template <class T, int n, int how, int what> void pass_rows(const Pass<T> &p, const Move<T> &m, int64_t i, int64_t in) {
     constexpr int W = lanes<T>::W;
-    const T *x = p.x, *ahead = p.ahead;  // copies, which no store can change
+    const T *x = p.x, *ahead = p.ahead;  // copies, so that stores cannot alias them
     const Move<T> move = m;
     T *w[n], *average[n] = {}, *square[n] = {}, *below = p.below;
     vec<T> g[n] = {}, rate[n] = {}, sum[n] = {};
@@ -278,12 +278,12 @@ template <class T, int n, int how, int what> void pass_rows(const Pass<T> &p, co
         if (how != HOLD) xj = get(x + j);
         if (what == BELOW) sum_below = get(below + j);
         if (what == AHEAD) next = get(ahead + j);
-        for (int r = 0; r < n; r++) {  // all rows are loaded before one is stored: no load waits for a store
+        for (int r = 0; r < n; r++) {  // load all rows before storing any: no load waits for a store
             v[r] = get(w[r] + j);
             if (how >= HEAVY) a[r] = get(average[r] + j);
             if (how == ADAM) b[r] = get(square[r] + j);
             if (what == BELOW) sum_below += g[r] * v[r];
-            if (how == PLAIN) v[r] -= rate[r] * xj;  // fewer operations a line of the cache than the next, and faster
+            if (how == PLAIN) v[r] -= rate[r] * xj;  // fewer operations per cache line than below, and faster
             if (how > PLAIN) move.template step<how>(g[r] * xj, v[r], a[r], b[r]);
             if (how == ADAM && k < W) v[r] = choose<T>(before<T>(k), v[r], vec<T>{});  // with an eps of 0, 0 / 0
             if (what == AHEAD) sum[r] += v[r] * next;
@@ -303,8 +303,8 @@ template <class T, int n, int how, int what> void pass_rows(const Pass<T> &p, co
         for (int r = 0; r < n; r++) p.products[i + r] = sum_of<T>(sum[r]) + (p.bias ? p.bias[i + r] : 0);
 }
 
-// Rows from .. to, some together so that what they share is loaded once. `back`: the last first, which caches may still
-// hold.
+// Rows from .. to, several at a time so that shared data is loaded once. `back`: the last first, which may still be in
+// the caches.
 template <class T, int how, int what>
 void pass_some(const Pass<T> &p, const Move<T> &m, bool back, int64_t in, int64_t from, int64_t to) {
     constexpr int n = what == BELOW ? 4 : 2;
@@ -318,8 +318,8 @@ void pass_some(const Pass<T> &p, const Move<T> &m, bool back, int64_t in, int64_
     }
 }
 
-// All rows. Each thread has its own of them, always the same, which its cache may hold from one step to the next; rows
-// add to the gradient below one after another.
+// All rows. Each thread has its own, always the same, which may stay in its cache between steps; rows are added to the
+// gradient below one after another.
 template <class T, int how, int what>
 void pass_all(const Net &net, const Layer &l, const Pass<T> &p, const Move<T> &m, bool back) {
     const int threads = what == BELOW || l.in * l.out < ALONE ? 1 : (int)net.threads;
@@ -355,7 +355,7 @@ template <class T> bool forward_norm(const Layer &l, const Room<T> &at) {
         mean /= (double)n;
         for (int64_t i = 0; i < n; i++) square += (a[i] - mean) * (a[i] - mean);
         double sd = sqrt(square / (double)n + l.eps);
-        if (!(square / (double)n <= largest<T>())) return false;  // as in torch, where it is no number of T
+        if (!(square / (double)n <= largest<T>())) return false;  // as in torch, where it would overflow T
         sigma[0] = (T)sd;
         for (int64_t i = 0; i < n; i++) at.s_hat[i] = y[i] = (T)((a[i] - mean) / sd);
     } else
@@ -370,8 +370,8 @@ template <class T> bool forward_norm(const Layer &l, const Room<T> &at) {
     return true;
 }
 
-// `grad` from the layer above becomes the gradient of the products, with those of gain and shift beside it. False: what
-// the norm would remember is not finite.
+// Turns `grad` from the layer above into the gradient of the products, and computes those of gain and shift. False: the
+// norm's arrival is not finite.
 template <class T> bool backward_norm(const Layer &l, const Room<T> &at) {
     int64_t n = l.out;
     T *grad = at.grad, *out = at.out, *a = at.s, *sigma = at.s + n, *sigma_hat = at.s_hat + n;
@@ -386,7 +386,7 @@ template <class T> bool backward_norm(const Layer &l, const Room<T> &at) {
         for (int64_t i = 0; i < n; i++) at.by_gain[i] = grad[i] * at.s_hat[i];
     const T trust = (T)l.trust;
     for (int64_t i = 0; i < n; i++) at.by_gain[i] *= trust, at.by_shift[i] = trust * grad[i];
-    if (!l.weight.at) return true;  // nobody wants the gradient of the input
+    if (!l.weight.at) return true;  // the gradient of the input is not needed
     if (gain)
         for (int64_t i = 0; i < n; i++) grad[i] *= gain[i];
     if (l.kind == LAYER) {
@@ -440,14 +440,14 @@ template <class T> double loss_of(const Net &net, const T *out, int64_t n, const
 template <class T> struct Run {
     Net &net;
     Layer *layers = net.layers, &top = layers[net.depth - 1];
-    int side = 0;                // where the outputs of the sample in hand go; the last one learned keeps the other
-    const T *learned = nullptr;  // the input of that one, whose gradients weights wait for
+    int side = 0;                // where the outputs of the current sample go; the last learned sample keeps the other
+    const T *learned = nullptr;  // the input of that one, whose weight update is pending
 
     Room<T> room(int64_t k) { return Room<T>(net, k, side); }
     const T *input(int64_t k, const T *x, int of) { return k ? Room<T>(net, k - 1, of).out : x; }
     bool has_below(int64_t k) { return k && layers[k - 1].learns(); }
 
-    // Weights that wait are moved; then the products of an input.
+    // Applies a pending update; then computes the products of an input.
     void forward_products(int64_t k, const T *ahead) {
         Layer &l = layers[k];
         Room<T> at = room(k);
@@ -501,7 +501,7 @@ template <class T> struct Run {
         return FINE;
     }
 
-    // A sample enters what norms remember, and the parameters. Weights move later.
+    // Learns a sample: updates memories of norms and parameters, but weights only later.
     Why learn(const T *x, int64_t number) {
         Why why = FINE;
         for (int64_t k = 0; k < net.depth; k++) {
@@ -523,7 +523,7 @@ template <class T> struct Run {
         return why;
     }
 
-    // Whatever still waits is moved.
+    // Applies pending updates.
     Why finish(Why why) {
         for (int64_t k = 0; k < net.depth; k++) {
             if (!layers[k].pending) continue;
@@ -564,6 +564,6 @@ template <class T> struct Run {
 
 }  // namespace
 
-// Trains on the samples in their order, and writes down what became of them.
+// Trains on the samples in order, and stores the results.
 SN_EXPORT(void, online_f32)(sn_net *net) { Run<float>{*net}.steps(); }
 SN_EXPORT(void, online_f64)(sn_net *net) { Run<double>{*net}.steps(); }

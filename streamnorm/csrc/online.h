@@ -1,4 +1,4 @@
-// A multi-layer perceptron that learns one sample after another, as the kernel sees it and as it is told.
+// A multi-layer perceptron that learns one sample after another: the kernel's structures, and its parameters.
 #pragma once
 #include "call.h"
 
@@ -6,11 +6,11 @@ enum sn_kind { NONE, STREAMING, LAYER };
 enum sn_loss { CROSS_ENTROPY, SQUARED_ERROR };
 enum sn_optimizer { SGD, ADAM_L2, ADAM_W };
 
-// A layer in numbers, constant; mirrored by `Layer` in streamnorm/train/online/plan.py.
+// The constant parameters of a layer; mirrored by `Layer` in streamnorm/train/online/plan.py.
 struct sn_spec {
     int64_t in, out;
     int32_t kind, p, about_zero, relu;
-    double eps, trust;               // `trust`: what gradients of gain and shift are multiplied by
+    double eps, trust;               // `trust`: factor on the gradients of gain and shift
     int32_t group[4];                // of weight, bias, gain and shift, among the optimizer's; -1: there is none
     sn_stream f, g;
 };
@@ -26,13 +26,13 @@ struct sn_param {
     void *at, *average, *square;     // `average`: momentum buffer or first moment; `square`: second moment
     void *count;                     // Adam's steps, a float or, where `wide_count`, a double
     const sn_rates *rates;
-    bool fresh, wide_count;          // whether the average holds nothing yet
+    bool fresh, wide_count;          // whether the average is still empty
 };
 // Without a weight it is a norm of the input, and `in` is `out`.
 struct sn_online : sn_spec {
     sn_param weight, bias, gain, shift;
     sn_memory F, G;                  // tables (2, out)
-    bool pending, proven, back;      // weights wait to be moved; are known to be finite; where their next pass starts
+    bool pending, proven, back;      // weights: an update is pending; known to be finite; where their next pass starts
 
     bool learns() const { return weight.at || gain.at || shift.at; }
 };
@@ -44,9 +44,9 @@ struct sn_net {
     const void *x, *targets;         // (samples, in); (samples) int64, or (samples, out)
     void *losses, *outputs;          // (samples), (samples, out): NaN for those that are skipped
     int loss, threads;
-    bool moves, raises;              // parameters learn, or norms alone (a warm-up); what is not finite ends the run
+    bool moves, raises;              // update parameters, or only norms (a warm-up); non-finite values end the run
     int64_t learned, skipped, latest;  // samples; the last one learned, or -1
-    int64_t why;                     // the run ended
+    int64_t why;                     // why the run ended
 };
 enum sn_why { REFUSED = -1, FINE, INPUT, TARGET, ACTIVATIONS, LOSS, GRADIENT, WEIGHTS };
 

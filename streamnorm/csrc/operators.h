@@ -1,6 +1,6 @@
-// What the operators share: the kernels behind them, and how they read and make tensors. Only the files named register
-// include it, the ones that know torch. An operator looks at dtypes, sizes and strides, and says by empty results or a
-// code, with everything as it was, that a call has to be done otherwise: it cannot raise.
+// Shared by the operators: the kernels behind them, and how they read and make tensors. Only the files named register
+// include it, which depend on torch. An operator checks dtypes, sizes and strides; by empty results or a code it asks
+// for the fallback, with nothing changed: it cannot raise.
 #pragma once
 #include <string.h>
 
@@ -10,7 +10,7 @@
 struct sn_layer;
 struct sn_net;
 
-// Of the instruction set in use, by dtype; in the order of `REGISTERED` in kernels/library.py.
+// Of the instruction set in use, by dtype; in the order of `REGISTERED` in streamnorm/ops/library.py.
 struct sn_kernels {
     typedef int Forward(const sn_plan *, const sn_memory *, const void *x, const void *weight, const void *bias, void *y,
                         void *kept, void *scratch, int threads);
@@ -37,7 +37,7 @@ namespace {
 
 inline int64_t bytes_of(int32_t dtype) { return dtype == DOUBLE ? sizeof(double) : sizeof(float); }
 
-// A tensor that somebody else holds.
+// A tensor that is owned elsewhere.
 struct View {
     sn_tensor handle = nullptr;
 
@@ -62,7 +62,7 @@ struct View {
         return !aoti_torch_get_dim(handle, &ndim) && !aoti_torch_get_sizes(handle, &sizes) &&
                !aoti_torch_get_strides(handle, &strides);
     }
-    bool is_dense() const {  // values lie one after another in the order of the axes
+    bool is_dense() const {  // contiguous in the order of the axes
         int64_t ndim, *sizes, *strides, dense = 1;
         if (!look(ndim, sizes, strides)) return false;
         for (int64_t i = ndim - 1; i >= 0; i--) {
@@ -72,7 +72,7 @@ struct View {
         return true;
     }
     bool holds(int32_t type, int64_t values) const { return dtype() == type && numel() == values && is_dense(); }
-    // The input of this call, or a gradient beside it.
+    // Whether this is an input of this call, or a gradient like it.
     bool is_like(const sn_call &c) const {
         int64_t ndim, *sizes, *strides;
         if (dtype() != DTYPES[c.dtype] || !look(ndim, sizes, strides) || ndim != c.ndim) return false;
@@ -82,7 +82,7 @@ struct View {
     }
 };
 
-// A tensor for as long as it is looked at.
+// A tensor handle, deleted at the end of its scope.
 struct Tensor : View {
     using View::View;
     Tensor(const Tensor &) = delete;
@@ -105,7 +105,7 @@ struct Tensor : View {
     bool make_like(const sn_call &c) { return make(c.ndim, c.shape, c.stride, DTYPES[c.dtype]); }
 };
 
-// The tensors from one place of the stack on. They are let go at the end, so results lie before them.
+// The tensors from one place of the stack on. They are released at the end, so results must come before them.
 struct Rest {
     sn_value *stack;
     const uint64_t from, to;
@@ -114,12 +114,12 @@ struct Rest {
     View operator[](uint64_t i) const { return View(stack[from + i]); }
 };
 
-// As many as torch computes with.
+// As many as torch uses.
 inline int threads() { return sn_parallel_ ? sn_most_threads_() : 1; }
 
 inline int32_t wide(const sn_call &c) { return c.dtype == SN_F64 ? DOUBLE : FLOAT; }
 
-// What a layer tells, if the tensor holds that.
+// A layer's parameters, if the tensor holds them.
 inline const sn_call *call_in(const View &bytes) {
     return bytes.holds(UINT8, sizeof(sn_call)) ? (const sn_call *)bytes.data() : nullptr;
 }
@@ -146,7 +146,7 @@ inline bool read(const View &parameter, const sn_call &c, const void *&at) {
     return true;
 }
 
-// Empty results: to be done otherwise.
+// Empty results: use the fallback.
 inline void none(sn_value *stack, int results) {
     for (int i = 0; i < results; i++) {
         Tensor empty;

@@ -9,7 +9,7 @@ sn_gomp_parallel sn_parallel_ = nullptr;
 sn_gomp_number sn_thread_ = nullptr, sn_threads_ = nullptr, sn_most_threads_ = nullptr;
 }
 
-// Torch's GOMP_parallel, omp_get_thread_num, omp_get_num_threads and omp_get_max_threads; with any of them null, loops run
+// Torch's GOMP_parallel, omp_get_thread_num, omp_get_num_threads and omp_get_max_threads; if any is null, loops run
 // serially.
 SN_COMMON(void, streamnorm_use)(void *gomp_parallel, void *thread, void *threads, void *most_threads) {
     bool whole = gomp_parallel && thread && threads && most_threads;

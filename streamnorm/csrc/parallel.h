@@ -1,6 +1,6 @@
-// Parallel loops on the threads that torch already has. The library links to no OpenMP runtime: Python hands it the entry
-// points of torch's own (`streamnorm_use`), or nulls, with which every loop runs serially (also in a forked child, whose
-// runtime has lost its threads).
+// Parallel loops on torch's threads. The library does not link to an OpenMP runtime: Python passes the entry points of
+// torch's own (`streamnorm_use`), or nulls, with which every loop runs serially (also in a forked child, whose runtime
+// has lost its threads).
 #pragma once
 #include <sched.h>
 
@@ -21,13 +21,13 @@ struct sn_region {
     int64_t tasks;
     static void run(void *self) {
         auto *region = static_cast<sn_region *>(self);
-        // A runtime may give fewer threads than it was asked for: tasks are dealt out to those that are there.
+        // A runtime may start fewer threads than requested: tasks are distributed over the actual ones.
         for (int64_t t = sn_thread_(); t < region->tasks; t += sn_threads_()) (*region->body)(t);
     }
 };
 
-// body(0) ... body(tasks - 1), each once, on at most `threads` threads. What a task computes may depend on its number and
-// never on the thread, so that results are the same run after run.
+// body(0) ... body(tasks - 1), each once, on at most `threads` threads. A task's result may depend on its number but
+// not on the thread, so that runs are reproducible.
 template <class Body>
 SN_INLINE void parallel(int64_t tasks, int threads, const Body &body) {
     if (tasks < threads) threads = (int)tasks;
@@ -39,7 +39,7 @@ SN_INLINE void parallel(int64_t tasks, int threads, const Body &body) {
     for (int64_t t = 0; t < tasks; t++) body(t);
 }
 
-// One of some threads that go through the same steps and wait for each other between them.
+// One of several threads that run the same steps, with a barrier between them.
 struct sn_member {
     struct Meeting { int there = 0, round = 0; };
     Meeting &meeting;
@@ -54,7 +54,7 @@ struct sn_member {
             return;
         }
         for (int spins = 0; __atomic_load_n(&meeting.round, __ATOMIC_ACQUIRE) == now; spins++) {
-            if (spins >= 4096) sched_yield();  // this core may be wanted by the very thread that is waited for
+            if (spins >= 4096) sched_yield();  // the awaited thread may need this core
 #if defined(__x86_64__)
             else __builtin_ia32_pause();
 #endif

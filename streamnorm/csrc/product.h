@@ -1,8 +1,8 @@
-// The matrix products of a recurrence. Sums are made in registers, a block of rows by some vectors of units at a time;
-// of a matrix that is read many times a copy is kept in the order in which it is read. Every sum is taken in one order,
-// whatever the threads and blocks are.
+// The matrix products of a recurrence. Sums are accumulated in registers, a block of rows by some vectors of units at a
+// time; a matrix that is read many times is packed in the order in which it is read. The order of every sum is fixed,
+// independent of threads and blocks.
 //
-// A matrix whose columns are the hidden units comes in parts side by side, `x(p)` of `x.count()`.
+// A matrix whose columns are the hidden units consists of parts side by side, `x(p)` of `x.count()`.
 #pragma once
 #include "slots.h"
 
@@ -23,7 +23,7 @@ template <class A, class F> SN_INLINE void panels(int64_t units, int most, const
 // y = x M^T: few rows, and a matrix that stays for all time steps.
 template <class A> struct Product {
     static constexpr int W = lanes<A>::W;
-    static constexpr int ROWS = BYTES == 64 ? 8 : 4, WIDE = 3;  // what the registers hold, with the matrix beside it
+    static constexpr int ROWS = BYTES == 64 ? 8 : 4, WIDE = 3;  // what fits in the registers, with the matrix
 
     const A *packed;
     int64_t inputs, units;
@@ -41,7 +41,7 @@ template <class A> struct Product {
         });
     }
 
-    // y (rows, units), `apart` values from row to row; added to what is there, or not.
+    // y (rows, units), `apart` values from row to row; added to the output, or replacing it.
     template <bool add, class X> void multiply(const X &x, A *y, int64_t rows, int64_t apart) const {
         panels<A>(units, WIDE, [&](int64_t first, int64_t v) {
             const A *part = packed + first * W * inputs;
@@ -96,13 +96,13 @@ private:
     }
 };
 
-constexpr int64_t DEPTH = 128;  // rows that stay in the caches, with the matrix that they add to
+constexpr int64_t DEPTH = 128;  // rows that fit in the caches, with the matrix that they are added to
 
 // M = D^T X: the products of many rows, summed.
 template <class A> struct Gram {
     static constexpr int W = lanes<A>::W, UNITS = Product<A>::ROWS, WIDE = Product<A>::WIDE;
 
-    // M (units, inputs) of d (rows, units) and x (rows, inputs), added to what is there, or not. `room` for DEPTH values
+    // M (units, inputs) of d (rows, units) and x (rows, inputs), added to M or replacing it. `room` for DEPTH values
     // of every unit, to whole UNITS.
     template <class X>
     static void sum(const Part<A> &d, const X &x, int64_t rows, bool add, A *M, int64_t inputs, A *room) {

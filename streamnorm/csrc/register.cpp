@@ -1,4 +1,4 @@
-// The kernels as torch operators: those of a layer, and how all of them are registered.
+// The kernels as torch operators: those of a layer, and the registration of all of them.
 #include "operators.h"
 
 #define SN_IS_base 1
@@ -29,8 +29,8 @@ void forward(sn_value *stack, uint64_t, uint64_t) {
     none(stack, 2);
 }
 
-// needs: 1, dx; 2, the gradient of the gain; 4, of the bias. G is about the gradient of the input: where nobody wants
-// that, nothing is remembered.
+// needs: 1, dx; 2, the gradient of the gain; 4, of the bias. G belongs to the gradient of the input: if that is not
+// needed, H2 does not change.
 void backward(sn_value *stack, uint64_t, uint64_t) {
     Tensor dy(stack[0]), x(stack[1]), weight(stack[2]), kept(stack[3]), tables(stack[4]), counts(stack[5]), bytes(stack[6]);
     const int64_t needs = (int64_t)stack[7];
@@ -56,7 +56,7 @@ void backward(sn_value *stack, uint64_t, uint64_t) {
     else none(stack, 3);
 }
 
-// The weight update of both memories; whether it could be done.
+// The weight update of both memories; false: use the fallback.
 void fold(sn_value *stack, uint64_t, uint64_t) {
     Tensor tables_f(stack[0]), counts_f(stack[1]), tables_g(stack[2]), counts_g(stack[3]), bytes(stack[4]);
     const sn_call *c = call_in(bytes);
@@ -70,7 +70,7 @@ void fold(sn_value *stack, uint64_t, uint64_t) {
     stack[0] = fine;
 }
 
-// Torch's shim knows no lists of tensors before torch 2.10, and the dispatcher at most 64 arguments.
+// Torch's shim has no tensor lists before torch 2.10, and the dispatcher allows at most 64 arguments.
 #define NORM(i)                                                                                                        \
     ", Tensor weight" #i ", Tensor bias" #i ", Tensor(a" #i "!) tables" #i ", Tensor(b" #i "!) counts" #i ", Tensor call" #i
 #define NORMS NORM(0) NORM(1) NORM(2) NORM(3) NORM(4) NORM(5)
@@ -108,9 +108,9 @@ const struct {
 
 }  // namespace
 
-// Define the operators, once a process, for these kernels. Returns 0, or an error code.
+// Define the operators, once per process, for these kernels. Returns 0, or an error code.
 SN_COMMON(int, streamnorm_register)(const sn_kernels *given, int pointers) {
-    static sn_torch_library define, cpu, autograd;  // they stay: an operator that is gone would leave a hole
+    static sn_torch_library define, cpu, autograd;  // kept forever: operators must not be unregistered
     if (pointers * sizeof(void *) != sizeof kernels) return -1;
     kernels = *given;
     if (define) return 0;
@@ -119,7 +119,7 @@ SN_COMMON(int, streamnorm_register)(const sn_kernels *given, int pointers) {
     DTYPES[SN_F32] = FLOAT, DTYPES[SN_F64] = DOUBLE;
     DTYPES[SN_BF16] = aoti_torch_dtype_bfloat16(), DTYPES[SN_F16] = aoti_torch_dtype_float16();
     int failed = aoti_torch_library_init_def("streamnorm", __FILE__, __LINE__, &define);
-    // They have no gradient of their own, so the key of autograd, which comes first, has the same function.
+    // They have no autograd formula, so the autograd key, which is dispatched first, has the same function.
     failed = failed || aoti_torch_library_init_impl("streamnorm", "CPU", __FILE__, __LINE__, &cpu);
     failed = failed || aoti_torch_library_init_impl("streamnorm", "AutogradCPU", __FILE__, __LINE__, &autograd);
     for (const auto &o : OPERATORS) {

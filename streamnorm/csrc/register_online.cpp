@@ -1,6 +1,6 @@
-// The operators of online learning. A net has more tensors than an operator takes: `gather` looks at some at a time, and
-// `online` finds there the parameters and memories of each layer in turn, and where parameters move what the optimizer
-// remembers of each. Whoever calls holds the tensors until then.
+// The operators of online learning. A net has more tensors than an operator can take: `gather` records some at a time,
+// and `online` reads there the parameters and memories of each layer in turn, and the optimizer's state of each
+// parameter that is updated. The caller must keep the tensors alive until then.
 #include "online.h"
 #include "operators.h"
 
@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t RATES = sizeof(sn_rates) / sizeof(double);
 
-// A tensor that was looked at.
+// A recorded tensor.
 struct Seen {
     void *at;
     int64_t values;
@@ -22,7 +22,7 @@ struct Seen {
 };
 constexpr int64_t WORDS = sizeof(Seen) / sizeof(int64_t);
 
-// Those of a net, one after the other.
+// The recorded tensors of a net, one after the other.
 struct Reader {
     const Seen *now, *const end;
 
@@ -35,7 +35,7 @@ struct Reader {
     bool is_through() const { return now == end || !now->values; }
 };
 
-// A net as it is told, if the tensors fit it.
+// A net from its parameters, if the tensors fit.
 struct Net : sn_net {
     const int32_t dtype;
     Tensor layers_room, scratch_room;
@@ -77,7 +77,7 @@ struct Net : sn_net {
             });
         return fine && rest.is_through();
     }
-    // Samples and what is written of them; of classes, those that there are.
+    // Samples and their results; classes must exist.
     bool read(const View &x, const View &target, const View &loss, const View &output) {
         const int64_t classes = layers[depth - 1].out;
         samples = loss.numel();
@@ -92,7 +92,7 @@ struct Net : sn_net {
     }
 
 private:
-    // f(parameter, its group, values) over those that there are.
+    // f(parameter, its group, values) over the existing ones.
     template <class F> static void each(sn_online &l, const F &f) {
         sn_param *const params[] = {&l.weight, &l.bias, &l.gain, &l.shift};
         for (int i = 0; i < 4; i++)
@@ -111,7 +111,7 @@ private:
 
 }  // namespace
 
-// Writes down the tensors behind the others, from the first place on; false where there is no room for them.
+// Records the tensors in the other arguments, from the place `first` on; false if there is no room for them.
 void gather(sn_value *stack, uint64_t arguments, uint64_t) {
     Tensor table(stack[0]);
     const int64_t first = (int64_t)stack[1], places = table.numel() / WORDS;
@@ -126,8 +126,8 @@ void gather(sn_value *stack, uint64_t arguments, uint64_t) {
     stack[0] = fine;
 }
 
-// `why`: REFUSED, for tensors that do not fit and for the first sample of all where its slots are pooled, with everything as
-// it was; or why the run ended.
+// `why`: REFUSED, with nothing changed, for tensors that do not fit and for a very first sample whose slots are pooled;
+// or why the run ended.
 void online(sn_value *stack, uint64_t, uint64_t) {
     Tensor specs(stack[0]), numbers(stack[1]), table(stack[2]), x(stack[3]), targets(stack[4]), losses(stack[5]);
     Tensor outputs(stack[6]);

@@ -1,5 +1,5 @@
-// The operators of a recurrent layer over all time steps. Each norm on the way brings gain, bias, memory and call: those of
-// W h, then those of W x; what is left is empty.
+// The operators of a recurrent layer over all time steps. Each norm has the arguments gain, bias, memory and call:
+// those of W h, then those of W x; the rest is empty.
 #include "layer.h"
 #include "operators.h"
 
@@ -8,14 +8,14 @@
 
 namespace {
 
-// A layer, as far as its norms tell.
+// A layer, as far as it is defined by its norms.
 struct Pass {
     sn_layer l{};
-    int32_t dtype = 0;                 // torch's number
+    int32_t dtype = 0;                 // torch's code
     int kind = 0;                      // SN_F32 or SN_F64
     int64_t norms = 0;
 
-    // Whether they and the matrix fit each other. `values`: of (T, n, paths, H) going forward, of (T, n, H) going back.
+    // Whether they and the matrix fit each other. `values`: of (T, n, paths, H) forward, of (T, n, H) backward.
     bool read(const Rest &rest, const View &matrix, sn_value relu, sn_value parts, int64_t values, bool back) {
         const int64_t blocks = (int64_t)parts;
         for (norms = 0; norms < SITES && rest[5 * norms + 4].numel(); norms++) {}
@@ -30,7 +30,7 @@ struct Pass {
         l.matrix = matrix.data();
         return l.T > 0 && values == l.T * step && matrix.holds(dtype, l.paths * l.H * l.H);
     }
-    // Values of a buffer that is so wide for every unit.
+    // The size of a buffer with so many values per unit.
     int64_t room(int64_t each) const { return each * Cut::whole(l.H); }
 
 private:
@@ -53,7 +53,7 @@ private:
 
 }  // namespace
 
-// Empty results, with the memories as they were, also where something was not finite.
+// Empty results, with the memories unchanged, also if a value was not finite.
 void scan_forward(sn_value *stack, uint64_t arguments, uint64_t) {
     Tensor x(stack[0]), h0(stack[1]), matrix(stack[2]), out, tape, work;
     const Rest rest{stack, 5, arguments};
@@ -72,7 +72,7 @@ void scan_forward(sn_value *stack, uint64_t arguments, uint64_t) {
     stack[0] = out.give(), stack[1] = tape.give();
 }
 
-// x is empty where it comes normalized.
+// x is empty if it was already normalized.
 void scan_backward(sn_value *stack, uint64_t arguments, uint64_t) {
     Tensor dout(stack[0]), tape(stack[1]), x(stack[2]), matrix(stack[3]), dh0, dx, dmatrix, dgains, work;
     const bool learns = stack[6];

@@ -8,20 +8,19 @@ template <class T> struct Rows {
     typedef A_<T> A;
     static constexpr int W = lanes<A>::W;
 
-    static constexpr int MOST = 64;                // slots that are worked on together
+    static constexpr int MOST = 64;                // slots that are processed together
 
-    // Calls f(slot, offset of the row, how far ahead to fetch) for every row of n slots, in the order of memory where
-    // that can be.
+    // Calls f(slot, offset of the row, prefetch distance) for every row of n slots, in memory order if possible.
     template <class F> SN_INLINE void each(const sn_plan &p, int64_t n, const F &f) {
         for (int64_t r0 = 0; r0 < p.r0; r0++) {
-            // From a row to that of the same slot in the next sample, which no hardware foresees.
+            // From a row to that of the same slot in the next sample, which hardware does not prefetch.
             int64_t next = r0 + 1 < p.r0 ? p.xr0 : 0;
             for (int64_t t = 0; t < n; t++)
                 for (int64_t r1 = 0; r1 < p.r1; r1++) f(t, r0 * p.xr0 + t * p.xk1 + r1 * p.xr1, next);
         }
     }
 
-    // Slots to work on together: so many that their data stay in the cache from one pass to the next, if there is a next.
+    // Slots to process together: so many that their data stay in the cache until the next pass, if there is one.
     static int64_t width(const sn_plan &p, int threads, bool once) {
         int64_t bytes = p.L * (int64_t)sizeof(T) * p.r1 * (once ? 1 : p.r0);
         int64_t n = SLAB / bytes, fair = (p.k1 + 4 * threads - 1) / (4 * threads);
@@ -41,7 +40,7 @@ template <class T> struct Rows {
         }
     }
 
-    // The two sums of each slot: in A for so many values as that is exact for, in double beyond.
+    // The two sums of each slot: in A over FLUSH values, in double over all of them.
     struct Sums {
         vec<A> s[MOST], q[MOST];
         double S[MOST], Q[MOST];
@@ -49,7 +48,7 @@ template <class T> struct Rows {
         Sums(int64_t slots) : n(slots) {
             for (int64_t t = 0; t < n; t++) s[t] = q[t] = vec<A>{}, S[t] = Q[t] = 0, since[t] = 0;
         }
-        SN_MEMBER void flush(int64_t t, vec<A> *a, vec<A> *b) {  // of a row that is still under way
+        SN_MEMBER void flush(int64_t t, vec<A> *a, vec<A> *b) {  // within a row
             S[t] += total<A>((a[0] + a[1]) + (a[2] + a[3]));
             Q[t] += total<A>((b[0] + b[1]) + (b[2] + b[3]));
             for (int u = 0; u < 4; u++) a[u] = b[u] = vec<A>{};
@@ -102,7 +101,7 @@ template <class T> struct Rows {
             walk<past>(p.L, step, [] {});
         });
     }
-    // m = 0: the sums alone; otherwise dx as well, with the slope of that moment.
+    // m = 0: only the sums; otherwise also dx, with the slope of that moment.
     template <int m, bool with_sums, bool past>
     static void grads_pass(const sn_plan &p, const T *x, const T *dy, T *dx, int64_t n, int64_t, const Work<A> &w, A *s1,
                            A *s2) {

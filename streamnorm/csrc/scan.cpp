@@ -1,5 +1,5 @@
 // Recurrent layers over all time steps in one call, forward and backward, with normalization in the recurrence. The
-// products of the input are made before, outside; their norms are part of it.
+// products of the input are computed beforehand; their norms are part of the call.
 #include "activation.h"
 #include "scan.h"
 
@@ -129,7 +129,7 @@ template <class A> void Scan<A>::gru_backward() {
     end_backward();
 }
 
-// Whether everything was finite, going forward, and no memory begins.
+// Forward: whether everything was finite, and no memory has its first arrival.
 template <class A, class F> bool scan(const sn_layer &l, bool back, const F &run) {
     bool begins = false;
     if (!back) sites(l, [&](int s) { begins |= site_of(l, s).h1 && site_of(l, s).h1->begins(); });
@@ -146,7 +146,7 @@ template <class A, class F> bool scan(const sn_layer &l, bool back, const F &run
 
 }  // namespace
 
-// Forward: 0, or 1 where something was not finite, with memories as they were.
+// Forward: 0, or 1 if a value was not finite, with memories unchanged.
 #define SCANS(A, name)                                                                                                 \
     SN_EXPORT(int, scan_forward_##name)(const sn_layer *l) {                                                           \
         return !scan<A>(*l, false, [&](Scan<A> &one) { l->paths > 1 ? one.gru_forward() : one.rnn_forward(); });       \

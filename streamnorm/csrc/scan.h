@@ -1,15 +1,15 @@
 // One thread's share of a recurrent layer: its blocks of the hidden units (layer.h), with their products (product.h),
-// norms (slots.h) and memories. It waits for the others where a product needs what all of them have made.
+// norms (slots.h) and memories. It waits for the others before a product that needs the results of all.
 #pragma once
 #include "layer.h"
 
 namespace {
 
-// H1 or H2 of a site as one thread sees it: every thread counts by itself, and all of them the same.
+// One thread's view of H1 or H2 of a site: every thread has its own, equal counters.
 struct Counts { int64_t count = 0, updates = 0, seen = 0, skipped = 0; };
 
-// What the threads tell each other: whether something at a site was not finite; back, in this step and those beside it,
-// forward, in any (at 0).
+// Shared flags of the threads: whether a value at a site was not finite; backward, in this step and its neighbors;
+// forward, in any step (at 0).
 struct News {
     int wrong[3][SITES] = {};
     int &at(int64_t t, int s) { return wrong[t % 3][s]; }
@@ -46,13 +46,13 @@ template <class A> struct Scan {
         f(i);
         if (site_of(l, PATHS + i).plan) f(PATHS + i);
     }
-    // f(i, j, k) over a block of a step, a vector of k units at a time; i is its place in the block, j in what is dense
+    // f(i, j, k) over a block of a step, a vector of k units at a time; i is its index in the block, j in dense tensors
     template <class F> SN_MEMBER void each(const Block &b, const F &f) const {
         for (int64_t r = 0; r < l.n; r++)
             slots<A>(b.wide, [&](int64_t c, int k) { f(r * b.apart + c, r * l.H + b.from + c, k); });
     }
 
-    // --- memories: tables of a block lie with it ---
+    // --- memories: the tables of a block are stored with it ---
 
     sn_memory memory(int s, const Block &b) {
         sn_memory h = *of(s);
@@ -87,7 +87,7 @@ template <class A> struct Scan {
             });
         });
     }
-    // When all have taken the last step.
+    // When all have done the last step.
     void remember() {
         sites(l, [&](int s) {
             const sn_memory *h = of(s);
@@ -106,7 +106,7 @@ template <class A> struct Scan {
     template <bool add = false, class X> void multiply(int i, const X &x, A *y, const Block &b) const {
         Product<A>{work.at(room.packed[i], b), l.H, b.wide}.template multiply<add>(x, y, l.n, b.apart);
     }
-    // What a norm is told of a block: rows of all its slots.
+    // A norm's arguments for a block: rows of all its slots.
     sn_plan plan(int s, const Block &b) const {
         sn_plan p = *site_of(l, s).plan;
         p.k0 = p.k1 = p.r1 = 1, p.r0 = l.n, p.xr0 = p.L = b.apart, p.columns = 1;
@@ -119,7 +119,7 @@ template <class A> struct Scan {
         const A *x = (const A *)l.x + t * l.n * gates() + i * l.H + b.from;
         Buffer<A>::copy_rows(x, gates(), to, b.apart, l.n, b.wide);
     }
-    // What a norm is given, in a block: W h, or W x, which is brought in.
+    // A norm's input in a block: W h, or W x, which is copied in.
     A *entered(int s, int64_t t, const Block &b) const {
         if (s < PATHS) return kept.at(tape.product[s] + t * l.n, b);
         A *to = work.at(room.x, b);
@@ -132,7 +132,7 @@ template <class A> struct Scan {
         Job<A> J = forward_job<A>(&p, &h1, entered(s, t, b), gains(site_of(l, s).weight, b),
                                   gains(site_of(l, s).bias, b), work.at(room.left[s], b),
                                   kept.at(tape.tables[s] + t * 5, b), work.at(room.scratch[s], b));
-        J.past = false;  // it is read at once
+        J.past = false;  // it is read soon
         Direct<Columns<A>, A> e(J, 0);
         if (!forward_step(J, 0, 0, b.wide, e)) __atomic_store_n(&news.at(0, s), 1, __ATOMIC_RELAXED);
         commit(h1, J.S, 0, b.wide, J.fresh, J.est_mu, J.est_sigma);
@@ -156,7 +156,7 @@ template <class A> struct Scan {
         if (normed) arrived(s);
     }
 
-    // f(job, memory or null) for the way back through a norm, block by block
+    // f(job, memory or null) for the backward pass of a norm, block by block
     template <class F> void way_back(int s, int64_t t, bool enters, const F &f) {
         blocks([&](const Block &b) {
             const sn_plan p = plan(s, b);
@@ -176,8 +176,8 @@ template <class A> struct Scan {
         Direct<Columns<A>, A> e(J, 0);
         return backward_step(J, 0, 0, 0, b.wide, e);
     }
-    // From the gradient at a gate's input to what entered the norms of its path. What G takes in counts only if all of
-    // it is finite, which `settle` will know.
+    // From the gradient at a gate's input to that of the inputs of its path's norms. G's arrival only counts if all of
+    // it is finite, which `settle` checks.
     void denormalize(int i, int64_t t) {
         norms(i, [&](int s) {
             way_back(s, t, true, [&](const Job<A> &J, const Block &b, const sn_memory &) {
@@ -187,7 +187,7 @@ template <class A> struct Scan {
             });
         });
     }
-    // Once all have done so: G takes in what arrived, or leaves it out if any of it is not finite. Returns whether that
+    // Once all have done so: G takes in the arrival, or skips it if any of it is not finite. Returns whether that
     // changed gradients, for which all have to wait.
     bool settle(int i, int64_t t) {
         bool any = false;
@@ -205,32 +205,32 @@ template <class A> struct Scan {
         });
         return any;
     }
-    // After a wait of step t: all have read the news of step t + 1, whose place is that of step t - 2.
+    // After a barrier of step t: all have read the flags of step t + 1, whose place step t - 2 reuses.
     void forget(int64_t t) {
         if (member.number == 0)
             for (int s = 0; s < SITES; s++) __atomic_store_n(&news.at(t + 1, s), 0, __ATOMIC_RELAXED);
     }
 
-    // --- what others make, and what goes in and out ---
+    // --- other threads' results, inputs and outputs ---
 
     typedef typename Buffer<A>::Matrix Matrix;
     Matrix states(int64_t t) const { return kept.matrix(tape.states + t * l.n); }
     Matrix masked(int64_t t) const { return work.matrix(room.masked + slot(t, room.deep)); }
     Matrix dproduct(int i, int64_t t) const { return work.matrix(room.dentered[i] + slot(t, room.deep)); }
 
-    // Waits for the others, and fetches what they have made.
+    // Waits for the others, and prefetches their results.
     template <class... X> void meet(const X &...x) const {
         member.wait();
         (fetch(x), ...);
     }
-    SN_MEMBER void fetch(const Matrix &x) const {  // inline: to GCC a function that only fetches does nothing
+    SN_MEMBER void fetch(const Matrix &x) const {  // inline: GCC drops calls to a function that only prefetches
         for (int64_t p = 0; p < l.blocks; p++) {
             if (p >= share(l.blocks, 0) && p < share(l.blocks, 1)) continue;
             const Part<A> theirs = x(p);
             for (int64_t i = 0; i < l.n * theirs.apart; i += 64 / (int64_t)sizeof(A)) __builtin_prefetch(theirs.at + i);
         }
     }
-    // This thread's share of a step's rows, to where all time steps and units are side by side.
+    // Copies this thread's share of a step's rows to the tensor of all time steps and units.
     void put_out(int64_t t) const {
         states(t + 1).copy_rows(share(l.n, 0), share(l.n, 1), (A *)l.out + t * l.n * l.H, l.H);
     }
@@ -248,7 +248,7 @@ template <class A> struct Scan {
         });
         member.wait();
     }
-    // If something was not finite, memories stay as they were.
+    // If a value was not finite, memories are unchanged.
     void end_forward() {
         bool wrong = false;
         for (int s = 0; s < SITES; s++) wrong |= __atomic_load_n(&news.at(0, s), __ATOMIC_RELAXED) != 0;
@@ -261,7 +261,7 @@ template <class A> struct Scan {
             sites(l, [&](int s) { memset(work.at(room.sums[s], b), 0, 2 * b.apart * sizeof(A)); });
         });
     }
-    // The gradient of a path's matrix takes in the time steps from t on, as many as are kept.
+    // Adds the time steps from t on, as many as are kept, to the gradient of a path's matrix.
     void take_in(int i, int64_t t, const Matrix &x) {
         if (t % room.deep || !l.dmatrix) return;
         const int64_t steps = l.T - t < room.deep ? l.T - t : room.deep;

@@ -1,11 +1,11 @@
-// The functions of torch's C shim that the operators need, declared by hand: no header of torch, and one library for
-// every version of it from 2.7 on. At link time `stub.c` stands in for the library that they are in.
+// The functions of torch's C shim that the operators need, declared by hand: no torch headers, and one binary for every
+// version from 2.7 on. At link time `stub.c` stands in for torch's library.
 #pragma once
 #include <stdint.h>
 
 typedef struct AtenTensorOpaque *sn_tensor;
 typedef struct TorchLibraryOpaque *sn_torch_library;
-// A value on the dispatcher's stack: the bits of a number, or a handle to a tensor, which its reader has to delete.
+// A value on the dispatcher's stack: the bits of a number, or a tensor handle, which the reader has to delete.
 typedef uint64_t sn_value;
 typedef void (*sn_operator)(sn_value *stack, uint64_t arguments, uint64_t results);
 

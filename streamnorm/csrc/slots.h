@@ -1,14 +1,14 @@
-// What is computed on slots: statistics from sums, F and G, and what the passes need next. The same for every layout.
+// Computations on slots: statistics from sums, F and G, and the inputs of the next pass. The same for every layout.
 #pragma once
 #include "norm.h"
 
 namespace {
 
-// One call: where everything lies. Tables hold k0 steps of S slots.
+// The pointers of one call. Tables hold k0 steps of S slots.
 template <class T> struct Job {
     typedef A_<T> A;
     sn_plan p;
-    const sn_memory *h;                 // H1 going forward, H2 going back, or null
+    const sn_memory *h;                 // H1 forward, H2 backward, or null
     int64_t S;                          // slots of a step
     A count;                            // activations in a reference
     const T *x, *dy;
@@ -17,15 +17,15 @@ template <class T> struct Job {
     A *mu, *sigma, *est_mu, *est_sigma, *tilt;
     A *fresh;                           // (2, S): the memory after this call, written back if all is finite
     A *last;                            // (2, S): G's latest estimate
-    bool refused;                       // what arrives at G is not finite: estimate without it
+    bool refused;                       // G's arrival is not finite: estimate without it
     A *dweight, *dbias;                 // (S), or null
-    bool past;                          // store past the caches
-    bool once;                          // the estimates are known ahead: one pass over the data does
+    bool past;                          // stores bypass the caches
+    bool once;                          // the estimates are known beforehand: one pass over the data is enough
 };
 
-// The shares of the memory's members in what step j makes of an arrival s of `samples` samples:  m <- m + r (s - m),
-// estimate = lng long + mem m + own s.  m is short, or the running average itself for EXPONENTIAL. Whichever of long and
-// short is empty, the other stands in for it; s does if both are, which takes an arrival that is refused.
+// The weights of the memory's members at step j, for an arrival s of `samples` samples:  m <- m + r (s - m),
+// estimate = lng long + mem m + own s.  m is short, or the running average itself for EXPONENTIAL. If one of long and
+// short is empty, the other stands in for it; if both are (only for a skipped arrival), s does.
 struct Shares { double r, lng, mem, own; };
 
 SN_INLINE Shares shares(const sn_memory &h, int row, int64_t j, double samples, bool taken = true) {
@@ -42,14 +42,14 @@ SN_INLINE Shares shares(const sn_memory &h, int row, int64_t j, double samples, 
     const double mem = has_short * (a[1] + a[0] * (1 - has_long));
     return {r, lng, mem, has_long + has_short > 0 ? a[2] : a[0] + a[1] + a[2]};
 }
-// Whether estimates do not depend on what arrives: the one-pass corner.
+// Whether estimates do not depend on the arrivals, so that one pass is enough.
 SN_INLINE bool ahead(const sn_memory *h) {
     if (!h || h->rule.kind != LONG_SHORT) return false;
     Shares s = shares(*h, 0, 0, 1);
     return s.mem == 0 && s.own == 0;
 }
 
-// f(i, k) over n slots, a vector at a time; tables end where they end, work arrays are whole vectors.
+// f(i, k) over n slots, a vector at a time; work arrays are padded to whole vectors, tables are not.
 template <class A, class F> SN_INLINE void slots(int64_t n, const F &f) {
     constexpr int W = lanes<A>::W;
     int64_t i = 0;
@@ -62,8 +62,8 @@ template <class A> SN_INLINE void keep(A *p, int k, vec<A> v) {
     else store_part(p, k, v);
 }
 template <class A> SN_INLINE mask<A> not_finite(vec<A> v) { return ~(mask<A>)(v - v == vec<A>{}); }
-// Where a deviation is no number of which products of four, and their inverses, are numbers in full precision: those calls
-// are done otherwise. `squarable` of normstats.py; NaN is not either.
+// Where a deviation's fourth power or its inverse would overflow or lose precision, or it is NaN: such calls use the
+// fallback. `squarable` of streamnorm/definition/stats.py.
 template <class A> SN_INLINE mask<A> extreme(vec<A> sigma) {
     const vec<A> most = all(sizeof(A) == 4 ? (A)0x1p32 : (A)0x1p256), least = all((A)1) / most;
     return ~(mask<A>)((mask<A>)(sigma >= least) & (mask<A>)(sigma <= most));
@@ -88,7 +88,7 @@ void observe(const sn_memory &h, double samples, int row, int64_t S, int64_t a, 
         if (taken) m += r * (now - m);
         keep(out + i, k, m);
         vec<A> known = L * table(lng + i, k) + M * m;
-        store(estimate + i, share.own == 0 ? known : known + O * now);  // 0 of what is no number is none of it
+        store(estimate + i, share.own == 0 ? known : known + O * now);  // skip: 0 * NaN is NaN
     });
 }
 template <class A> void predict(const sn_memory &h, int row, int64_t S, int64_t a, int64_t n, A *estimate) {
@@ -96,7 +96,7 @@ template <class A> void predict(const sn_memory &h, int row, int64_t S, int64_t 
     const A *lng = (const A *)h.long_ + row * S + a;
     slots<A>(n, [&](int64_t i, int k) { store(estimate + i, L * table(lng + i, k)); });
 }
-// What the slots a .. a+n have become, and then how many steps that were.
+// Stores the new state of slots a .. a+n; `arrived` then counts the steps.
 template <class A>
 void commit(const sn_memory &h, int64_t S, int64_t a, int64_t n, const A *fresh, const A *mean, const A *sigma) {
     A *now = (A *)(h.has_short() ? h.short_ : h.long_), *estimate = (A *)h.estimate;
@@ -109,8 +109,8 @@ SN_INLINE void arrived(const sn_memory &h, int64_t steps, double samples) {
     *h.seen += steps;
 }
 
-// A weight update: long <- keep1 long + keep2 short, the first makes it what short is; short emptied. By evidence, keep
-// are the shares of the samples that each holds.
+// A weight update: long <- keep1 long + keep2 short, the first one copies short; short is emptied. For POOLED, keep are
+// the shares of the samples behind each.
 template <class A> void fold(const sn_memory &h, int64_t S, double keep1, double keep2) {
     if (!h.has_short() || *h.count == 0) return;
     for (int row = 0; row < 2; row++) {
@@ -130,10 +130,10 @@ template <class A> void fold(const sn_memory &h, int64_t S, double keep1, double
     *h.count = 0;
 }
 
-// G as the residual of a regression of the gradient on 1 and y over the stream: the coefficients theta = (v, u) take in
-// the gradients of the statistics of step j, and what they make of them, for slots a .. a+n.
+// G as the residual of a regression of the gradient on 1 and y over the stream: updates the coefficients theta = (v, u)
+// with the gradients of the statistics of step j, and computes G's estimate, for slots a .. a+n.
 //     (M + m A) theta <- M theta + m b,  A = [[1, y], [y, y^2]] of this step's means
-// Whether theta is finite: a mean that jumps by 1e15 deviations has squares that are no numbers.
+// Returns whether theta is finite: the square of a mean that jumps by 1e15 deviations overflows.
 template <class A>
 bool regress(const sn_memory &h, double samples, int64_t S, int64_t a, int64_t n, int64_t j, bool taken, const A *mu,
              const A *sigma, const A *mu_hat, const A *sigma_hat, const A *g_mu, const A *g_sigma, A *fresh, A *hat_mu,
@@ -172,7 +172,7 @@ template <class T, class E> bool forward_step(const Job<T> &J, int64_t j, int64_
     const int64_t at = j * J.S + a;
     const bool about_zero = p.center == 2;
     const bool known = J.once;
-    const bool one_value = J.count == 1 && !known;  // of which k1 is the value itself
+    const bool one_value = J.count == 1 && !known;  // k1 is the value itself
     const vec<A> per = all((A)1 / J.count), none{};
 
     auto ready = [&](const A *center, const A *spread) {  // y = (x - m) a + b
@@ -210,8 +210,8 @@ template <class T, class E> bool forward_step(const Job<T> &J, int64_t j, int64_
     if (J.h) observe(*J.h, p.samples, 0, J.S, a, n, j, true, mu, J.fresh, est_mu);
     const A *center = p.center == 0 ? mu : est_mu;
 
-    // The moment about the center from the sums about k2; where nearly all of it cancels, from the data once more.
-    // One slot's data never decide on another's digits: how slots are cut into tiles depends on the number of threads.
+    // The moment about the center from the sums about k2; where nearly all of it cancels, from the data again. A slot's
+    // rounding must not depend on other slots: the tiling depends on the number of threads.
     mask<A> lost{};
     slots<A>(n, [&](int64_t i, int k) {
         vec<A> s2 = load(w.s2 + i) * per, value = s2;
@@ -263,8 +263,8 @@ template <class T, class E> bool forward_step(const Job<T> &J, int64_t j, int64_
     return !any<A>(wrong);
 }
 
-// One step of the stream on n slots, backward: gradients of the statistics, G, gradient of the input. Step j is the
-// i-th to arrive.
+// One step of the stream on n slots, backward: gradients of the statistics, G, gradient of the input. Step j arrives
+// as the i-th.
 template <class T, class E> bool backward_step(const Job<T> &J, int64_t arrival, int64_t j, int64_t a, int64_t n, E &e) {
     typedef A_<T> A;
     const sn_plan &p = J.p;
@@ -332,7 +332,7 @@ template <class T, class E> bool backward_step(const Job<T> &J, int64_t arrival,
     return fine;
 }
 
-// --- the four functions by themselves, for rules that only Python knows; tables are given whole, (k0, S) ---
+// --- the four separate functions, for rules without kernels; tables are complete, (k0, S) ---
 
 // out = the mean of x, or with a center the mean of |x - c|^p.
 template <class T, class E>

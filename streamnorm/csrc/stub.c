@@ -1,5 +1,5 @@
-// Stands in for libtorch_cpu.so when the library is linked, so that its symbols are bound to the one that torch has
-// loaded. The functions are those of `shim.h`.
+// Stands in for libtorch_cpu.so at link time, so that the symbols are bound to the one that torch has loaded. The
+// functions are those of `shim.h`.
 #define SN_STUB(name) void name(void) {}
 SN_STUB(aoti_torch_library_init_def)
 SN_STUB(aoti_torch_library_init_impl)

@@ -1,5 +1,5 @@
-// A register of float or double, and loads and stores of float32, float64, bfloat16 and float16 through it. GCC's vector
-// extension, as wide as a register is: of what is wider, GCC keeps the parts in memory.
+// A vector register of float or double, with loads and stores of float32, float64, bfloat16 and float16. Uses GCC's
+// vector extension, exactly as wide as a register: GCC keeps wider vectors in memory.
 #pragma once
 #include <math.h>
 #include <string.h>
@@ -81,7 +81,7 @@ template <class T> struct io;
 template <class A> struct io_wide {
     SN_INLINE vec<A> load(const A *p) { vec<A> v; memcpy(&v, p, BYTES); return v; }
     SN_INLINE void store(A *p, vec<A> v) { memcpy(p, &v, BYTES); }
-    SN_INLINE void stream(A *p, vec<A> v) {  // p on a multiple of BYTES: past the caches
+    SN_INLINE void stream(A *p, vec<A> v) {  // bypasses the caches; p is aligned to BYTES
 #if defined(__AVX512F__)
         _mm512_stream_si512((__m512i *)p, (__m512i)v);
 #elif defined(__AVX__)
@@ -134,7 +134,7 @@ template <> struct io<fp16> {
 #else
         halves h; memcpy(&h, p, sizeof h);
         words w = __builtin_convertvector(h, words), magnitude = w & 0x7fff;
-        // The exponent moves from bias 15 to 127 by a product, which is right for subnormal numbers too.
+        // A multiplication changes the exponent bias from 15 to 127, which is also right for subnormal numbers.
         vec<float> v = (vec<float>)(magnitude << 13) * all<float>(0x1p112f);
         words special = (words)(magnitude >= 0x7c00);
         return (vec<float>)((words)v | (special & 0x7f800000) | ((w & 0x8000) << 16));
@@ -149,7 +149,7 @@ template <> struct io<fp16> {
 #else
         words w = (words)v, magnitude = w & 0x7fffffff;
         words normal = ((magnitude + 0xfff + ((magnitude >> 13) & 1)) >> 13) - (112u << 10);
-        // Below 2^-14 adding 0.5 lets the float unit round at the right place.
+        // Below 2^-14, adding 0.5 makes the float unit round at the right place.
         words small = (words)((vec<float>)magnitude + all<float>(0.5f)) - 0x3f000000u;
         words is_small = (words)(magnitude < 0x38800000u), is_big = (words)(magnitude >= 0x477ff000u);
         words is_nan = (words)(magnitude > 0x7f800000u);

@@ -1,4 +1,4 @@
-"""What a kernel is told about a layer: the paper's three concepts R, S and N, and the statistics of one call.
+"""The definition of a layer for kernels: the paper's three concepts R, S and N; and the statistics of one call.
 
 Imports the definitions alone.
 """
@@ -30,7 +30,7 @@ class Statistics:
     Attributes:
         mu, sigma: s, the mini-batch's own.
         center: the estimate of the mean that sigma was taken about (Setting B), or None.
-        mu_hat, sigma_hat: what N was given.
+        mu_hat, sigma_hat: the statistics that N used.
     """
 
     mu: Tensor

@@ -1,4 +1,4 @@
-"""NormOP: the operation N(x, s) that a neuron's statistics are used in (paper, section 3 and 3.3.3).
+"""NormOP: the operation N(x, s) that uses a neuron's statistics (paper, section 3 and 3.3.3).
 
 Two operations are built in; any object with the same ``__call__``, made of differentiable torch operations, can take
 their place. Imports torch alone.
@@ -21,7 +21,7 @@ class Standardize:
 
 @dataclass(frozen=True)
 class Scale:
-    """``N(x, {mu, sigma}) = x / sigma``: division alone. With ``Lp(2, "zero")`` over the features this is RMSNorm."""
+    """``N(x, {mu, sigma}) = x / sigma``: division only. With ``Lp(2, "zero")`` over the features this is RMSNorm."""
 
     def __call__(self, x: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
         return x / sigma

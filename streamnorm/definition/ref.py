@@ -1,7 +1,7 @@
 """NormRef: which activations a neuron is compared with (paper, section 3 and Figure 1 C, D).
 
 A reference is three choices: features (own, all, or groups) x place (here, a local window, everywhere) x samples
-(one, the mini-batch). Eleven of the twelve pairings of the paper carry names here; the twelfth, one activation of one
+(one, the mini-batch). Eleven of the paper's twelve combinations have names here; the twelfth, one activation of one
 sample, normalizes nothing. Imports checks and tracing alone.
 
 Legend: ``g`` steps of the stream, ``m`` samples of a mini-batch, ``c`` features, split into ``G`` groups of ``q``;
@@ -107,12 +107,12 @@ class NormRef:
 
     @property
     def is_built_in(self) -> bool:
-        """Whether the mean is the one that the three choices say, not a subclass's own."""
+        """Whether the mean is the one defined by the three choices, not overridden by a subclass."""
         return type(self).mean is NormRef.mean
 
     @property
     def reduces(self) -> bool:
-        """Whether the mean over the reference is a mean over whole axes (no window, no rule of a subclass)."""
+        """Whether the mean over the reference is a mean over whole axes (no window, not overridden by a subclass)."""
         return self.place != "local" and self.is_built_in
 
     def dims(self, ndim: int) -> tuple[int, ...]:
@@ -124,8 +124,8 @@ class NormRef:
     def mean(self, x: Tensor) -> Tensor:
         """The mean over each neuron's reference, broadcastable against ``x (g, m, G, q, *place)``.
 
-        To define a reference of your own, override this method (and choose ``place`` and ``samples`` so that they say
-        which axes the result keeps); everything else follows from it, the gradient included.
+        To define your own reference, override this method (and choose ``place`` and ``samples`` to match the axes that
+        the result keeps); everything else follows from it, including the gradient.
         """
         if self.place != "local":
             return mean_over(x, self.dims(x.ndim))
@@ -133,8 +133,8 @@ class NormRef:
 
 
 def mean_over(x: Tensor, dims: Sequence[int]) -> Tensor:
-    """The mean over ``dims`` (kept), about the first value so that a large mean costs no digits; place axes first,
-    which lie together. Values are made small before they are added, so that no sum overflows."""
+    """The mean over ``dims`` (kept), about the first value so that a large mean loses no precision; over place axes
+    first, which are contiguous. Values are scaled down before they are summed, so that no sum overflows."""
     dims = [dim for dim in dims if x.shape[dim] != 1]
     if not dims or not x.numel():
         return x.mean(dims, keepdim=True) if dims else x
@@ -143,7 +143,7 @@ def mean_over(x: Tensor, dims: Sequence[int]) -> Tensor:
         shift, count = shift.narrow(dim, 0, 1), count * x.shape[dim]
     if is_traced():  # fused, and the count may be a symbol
         total, rest = (x - shift) / count, 1.0
-    else:  # in one pass, by a power of two, which rounds nothing
+    else:  # in one pass, scaled by a power of two, which is exact
         unit = 2.0 ** -(count - 1).bit_length()
         total, rest = torch.add(shift * -unit, x, alpha=unit), count * unit
     for axes in ([dim for dim in dims if dim >= 4], [dim for dim in dims if dim < 4]):

@@ -23,12 +23,12 @@ Center = Literal["batch", "estimate", "zero"]
 
 
 def squarable(dtype: torch.dtype) -> tuple[float, float]:
-    """The least and the largest number of which products of four, and their inverses, are numbers in full precision."""
+    """The smallest and largest number whose fourth power and its inverse neither overflow nor lose precision."""
     return torch.finfo(dtype).tiny ** 0.25, torch.finfo(dtype).max ** 0.25
 
 
 def all_squarable(*statistics: Tensor) -> bool:
-    """Whether all values, which may be looked at, are ``squarable``; NaN is not."""
+    """Whether all values, which must be readable, are within ``squarable``; False for NaN."""
     for statistic in statistics:
         if statistic.numel():
             least, most = squarable(statistic.dtype)
@@ -39,7 +39,7 @@ def all_squarable(*statistics: Tensor) -> bool:
 
 
 class DegenerateReferenceError(ValueError):
-    """A reference holds too few activations for its statistics: sigma would be 0 whatever the input."""
+    """A reference holds too few activations for its statistics: sigma would be 0 for every input."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ class Lp:
             raise ValueError(f"eps is a finite number >= 0, got {self.eps!r}")
 
     def check_size(self, ref: NormRef, count: int) -> None:
-        """Refuse a reference with too few activations for these statistics.
+        """Raise for a reference with too few activations for these statistics.
 
         Raises:
-            DegenerateReferenceError: Setting A with one activation, where sigma is 0 whatever the input (section 3.4).
+            DegenerateReferenceError: Setting A with one activation, where sigma is 0 for every input (section 3.4).
         """
         if self.center == "batch" and count == 1:
             raise DegenerateReferenceError(
@@ -103,7 +103,7 @@ class Lp:
 
     def norm(self, x: Tensor, ref: NormRef, center: Tensor | None = None) -> Tensor:
         """``(mean(|d|^p) + eps^(p/2))^(1/p)`` with ``d = x - center``. Powers are taken relative to the largest |d|;
-        squares only where they would not be numbers otherwise."""
+        squares only if they would overflow or vanish otherwise."""
         d = x if center is None else x - center
         if self.p == 1:
             return ref.mean(d.abs()) + self.eps**0.5
@@ -115,7 +115,7 @@ class Lp:
             if all_squarable(sigma):
                 return sigma
             scale = self.unit(_largest(d, ref))
-        else:  # by what a compiler finds in the pass over x that takes its mean
+        else:  # from values that a compiler finds in the pass over x for its mean
             largest = _largest(x, ref) if center is None else torch.maximum(_largest(x, ref), center.detach().abs())
             scale, (least, most) = self.floor(largest), squarable(d.dtype)
             scale = torch.where((scale >= least) & (scale <= most), 1, self.unit(scale))
@@ -123,19 +123,19 @@ class Lp:
 
     def unit(self, largest: Tensor) -> Tensor:
         """The largest ``|d|`` of each reference as the constant unit of its powers, which then neither overflow nor
-        vanish. A huge one is taken as far down as powers allow: going back, gradients are multiplied by it."""
+        vanish. A huge one is reduced as far as the powers allow, as the backward pass multiplies gradients by it."""
         scale, most = self.floor(largest), torch.finfo(largest.dtype).max
         return torch.where(scale > most**0.25, scale / most ** (0.5 / self.p), scale)
 
     def floor(self, largest: Tensor) -> Tensor:
-        """The largest ``|d|``, or what is as good as 0 beside eps."""
+        """The largest ``|d|``, but at least a value that is negligible next to eps."""
         return largest.detach().clamp_min(max(self.eps**0.5, torch.finfo(largest.dtype).tiny))
 
     def windowed(self, x: Tensor, ref: NormRef, center: Tensor) -> Tensor:
         """``sigma`` over the window of each position j, all of whose ``x_k`` are taken about the center ``c_j``.
 
-        The window is walked offset by offset, which never subtracts two large moments. For p = 2 the activations that
-        share a position enter as their mean and variance, so that the walk is over the map alone.
+        The window is summed offset by offset, which never subtracts two large moments. For p = 2 the activations that
+        share a position enter as their mean and variance, so that the loop only runs over the map.
         """
         shared = (1, 3) if ref.samples == "batch" else (3,)
         offsets = list(_offsets(x.shape[4:], ref.window))
@@ -166,7 +166,7 @@ class Lp:
 
 
 def _largest(x: Tensor, ref: NormRef) -> Tensor:
-    """The largest ``|x|`` of each reference; place axes first, as a mean is taken."""
+    """The largest ``|x|`` of each reference; over place axes first, as for a mean."""
     largest = x.detach()
     for axes in (range(4, x.ndim) if ref.place == "all" else (), (1, 3) if ref.samples == "batch" else (3,)):
         largest = torch.linalg.vector_norm(largest, math.inf, list(axes), keepdim=True) if axes else largest
@@ -174,7 +174,7 @@ def _largest(x: Tensor, ref: NormRef) -> Tensor:
 
 
 def _mean_of_squares(d: Tensor, ref: NormRef) -> Tensor:
-    """The mean over each reference; of whole axes without what ``ref.mean`` does for values of either sign."""
+    """The mean of ``d^2`` over each reference; for whole axes without the shift of ``ref.mean``: squares are >= 0."""
     square = d * d
     if not ref.reduces:
         return ref.mean(square)
@@ -188,7 +188,7 @@ Offset = tuple[tuple, tuple, list[int]]
 
 
 def _window_mean(moments: Sequence[Tensor], pads: Sequence[list[int]]) -> Tensor:
-    """The mean over each position's window of what each offset contributes, padded back to its positions."""
+    """The mean over each position's window of the contributions of its offsets, padded back to their positions."""
     total = torch.stack([F.pad(moment, pad) for moment, pad in zip(moments, pads, strict=True)]).sum(0)
     count = sum(F.pad(torch.ones_like(m[:1, :1, :1, :1]), pad) for m, pad in zip(moments, pads, strict=True))
     return total / count

@@ -1,6 +1,6 @@
-"""What a training looks like from inside: pre-activations and memories, recorded and drawn.
+"""Monitoring of training: pre-activations and memories, recorded and plotted.
 
-``streamnorm.monitor`` is the function of this room that most will want; ``read`` reads the file that it writes.
+The main function is ``streamnorm.monitor``; ``read`` reads the file that it writes.
 """
 
 from streamnorm.monitoring.monitor import read as read

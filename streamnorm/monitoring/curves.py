@@ -1,4 +1,4 @@
-"""The records of a monitor as a picture. Needs matplotlib, from the extra ``cli``, when it draws."""
+"""Plots of a monitor's records. Needs matplotlib, from the extra ``cli``, to draw."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from streamnorm.drawing import COLORS, png
 Record = Mapping[str, Any]
 COLUMNS = 4
 MOST = 24
-"""Panels of each kind; of more modules, so many are drawn, evenly among them."""
+"""The most panels of each kind; of more modules, an evenly spaced selection is drawn."""
 INPUT, SIGMA = COLORS["batch"], COLORS["streaming"]
 WATCHED = "Watched values: percentiles 15, 50, 85"
 
@@ -63,7 +63,7 @@ def _inputs(records: Sequence[Record]) -> dict[str, Points]:
 
 
 def _sigmas(records: Sequence[Record]) -> dict[str, Points]:
-    """What testing would use: of a layer of ours the estimate, of torch's the running one."""
+    """The sigma that testing would use: the estimate of our layers, the running one of torch's."""
     found: dict[str, Points] = {}
     for record in records:
         for name, held in record["norms"].items():
@@ -74,7 +74,7 @@ def _sigmas(records: Sequence[Record]) -> dict[str, Points]:
 
 
 def _named(name: str, records: Sequence[Record]) -> str:
-    """The name and the class of a module: a number alone would say nothing. Old records lack the class."""
+    """The name and the class of a module, as the name may be just a number. Old records lack the class."""
     kind = next((record["modules"][name] for record in records if name in record.get("modules", {})), "")
     return f"{name or 'the model itself'} {kind}".rstrip()
 

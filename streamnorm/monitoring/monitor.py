@@ -1,9 +1,9 @@
-"""A monitor of training: how pre-activations are distributed, and what the normalization layers remember.
+"""A monitor of training: the distribution of pre-activations, and the memories of normalization layers.
 
 After the talk of Ioffe (2015), which follows the 15th, 50th and 85th percentile of a sigmoid's input over training. It
-reads and changes nothing: no weight, no state, no random number. Imports the sites and what stands below them.
+is read-only: it changes no weights, no state, no random numbers. Imports the sites and what stands below them.
 
-Legend: a site is a watched module; a record is what was seen between two weight updates.
+Legend: a site is a watched module; a record covers what was seen between two weight updates.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Record = dict[str, Any]
 
 
 class Writer(Protocol):
-    """TensorBoard's ``SummaryWriter``, or whatever else has this."""
+    """TensorBoard's ``SummaryWriter``, or anything with this method."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any: ...
 
@@ -58,21 +58,21 @@ def monitor(
     writer: Writer | None = None,
     start: int | None = None,
 ) -> Monitor:
-    """Record over training how pre-activations are distributed and what every normalization layer remembers.
+    """Record the distribution of pre-activations and the memory of every normalization layer over training.
 
-    A step is a weight update, as on the axis of a learning curve: however many mini-batches, time steps and calls it
-    takes, and not one that a gradient scaler skips. A record is made before update 0, ``every``, 2 ``every``, ...; of
-    all forward passes in training mode since the update before. Modules carry hooks while a record is made and at no
-    other time. Copies of the model are not watched.
+    A step is a weight update, as on the axis of a learning curve, for any number of mini-batches, time steps and calls;
+    one that a gradient scaler skips does not count. A record is made before update 0, ``every``, 2 ``every``, ...; of
+    all forward passes in training mode since the previous update. Modules have hooks only while a record is made.
+    Copies of the model are not watched.
 
-    Of a nonlinearity what goes in is recorded, of any other module the first tensor that comes out: percentiles 15, 50
-    and 85 (Ioffe 2015), ``mean`` and ``std`` over all values that are finite, and the share that is; ``dead``, the
-    share of units that are <= 0 at every value (a ReLU is silent there), and ``saturated``, of those beyond +-2.94 at
-    every value (a sigmoid is below 0.05 or above 0.95), both None where fewer than 16 values of a unit were looked at.
+    For a nonlinearity the input is recorded, for any other module the first output tensor: percentiles 15, 50 and 85
+    (Ioffe 2015), ``mean`` and ``std`` over all finite values, and the share of finite values; ``dead``, the share of
+    units that are <= 0 at every value (where a ReLU is 0), and ``saturated``, of those beyond +-2.94 at every value (a
+    sigmoid is below 0.05 or above 0.95), both None if fewer than 16 values of a unit were sampled.
 
-    Of a ``Norm`` that remembers, the members of H1 and H2 are recorded: of tables the percentiles of mu and sigma over
-    the features, of counters the number (``skipped``: arrivals refused because they were not finite). Of ``torch.nn``
-    batch normalization it is the running statistics.
+    For a ``Norm`` that has a memory, the members of H1 and H2 are recorded: for tables the percentiles of mu and sigma
+    over the features, for counters the number (``skipped``: arrivals left out because they were not finite). For
+    ``torch.nn`` batch normalization, the running statistics.
 
     Args:
         model: in any mode; only passes in training mode are recorded.
@@ -80,17 +80,17 @@ def monitor(
         path: of a file that gets a JSON line per record; None: the records are kept in memory.
         watch: a pattern of names such as ``"layers.*.act"``, a module, a class of modules, a function ``(name, module)
             -> bool``, or several of these; None: all modules that are nonlinearities, or in a model without any the
-            normalization layers; ``()``: none. What stands inside a normalization layer or cell of ours cannot be
-            watched, for a hook there turns off compiled kernels, which round otherwise; of a model whose norms all lie
-            in cells, what they remember is recorded.
+            normalization layers; ``()``: none. Modules inside a normalization layer or cell of ours cannot be watched,
+            as a hook there turns off the compiled kernels, which round differently; if all norms of a model are in
+            cells, their memories are recorded.
         every: updates from one record to the next.
-        values: that are looked at in a tensor, at most; their positions depend on the shape alone.
+        values: the most values sampled from a tensor; their positions depend only on the shape.
         axis: of the features; -1 for sequences ``(n, T, c)``.
-        writer: gets every figure too, by ``add_scalar``.
-        start: how many weight updates a resumed run has behind it; later records in the file are removed.
+        writer: also gets every figure, by ``add_scalar``.
+        start: number of weight updates before a resumed run; later records in the file are removed.
 
     Raises:
-        ValueError: for a pattern that fits nothing, a model with nothing to watch, a file that holds something else.
+        ValueError: for a pattern that matches nothing, a model with nothing to watch, a file of another kind.
         FileExistsError: for a file with records, without ``start``.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Sigmoid(), nn.Linear(8, 2))
@@ -109,7 +109,7 @@ def monitor(
 
 
 class Monitor:
-    """What ``monitor`` makes; ``close()`` it, or use it in a ``with``.
+    """Returned by ``monitor``; ``close()`` it, or use it in a ``with``.
 
     Attributes:
         watched: the names of the watched modules.
@@ -170,8 +170,8 @@ class Monitor:
         return list(self._records) if self.path is None else read(self.path)
 
     def step(self) -> None:
-        """A weight update takes place: call it once for each, best before ``optimizer.step()``, where there is no
-        optimizer that says so."""
+        """Count a weight update if ``monitor`` was given no optimizer: call it once for each, preferably before
+        ``optimizer.step()``."""
         if self._counts_itself:
             raise RuntimeError("the optimizer counts the steps; call step() where monitor() was given none")
         self._close_step()
@@ -181,7 +181,7 @@ class Monitor:
             self._norms = self._remembered()  # a streaming layer's short is emptied by the update
 
     def _after_update(self, optimizer: Optimizer, *_: Any) -> None:
-        # A fused optimizer under a gradient scaler runs step() and skips inside its kernel; this is its own record.
+        # A fused optimizer under a gradient scaler runs step() and skips inside its kernel; found_inf says so.
         overflow = vars(optimizer).get("found_inf")
         if overflow is None or not bool(overflow):
             self._close_step()
@@ -195,7 +195,7 @@ class Monitor:
         try:
             if listening:
                 self._record()
-        finally:  # the weights were updated, whatever became of the record
+        finally:  # the weights were updated, even if recording failed
             if listening:
                 self._hang_up()
             self.steps += 1
@@ -222,7 +222,7 @@ class Monitor:
         if self.path is None:
             self._records.append(record)
         else:
-            # One write of one whole line: a process that is killed leaves whole lines, and a last one cut off at most.
+            # One write per line: if the process is killed, at most the last line is cut off.
             append(self.path, json.dumps(record, allow_nan=False).encode())
         if self._writer is not None:
             for tag, value in _scalars(record):
@@ -237,7 +237,7 @@ class Monitor:
 
     @torch.no_grad()
     def _remembered(self) -> Record:
-        """What the normalization layers remember, by name."""
+        """The memories of the normalization layers, by name."""
         found: Record = {}
         tables: list[Table] = []
         for name, module in self.model.named_modules():
@@ -254,7 +254,7 @@ class Monitor:
         return found
 
     def draw(self, path: str | Path) -> Path:
-        """Write the picture of all records as a PNG: percentiles over the steps for each watched module, sigma over the
+        """Write a plot of all records as a PNG: percentiles over the steps for each watched module, sigma over the
         steps for each normalization layer.
 
         Raises:
@@ -268,7 +268,7 @@ class Monitor:
         return path
 
     def close(self) -> None:
-        """Take all hooks away. The records stay."""
+        """Remove all hooks. The records stay."""
         if not self._has_stepped and any(site.calls for site in self._sites):
             warnings.warn(
                 "the monitor saw training and no weight update, so it has recorded nothing: give it the optimizer, or "
@@ -294,7 +294,7 @@ Table = tuple[Record, str, Tensor]
 
 
 def _members(memory: Memory, tables: list[Table]) -> Record:
-    """The counters of H, and places for its tables, which are added to ``tables``."""
+    """The counters of H, and None for its tables, which are added to ``tables`` to be filled in."""
     found: Record = {}
     for name, value in memory.members().items():
         if value.ndim:
@@ -306,8 +306,7 @@ def _members(memory: Memory, tables: list[Table]) -> Record:
 
 
 def _fill(tables: list[Table]) -> None:
-    """Percentiles of every table into its place, all that are alike at once; a table that has nothing in it yet is
-    left out."""
+    """Fill in the percentiles of every table, tables of the same size at once; empty tables are removed."""
     alike: dict[int, list[Table]] = {}
     for table in tables:
         alike.setdefault(table[2][0].numel(), []).append(table)
@@ -325,7 +324,7 @@ def _fill(tables: list[Table]) -> None:
 # --- the file ---
 
 OPENING = b'{"step": '
-"""What every line begins with."""
+"""The start of every line."""
 
 
 TABLE = {name: ([], [float] * len(PERCENTILES)) for name in ("mu", "sigma")}
@@ -336,14 +335,14 @@ SHAPE = {
     "preactivations": {str: {f"p{p}": (float, None) for p in PERCENTILES}},
     "norms": {str: (OURS, TORCHS)},
 }
-"""Of a record."""
+"""The structure of a record."""
 
 
 def read(path: str | Path) -> list[Record]:
     """The records of a file; a last line that was cut off is left out.
 
     Raises:
-        ValueError: for a file that is none of a monitor.
+        ValueError: for a file that was not written by a monitor.
     """
     return [record for record, _ in _lines(Path(path))]
 
@@ -354,7 +353,7 @@ def _lines(path: Path) -> Iterator[tuple[Record, int]]:
 
 
 def _opened(path: Path, start: int | None) -> Path:
-    """The file, ready for the record of step ``start``; later ones are cut off, for they will be made again."""
+    """The file, ready for the record of step ``start``; later ones are cut off, as they will be made again."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the path of a file, for instance {path / 'monitor.jsonl'}")
     kept = 0
@@ -372,7 +371,7 @@ def _opened(path: Path, start: int | None) -> Path:
     with named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        if path.stat().st_size > kept:  # a device has none
+        if path.stat().st_size > kept:  # a device has size 0
             os.truncate(path, kept)
     return path
 

@@ -1,7 +1,7 @@
-"""Sites of a monitor: modules on whose calls it looks, and how the values that are seen there are distributed.
+"""Sites of a monitor: the watched modules, and the distribution of the values seen there.
 
-It takes the same few thousand values of a tensor whatever they are, and draws no random number. Imports the cells and
-what stands below them.
+It samples the same few thousand positions of a tensor each time, and uses no random numbers. Imports the cells and what
+stands below them.
 
 Legend: ``c`` features, also called units; ``rows`` are all samples and places of a tensor.
 """
@@ -25,18 +25,18 @@ from streamnorm.nn.recurrent.cells import Cell
 from streamnorm.nn.timespecific import TimeSpecificNorm
 
 Choice = str | nn.Module | type[nn.Module] | Callable[[str, nn.Module], bool]
-"""Which modules to watch: those whose name fits a pattern, one, those of a class, or those that a function wants."""
+"""Which modules to watch: by a pattern of names, one module, by class, or by a function."""
 
 PERCENTILES = (15, 50, 85)
-"""Those of the talk."""
+"""Those of Ioffe's talk."""
 SATURATED = math.log(0.95 / 0.05)
 """Beyond it on either side, a sigmoid is above 0.95 or below 0.05."""
 ENOUGH = 16
-"""Values of a unit that it takes to call it dead or saturated."""
+"""The fewest values of a unit for calling it dead or saturated."""
 ROWS = 64
-"""Values of a unit that are looked at in a tensor of many units."""
+"""Values of a unit that are sampled from a tensor of many units."""
 CALLS = 16
-"""Calls of a module in a record that are kept; of more, every second, every fourth and so on."""
+"""The most calls of a module kept in a record; of more, every second, every fourth and so on."""
 NONLINEARITIES = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish),
     *(nn.Sigmoid, nn.LogSigmoid, nn.Hardsigmoid, nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Softplus, nn.Softsign),
@@ -44,7 +44,7 @@ NONLINEARITIES = (
 NORMALIZATIONS = (Norm, TimeSpecificNorm, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 SEALED = (Norm, TimeSpecificNorm, Cell)
-"""A hook inside of these would turn their compiled kernels off, which round otherwise."""
+"""A hook inside these would turn off their compiled kernels, which round differently."""
 
 
 class Site:
@@ -60,7 +60,7 @@ class Site:
         self.calls, self._stride = 0, 1
 
     def listen(self, model: nn.Module) -> RemovableHandle:
-        """Put a hook on the module, which stays until the handle is removed."""
+        """Register a hook on the module, until the handle is removed."""
         probe = Probe(self, model)
         if isinstance(self.module, NONLINEARITIES):
             return self.module.register_forward_pre_hook(probe, with_kwargs=True)
@@ -68,7 +68,7 @@ class Site:
 
     @torch.no_grad()
     def take(self, value: Any) -> None:
-        """Look at what a call of the module brings."""
+        """Sample the values of a call of the module."""
         x = next(_tensors(value), None)
         if x is None or not x.is_floating_point() or x.layout != torch.strided:
             kind = type(value).__name__ if x is None else f"a tensor of {x.dtype}, {x.layout}"
@@ -88,10 +88,10 @@ class Site:
         self.calls += 1
 
     def distribution(self) -> dict[str, Any]:
-        """What is recorded of all calls together."""
+        """The statistics recorded for all calls together."""
         rows = [part.cpu().double() for part in self.seen]
         width = min(part.shape[1] for part in rows)
-        each = torch.cat([part[:, :width] for part in rows])  # a module whose features vary has units in common
+        each = torch.cat([part[:, :width] for part in rows])  # if the number of features varies, only common units
         each = each[_spread(max(1, self.values // width), len(each))]
         values = each[each.isfinite()]
         tested = len(each) >= ENOUGH
@@ -107,7 +107,7 @@ class Site:
 
 
 class Probe:
-    """The hook. In a copy or a pickle of the model nobody listens to it."""
+    """The hook. In a copy or a pickle of the model it is a no-op."""
 
     def __init__(self, site: Site | None = None, model: nn.Module | None = None) -> None:
         self.site, self.model = site, model
@@ -115,7 +115,7 @@ class Probe:
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
         if self.site is None or self.model is None or not self.model.training:
             return
-        if torch._C._current_graph_task_id() != -1:  # activation checkpointing repeats a pass that was seen
+        if torch._C._current_graph_task_id() != -1:  # a recomputation by activation checkpointing
             return
         self.site.take(output or (args, kwargs))
 
@@ -124,7 +124,7 @@ class Probe:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in a nest of tuples, lists and dictionaries, in their order; those of a packed sequence too."""
+    """The tensors in nested tuples, lists and dictionaries, in order; also those of a packed sequence."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
@@ -136,7 +136,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 @lru_cache(maxsize=256)
 def _positions(shape: tuple[int, ...], axis: int, values: int, device: torch.device) -> tuple[Tensor, ...]:
-    """The index of so many values at most, ``(rows, units)``: the same units in every row, places and samples mixed."""
+    """The index of at most so many values, ``(rows, units)``: the same units in every row, places and samples mixed."""
     others = [size for d, size in enumerate(shape) if d != axis]
     c, total = shape[axis], math.prod(others)
     rows = _spread(min(values, max(ROWS, values // c)), total)
@@ -146,8 +146,8 @@ def _positions(shape: tuple[int, ...], axis: int, values: int, device: torch.dev
 
 
 def _spread(count: int, total: int) -> Tensor:
-    """Up to ``count`` of ``total`` positions, in order: all, or those of the golden section, which has no period that
-    a map's side could share."""
+    """Up to ``count`` of ``total`` positions, in order: all, or spaced by the golden ratio, which has no period in
+    common with the side of a map."""
     if count >= total:
         return torch.arange(total, device="cpu")
     turns = torch.arange(count, dtype=torch.float64, device="cpu") * (math.sqrt(5) / 2 - 0.5)
@@ -155,7 +155,7 @@ def _spread(count: int, total: int) -> Tensor:
 
 
 def percentiles(values: Tensor) -> list[float] | None:
-    """Those of the talk, of what is finite: linear between the two nearest values; None if nothing is."""
+    """``PERCENTILES`` of the finite values, linear between the two nearest values; None if there are none."""
     return percentiles_of_rows(values.reshape(1, -1))[0]
 
 
@@ -179,12 +179,12 @@ def percentiles_of_rows(rows: Tensor) -> list[list[float] | None]:
 
 
 def digits(value: float) -> float:
-    """Six digits of it, and no more in the file."""
+    """Rounded to six digits, which keeps the file small."""
     return float(f"{value:.6g}")
 
 
 def finite(value: Tensor) -> float | None:
-    """As JSON has it: what is not finite is None."""
+    """The value for JSON; None if it is not finite."""
     found = value.item()
     return digits(found) if math.isfinite(found) else None
 
@@ -196,7 +196,7 @@ def chosen_modules(model: nn.Module, watch: Choice | Iterable[Choice] | None) ->
     """The modules to watch with their names.
 
     Raises:
-        ValueError: for a choice that fits none.
+        ValueError: for a choice that matches none.
     """
     known = dict(_candidates(model))
     if watch is None:
@@ -204,7 +204,7 @@ def chosen_modules(model: nn.Module, watch: Choice | Iterable[Choice] | None) ->
             if any(isinstance(module, kinds) for module in known.values()):
                 return [(name, module) for name, module in known.items() if isinstance(module, kinds)]
         if any(norm.H1 is not None for norm in norms(model)):
-            return []  # inside of cells: what they remember is recorded
+            return []  # norms inside cells: their memories are recorded
         raise ValueError(
             f"{type(model).__name__} has no nonlinearities and no normalization layers as modules, which are "
             f"watched by default; choose by watch= from {_shown(known)}"
@@ -225,7 +225,7 @@ def chosen_modules(model: nn.Module, watch: Choice | Iterable[Choice] | None) ->
 def _candidates(
     module: nn.Module, prefix: str = "", known: set[nn.Module] | None = None
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Every module but the model itself, those that only hold others, and what is inside of ``SEALED``."""
+    """Every module except the model itself, containers, and modules inside ``SEALED``."""
     known = {module} if known is None else known
     if isinstance(module, SEALED):
         return

@@ -1,1 +1,1 @@
-"""Modules: layers, gain and bias, time-specific and recurrent layers. None asks which backend computes."""
+"""Modules: layers, gain and bias, time-specific and recurrent layers. None depends on the backend."""

@@ -21,7 +21,7 @@ Device = torch.device | str | int | None
 class Affine(nn.Module):
     """The learnable gain and bias, a layer of its own after each normalization (section 3.5).
 
-    ``y = weight x + bias``, one pair a feature; ``x (n, c, *place) -> y (n, c, *place)``.
+    ``y = weight x + bias``, one pair per feature; ``x (n, c, *place) -> y (n, c, *place)``.
 
     >>> Affine(3)(torch.ones(2, 3, 4)).shape
     torch.Size([2, 3, 4])
@@ -45,7 +45,7 @@ class Affine(nn.Module):
             raise ValueError(f"expected (n, {self.num_features}, ...), got {tuple(x.shape)}")
         expect_floating("the input", x)
         weight, bias = self.weight, self.bias
-        if trust != 1:  # the same values, of which a share has gradients
+        if trust != 1:  # the same values, with scaled gradients
             weight, bias = (torch.lerp(p.detach(), p, trust) for p in (weight, bias))
         shape = (-1, *[1] * (x.ndim - 2))
         return (x * weight.reshape(shape)).add_(bias.reshape(shape)).to(x.dtype)
@@ -55,7 +55,7 @@ class Affine(nn.Module):
 
 
 def gains_of(affine: nn.Module | None) -> tuple[Tensor, Tensor] | None:
-    """Gain and bias of an ``Affine``, one a feature on one device, that does nothing else and that nobody watches."""
+    """Gain and bias of a plain ``Affine`` without hooks, one pair per feature on one device; None for anything else."""
     found = unwatched(affine)
     if found is None or affine is None:
         return None
@@ -64,7 +64,7 @@ def gains_of(affine: nn.Module | None) -> tuple[Tensor, Tensor] | None:
 
 
 def unwatched(affine: nn.Module | None) -> tuple[Tensor, Tensor] | None:
-    """``gains_of`` for an operator, which looks at their shapes itself."""
+    """``gains_of`` without checking shapes, for an operator, which does so itself."""
     if type(affine) is not Affine or is_hooked(affine):
         return None
     parameters: Any = affine._parameters
@@ -72,13 +72,13 @@ def unwatched(affine: nn.Module | None) -> tuple[Tensor, Tensor] | None:
 
 
 def trusting(affine: nn.Module, trust: float) -> Callable[[Tensor], Tensor]:
-    """What follows a layer, with the gradients of its gain and bias multiplied by ``trust``; a forward of its own knows
-    nothing of that and is called as it is."""
+    """``affine`` with the gradients of its gain and bias multiplied by ``trust``; a module with its own ``forward`` is
+    called unchanged."""
     return affine if trust == 1 else partial(_trusted, affine, trust)
 
 
 def _trusted(affine: nn.Module, trust: float, y: Tensor) -> Tensor:
-    # Asked at every call: the forward of what follows may be replaced between two.
+    # Checked at every call: its forward may be replaced between calls.
     takes_trust = (
         isinstance(affine, Affine) and type(affine).forward is Affine.forward and "forward" not in vars(affine)
     )

@@ -1,4 +1,4 @@
-"""The layers that people use: ``Norm`` with the arguments that they set, by the names of the paper (section 3).
+"""The layers for users: ``Norm`` with the common arguments, by the names of the paper (section 3).
 
 Imports the layer and what stands below it.
 """
@@ -17,42 +17,42 @@ from streamnorm.nn.norm import Norm
 from streamnorm.stream.policy import Batch, Evidence, Policy, Sample, Streaming
 
 ALPHA, BETA = (0.7, 0.3), (0.7, 0.3, 0.0)
-"""The paper's rule where only some of it is given."""
+"""Defaults of the paper's rule if only some of it is given."""
 
 
 class StreamingNorm(Norm):
-    """Streaming normalization (section 3.3, Algorithms 5 and 6): for one sample a batch and any other number.
+    """Streaming normalization (section 3.3, Algorithms 5 and 6), for any batch size down to one sample.
 
     ::
 
         y = weight (x - mu_hat) / sigma_hat + bias          s = (mu, sigma), short the mean since the last weight update
 
-    By default the memory is counted in samples (``Evidence``): N are in short, and long counts as M, all samples before
-    until ``memory`` of them or 4 weight updates are full, whichever is more::
+    By default the memory is counted in samples (``Evidence``): N are in short, and long counts as M, the number of all
+    earlier samples up to ``memory`` or 4 weight updates, whichever is more::
 
         s_hat = (M long + N short) / (M + N)
-        g_hat = what a regression of the gradient on 1 and y, over the stream, takes out of it
+        g_hat = the part of the gradient that a regression on 1 and y, over the stream, removes
 
     With an alpha, beta or kappa it is the paper's rule (``Streaming``), which counts weight updates::
 
         s_hat = alpha1 long + alpha2 short
-        g_hat = beta1 long + beta2 short + beta3 dE/ds_hat  in the place of dE/ds going back
+        g_hat = beta1 long + beta2 short + beta3 dE/ds_hat  in place of dE/ds in the backward pass
 
     Args:
         num_features: c.
         ref: the NormRef R.
         p, center, eps: of ``Lp``: the order of the moment, Setting A ``"batch"``, B ``"estimate"`` or C ``"zero"``.
-        alpha, beta, kappa: of ``Streaming``; by default alpha = (.7, .3), beta = (.7, .3, 0) where another is given.
-        affine: follow with a gain and a bias per feature.
+        alpha, beta, kappa: of ``Streaming``; if any is given, alpha = (.7, .3) and beta = (.7, .3, 0) by default.
+        affine: add a gain and a bias per feature.
         device, dtype: as torch's; statistics stay float32 or wider.
-        memory: of ``Evidence``, in samples: how far back statistics reach, 4 weight updates at least.
+        memory: of ``Evidence``, in samples: how far back statistics reach, at least 4 weight updates.
             None: 100.
         place: of ``Norm``: the size of the map, for ``BA3 ... BA6`` and ``SP3 ... SP5``.
 
     Raises:
-        ValueError: for a memory beside an alpha, beta or kappa, and for values that are out of range.
+        ValueError: for a memory together with an alpha, beta or kappa, and for values out of range.
 
-    Shapes: ``x (n, c, *place) -> y (n, c, *place)``, up to three axes of place.
+    Shapes: ``x (n, c, *place) -> y (n, c, *place)``, up to three place axes.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(4, 8, bias=False), StreamingNorm(8), nn.ReLU(), nn.Linear(8, 2))
@@ -110,7 +110,7 @@ class BatchNorm(Norm):
         ref: one of ``BA1 ... BA6``.
         p, center, eps: of ``Lp``.
         rate: weight of the newest mini-batch in the running estimate, of mu and of sigma (torch averages the variance).
-        affine: follow with a gain and a bias per feature.
+        affine: add a gain and a bias per feature.
         device, dtype: as torch's; statistics stay float32 or wider.
         place: of ``Norm``: the size of the map, for ``BA3 ... BA6``.
 
@@ -157,7 +157,7 @@ class SampleNorm(Norm):
         num_features: c.
         ref: one of ``SP1 ... SP5`` or ``NormRef(groups, "all", "one")``.
         p, center, eps: of ``Lp``.
-        affine: follow with a gain and a bias per feature.
+        affine: add a gain and a bias per feature.
         device, dtype: as torch's; statistics stay float32 or wider.
 
     >>> SampleNorm(8, ref=NormRef(2, "all", "one"))
@@ -194,10 +194,10 @@ def streaming_policy(
     kappa: tuple[float, ...] | None = None,
     memory: float | None = None,
 ) -> Policy:
-    """The policy that these arguments of a streaming layer ask for: memory counted in samples, or the paper's rule.
+    """The policy for these arguments of a streaming layer: memory counted in samples, or the paper's rule.
 
     Raises:
-        ValueError: for both.
+        ValueError: if arguments of both are given.
     """
     given = {name: value for name, value in (("alpha", alpha), ("beta", beta), ("kappa", kappa)) if value is not None}
     if not given:
@@ -211,6 +211,6 @@ def streaming_policy(
 
 
 def call_of(layer: Norm, **arguments: tuple[Any, Any]) -> str:
-    """The constructor call that makes ``layer``: every argument whose value is not its default."""
+    """The constructor call of ``layer``, with every argument that is not at its default."""
     given = [f"{name}={value!r}" for name, (value, default) in arguments.items() if value != default]
     return f"{type(layer).__name__}({', '.join([str(layer.num_features), *given])})"

@@ -31,22 +31,22 @@ from streamnorm.stream.policy import Policy
 from streamnorm.tracing import is_readable, is_traced, refuse_recorded
 
 NOT_RECOMPUTING = -1
-"""The task of autograd where there is none."""
+"""Autograd's task id outside of a backward pass."""
 FORGOTTEN = 1000
-"""Training calls without a weight update after which a streaming layer asks whether it was forgotten."""
+"""Training calls without a weight update after which a streaming layer warns that ``attach`` may be missing."""
 
 
 @dataclass(slots=True)
 class Calls:
-    """What a layer remembers of its training calls beside the stream; nothing of it is saved.
+    """A layer's record of its training calls, apart from the stream; it is not saved.
 
     Attributes:
         reference_size: activations in the smallest reference of the latest call.
         unfolded: calls since the last weight update.
-        in_cycle: calls in the vectorized cycle that is under way, None outside of one.
-        latest: how the latest call was cut, its s and its estimates, for a call that is computed again; or the compiled
+        in_cycle: calls in the current vectorized cycle, None outside of one.
+        latest: how the latest call was split into steps, its s and its estimates, for recomputing it; or the compiled
             call, and whether gain and bias were part of it.
-        fused: the layer's compiled calls, False if there are none for it, None if nobody has asked.
+        fused: the layer's compiled calls, False if there are none for it, None if not checked yet.
     """
 
     reference_size: int | None = None
@@ -59,28 +59,28 @@ class Calls:
 class Norm(nn.Module):
     """A normalization layer: NormRef x NormStats x policy (section 3), the framework in one class.
 
-    ``y = N(x, s_hat)`` with ``s = S(R)``; the policy says what s_hat is and what its gradient is.
+    ``y = N(x, s_hat)`` with ``s = S(R)``; the policy defines s_hat and its gradient.
 
     Args:
         num_features: c.
         ref: R, one of ``SP1 ... SP5``, ``BA1 ... BA6``, any ``NormRef`` or one of your own.
         moment: S, ``Lp(p, center)`` or one of your own.
         policy: ``Sample()``, ``Batch()``, ``Streaming()`` or one of your own with F and G.
-        affine: follow with a gain and a bias per feature (``Affine``).
+        affine: add a gain and a bias per feature (``Affine``).
         op: N, ``Standardize()`` as in the paper, ``Scale()``, or one of your own.
         device, dtype: as torch's; statistics stay float32 or wider.
-        place: the size of the map, for references that keep statistics for every place: their buffers have their shape
-            from the start then. None: the first input tells it.
+        place: the size of the map, for references with statistics for every place, so that buffers have their shape
+            from the start. None: taken from the first input.
 
     Shapes: ``x (n, c)``, ``(n, c, x)``, ``(n, c, x, y)`` or ``(n, c, x, y, z)`` -> ``y`` of the same shape and dtype.
     Statistics are kept in float32 or wider.
 
-    A layer that streams needs to be told of every weight update: ``attach(model, optimizer)``, or ``fold()`` after each
+    A streaming layer must be notified of every weight update: ``attach(model, optimizer)``, or ``fold()`` after each
     ``optimizer.step()``.
 
     Raises:
         ValueError: for a rank, feature count or map size other than the layer's, and for Setting A with a single
-            activation in a reference; no state has changed then.
+            activation in a reference; the state is unchanged then.
         RuntimeError: when it is tested before it was trained.
 
     >>> from streamnorm import BA1, Lp, Streaming
@@ -185,7 +185,7 @@ class Norm(nn.Module):
         return self._train(x, affine)
 
     def normalize_by(self, x: Tensor, s: Tensor) -> Tensor:
-        """``N(x, s)`` with constant statistics; NaN if there are none, as nobody can be asked without waiting."""
+        """``N(x, s)`` with constant statistics; NaN if there are none, as checking would need a synchronization."""
         return _op.normalize_fixed(self._view(x, steps=1), self.definition, s, s[-1].any()).reshape(x.shape)
 
     def _test(self, x: Tensor) -> Tensor:
@@ -204,8 +204,8 @@ class Norm(nn.Module):
         return _op.normalize_fixed(view, self.definition, memory.estimate).reshape(x.shape)
 
     def _expect_first_call(self) -> None:
-        """Raise at a second call in a vectorized cycle, which would bring its mini-batches in another order than the
-        loop does."""
+        """Raise at a second call in a vectorized cycle: its mini-batches would arrive in another order than in the
+        loop."""
         if self._is_cyclic() and self.H1 is not None and (is_traced() or not _recomputing()):
             raise ValueError(
                 f"{self!r} is called twice in a vectorized cycle: all {self.steps} mini-batches of its first call "
@@ -218,8 +218,8 @@ class Norm(nn.Module):
         return self.steps > 1 and not self.reverse
 
     def compiled(self) -> Fused | Literal[False]:
-        """The layer's compiled calls, or False if there are none for it. Its definition, rules and memories may have
-        been replaced."""
+        """The layer's compiled calls, or False if there are none for it; made anew if its definition, rules or memories
+        have been replaced."""
         modules: Any = self._modules
         fused, H1, H2 = self._calls.fused, modules.get("H1"), modules.get("H2")
         if fused is None or (fused and not fused.is_of(self.definition, self.policy, H1, H2)):
@@ -228,7 +228,7 @@ class Norm(nn.Module):
         return fused
 
     def _fused(self, x: Tensor, affine: nn.Module | None) -> Tensor | None:
-        """A training call by one compiled kernel, or None where that cannot be."""
+        """A training call by one compiled kernel; None: use the fallback."""
         calls, fused = self._calls, self.compiled()
         if not fused:
             return None
@@ -238,11 +238,11 @@ class Norm(nn.Module):
         way = self.steps if remembers else 1, self.reverse, self.unit
         weight, bias = unwatched(affine) or (None, None)
         call, y = fused.latest, None
-        if call is not None and call.way == way:  # most inputs are of the kind of the one before
+        if call is not None and call.way == way:  # most inputs are like the previous one
             y = call.forward(x, weight, bias)
         if y is None or call is None:
             found = fused.call(x, *way[:2], self._check, way[2])
-            if found is None or found is call:  # a latest call that is not of this way has another key
+            if found is None or found is call:  # found is call: it was tried above
                 return None
             call, y = found, found.forward(x, weight, bias)
             if y is None:
@@ -255,7 +255,7 @@ class Norm(nn.Module):
         return y if affine is None or joined else trusting(affine, call.trust)(y)
 
     def _fused_again(self, x: Tensor, affine: nn.Module | None) -> Tensor | None:
-        """The latest call once more, if it was one by a compiled kernel: activation checkpointing repeats it."""
+        """Recompute the latest call for activation checkpointing; None: it did not use a compiled kernel."""
         latest = self._calls.latest
         if latest is None or len(latest) == 3:
             return None
@@ -265,7 +265,7 @@ class Norm(nn.Module):
         return y if affine is None or joined else trusting(affine, call.trust)(y)
 
     def _check(self, x: Tensor, steps: int) -> Tensor:
-        """The canonical view of a training input that the layer does not refuse."""
+        """The canonical view of a training input, after checking it."""
         view = self._view(x, steps)
         if view.numel():
             count = self.ref.size(view.shape)
@@ -291,7 +291,7 @@ class Norm(nn.Module):
         gains = gains_of(affine)
         latest = self._calls.latest
         again = latest if self.H1 is not None and latest and len(latest) == 3 and _recomputing() else None
-        # A sample is normalized by itself, however the first axis is cut; a recomputed call is cut as it was.
+        # Without H1 samples are normalized separately, so steps do not matter; a recomputed call keeps its steps.
         steps, unit = again[0] if again else (self.steps, self.unit)
         view = self._check(x, 1 if self.H1 is None else steps)
         if not view.numel():
@@ -302,17 +302,17 @@ class Norm(nn.Module):
         y, estimates, s = _op.normalize(view, self.definition, streams, *(gains if joined and gains else ()))
         if estimates is not None and s is not None and not again:
             self._count(self._calls, ((steps, unit), s, estimates))
-        # What follows may change it in place (a ReLU), which a view of what a Function returned forbids.
+        # Later layers may change y in place (a ReLU), which autograd forbids for a view of a Function's output.
         y = torch.ops.aten._unsafe_view(y.reshape(x.shape), x.shape)
         if affine is None or joined:
             return y
         return trusting(affine, streams.trust)(y)
 
     def _train_traced(self, x: Tensor, affine: nn.Module | None) -> Tensor:
-        """A training call for a compiler: nothing of it is remembered outside of buffers.
+        """A training call under ``torch.compile``: changes nothing but buffers.
 
         Raises:
-            RuntimeError: where it would be wrong without a sign.
+            RuntimeError: where the result would be silently wrong.
         """
         if self.policy.uses_estimate:
             refuse_recorded()
@@ -326,7 +326,7 @@ class Norm(nn.Module):
         return y if affine is None else trusting(affine, streams.trust)(y)
 
     def _streams(self, view: Tensor, recall: tuple[Tensor, Tensor] | None, unit: int) -> _op.Streams:
-        """What a call is given of the stream."""
+        """The stream's part in a call."""
         trust = self.policy.trust(view.shape[1])
         return _op.Streams(self.H1, self.H2, self.policy.uses_estimate, recall, self.reverse, unit, trust)
 
@@ -394,7 +394,7 @@ class Norm(nn.Module):
 
 
 def _empty(x: Tensor, affine: nn.Module | None) -> Tensor:
-    """What becomes of no values: nothing is remembered, and gain and bias have gradients of 0."""
+    """The output for an empty input: the state does not change, and gain and bias have gradients of 0."""
     y = x.clone()
     return y if affine is None else affine(y)
 
@@ -412,7 +412,7 @@ def _check_pairing(ref: NormRef, moment: Lp, policy: Policy) -> None:
 
 
 def _recomputing() -> bool:
-    """Whether autograd is running a backward pass: a forward call inside it repeats one that has been."""
+    """Whether autograd is running a backward pass: a forward call inside it is a recomputation."""
     return torch._C._current_graph_task_id() != NOT_RECOMPUTING
 
 

@@ -1,4 +1,4 @@
-"""Layers of others for streams and small mini-batches, as policies of ours: what streaming is compared with.
+"""Other authors' layers for streams and small mini-batches, as policies of ours, for comparison with streaming.
 
 Imports the layers and what stands below them.
 """
@@ -23,15 +23,15 @@ Bound = Literal["clamp", "scale", "none"]
 
 
 class OnlineNorm(Norm):
-    """Online Normalization (Chiley et al. 2019, arXiv 1905.05894): sample by sample, however many are in a mini-batch.
+    """Online Normalization (Chiley et al. 2019, arXiv 1905.05894): sample by sample, for any mini-batch size.
 
     ::
 
-        y = weight (x - mu_{t-1}) / sigma_{t-1} + bias      mu, sigma: exponential averages of what came before
+        y = weight (x - mu_{t-1}) / sigma_{t-1} + bias      mu, sigma: exponential averages of earlier samples
         y' = dy - (1 - alpha_backward) e_y y                e_y <- e_y + mean(y' y)
         dx = y' / sigma_{t-1} - (1 - alpha_backward) e_1    e_1 <- e_1 + mean(dx)
 
-    Samples arrive in their order, forward and backward. After that the outputs are bounded, in training and testing:
+    Samples arrive in order, forward and backward. Then the outputs are bounded, in training and testing:
     clamped, or each sample scaled by the root of its mean square.
 
     Args:
@@ -105,19 +105,19 @@ class BatchRenorm(Norm):
 
     ::
 
-        y = weight ((x - mu_B) / sigma_B r + d) + bias      r, d: towards running averages, constant going back
+        y = weight ((x - mu_B) / sigma_B r + d) + bias      r, d: towards running averages, constant in the gradient
 
-    One sample a call on fully connected input is refused: there mu_B = x and sigma_B = sqrt(eps), so that y would be d
-    alone, and the gradient of x 0.
+    Raises for one sample per call on fully connected input: there mu_B = x and sigma_B = sqrt(eps), so that y would be
+    d alone, and the gradient of x 0.
 
     Args:
         num_features: c.
         ref: one of ``BA1 ... BA6``.
         rate: weight of the newest mini-batch in the running averages.
         r_max, d_max: the bounds of r and d, which rise from 1 and 0.
-        begin, r_end, d_end: weight updates before they rise, and until they are reached.
+        begin, r_end, d_end: weight updates before the bounds start to rise, and until they are reached.
         eps: part of every variance.
-        affine: follow with a gain and a bias per feature.
+        affine: add a gain and a bias per feature.
         device, dtype: as torch's; statistics stay float32 or wider.
         place: of ``Norm``: the size of the map.
 

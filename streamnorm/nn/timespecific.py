@@ -1,6 +1,6 @@
 """Statistics per time step for general batch normalization in recurrent nets (paper, section 4.2).
 
-A layer of the unrolled network keeps a storage of its own for every time step; its gain and bias are shared over time.
+A layer of the unrolled network keeps separate statistics for every time step; its gain and bias are shared over time.
 Imports the layers.
 """
 
@@ -20,18 +20,18 @@ from streamnorm.stream import TimedMemory, expect_replaceable
 from streamnorm.tracing import is_readable
 
 Factory = Callable[[int], nn.Module]
-"""What makes a normalization of c features: a class, a ``functools.partial`` of one, a function."""
+"""A factory of normalizations of c features: a class, a ``functools.partial`` of one, a function."""
 
 
 class TimeSpecificNorm(nn.Module):
-    """A batch normalization with an H1 for each time step; what ``TimeSpecific`` makes.
+    """A batch normalization with an H1 for each time step, made by ``TimeSpecific``.
 
     ``y_t = N(x_t, s_t)``; s_t is the mini-batch's in training, F's running estimate of time step t in testing.
 
     Args:
         norm: a ``Norm`` that trains with the mini-batch's own statistics, such as ``BatchNorm``.
-        reuse_last: what testing does beyond the longest trained sequence: the statistics of the last trained step, or
-            an error.
+        reuse_last: beyond the longest trained sequence, test with the statistics of the last trained step; otherwise
+            raise an error.
         steps: of ``TimeSpecific``.
 
     Attributes:
@@ -41,7 +41,7 @@ class TimeSpecificNorm(nn.Module):
     Shapes: ``x (n, c, *place), t -> y (n, c, *place)``, t = 0, 1, ...
 
     Raises:
-        TypeError: for something else than such a ``Norm``.
+        TypeError: for anything but such a ``Norm``.
 
     >>> import torch
     >>> from streamnorm import BatchNorm
@@ -69,7 +69,7 @@ class TimeSpecificNorm(nn.Module):
         self._follow()
 
     def _follow(self) -> None:
-        """As many layers as there are memories."""
+        """Make as many layers as there are memories."""
         del self.times[self.H1.steps :]
         for t in range(len(self.times), self.H1.steps):
             norm = deepcopy(self._at(0), {id(self.H1): self.H1})
@@ -107,7 +107,7 @@ class TimeSpecificNorm(nn.Module):
             return self._at(t)._normalize(x, self.affine)
         if isinstance(x, Tensor) and not x.numel():
             return self._at(0)._normalize(x, self.affine)
-        # Only what did not fail is kept; whoever begins in the middle leaves empty steps behind.
+        # New steps are dropped if the call fails; starting in the middle leaves empty steps before it.
         expect_replaceable(self.H1.counts)
         before = self.H1.save()
         try:
@@ -120,8 +120,8 @@ class TimeSpecificNorm(nn.Module):
             raise
 
     def expect(self, length: int) -> None:
-        """Raise for a sequence of this length if training has no room for its statistics, or if testing would need some
-        that nobody has trained."""
+        """Raise for a sequence of this length if training has no room for its statistics, or if testing would need
+        untrained ones."""
         if self.training:
             if self.H1.fixed and length > self.H1.steps:
                 raise ValueError(
@@ -151,7 +151,7 @@ class TimeSpecificNorm(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _migrate(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Stack what an older version has left there, a memory for each time step."""
+        """Stack what an older version has saved, a memory for each time step."""
         mine = prefix + "times."
         steps = sorted({int(name[len(mine) :].split(".")[0]) for name in state_dict if name.startswith(mine)})
         for t in steps:
@@ -170,17 +170,17 @@ class TimeSpecificNorm(nn.Module):
 class TimeSpecific:
     """Time-specific batch normalization in a recurrent layer: statistics per time step (section 4.2).
 
-    ``y_t = N(x_t, s_t)``; training is that of ``norm``, testing uses the running estimate of time step t. There are as
-    many sets as the longest training sequence has steps; the gain and the bias are shared over time. The backward
-    direction of a bidirectional layer counts from the end of each sequence: its time step 0 is the last one.
+    ``y_t = N(x_t, s_t)``; trains like ``norm``, testing uses the running estimate of time step t. There are as many
+    sets as the longest training sequence has steps; the gain and the bias are shared over time. The backward direction
+    of a bidirectional layer counts from the end of each sequence: its time step 0 is the last one.
 
     Args:
         norm: makes the batch normalization of c features: ``BatchNorm``, a ``functools.partial`` of it, a function.
         reuse_last: beyond the longest trained sequence, test with the statistics of the last trained step; otherwise
             raise an error.
-        steps: how many sets there are, the length of the longest training sequence. By default training tells, and the
-            buffers are replaced whenever it meets a longer one; given, they have their shape from the start, as copies
-            made before the first input and memory that processes share ask for.
+        steps: number of sets, the length of the longest training sequence. By default it grows in training, and buffers
+            are replaced for each longer sequence. If given, buffers have their shape from the start, which copies made
+            before the first input and memory shared between processes need.
 
     >>> import torch
     >>> from streamnorm import BatchNorm, NormRNN

@@ -1,1 +1,1 @@
-"""Operators: what a layer computes on tensors, forward and backward, and the backends that compute it. No modules."""
+"""Operators: a layer's forward and backward pass on tensors, and the backends that compute them. No modules."""

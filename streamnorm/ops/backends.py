@@ -1,7 +1,7 @@
-"""Backends: who computes reductions and maps, forward and backward, on the canonical view ``x (g, m, G, q, *place)``.
+"""Backends: reductions and maps, forward and backward, on the canonical view ``x (g, m, G, q, *place)``.
 
-A backend is a module with the functions of ``Backend``. It is told the definition of a layer (R, S and N) and knows
-neither policy nor stream. ``choose`` picks the fastest that serves a definition; ``generic`` serves them all.
+A backend is a module with the functions of ``Backend``. It gets the definition of a layer (R, S and N) and knows
+neither policy nor stream. ``choose`` picks the fastest that supports a definition; ``generic`` supports them all.
 
 ::
 
@@ -24,10 +24,10 @@ from streamnorm.tracing import is_traced
 
 
 class Backend(Protocol):
-    """What a backend has to have; a module is one if it has these functions."""
+    """The interface of a backend, a module with these functions."""
 
     def unsupported(self, d: Definition) -> str | None:
-        """Why this backend cannot serve a definition, in words for a user; None: it can."""
+        """Why this backend does not support a definition, as a message for the user; None: it does."""
         ...
 
     def mean(self, x: Tensor, d: Definition) -> Tensor:
@@ -59,15 +59,15 @@ BACKENDS: dict[str, Backend] = {"cpu": cpu, "eager": eager, "generic": generic}
 _ORDER = {name: place for place, name in enumerate(BACKENDS)}
 _fastest = ContextVar("_fastest", default=0)
 limit = _fastest.get
-"""The number of the fastest backend that ``using`` allows; 0 where it does not say."""
+"""The index of the fastest backend that ``using`` allows; 0 by default."""
 
 
 @contextmanager
 def using(name: str | None) -> Iterator[None]:
-    """Inside, no backend faster than ``name`` is used, to compare or to find a fault; None: the fastest.
+    """Inside, no backend faster than ``name`` is used, for comparison or debugging; None: the fastest.
 
     Raises:
-        ValueError: for a name that is none.
+        ValueError: for an unknown name.
     """
     if name is not None and name not in BACKENDS:
         raise ValueError(f"backends are {', '.join(BACKENDS)}, got {name!r}")
@@ -84,7 +84,7 @@ def may_use(name: str) -> bool:
 
 
 def choose(d: Definition, x: Tensor | None = None) -> Backend:
-    """The fastest backend that serves this definition, for an input like ``x``, or (None) for any input."""
+    """The fastest backend that supports this definition, for an input like ``x``, or (None) for any input."""
     if is_traced():
         return eager if eager.unsupported(d) is None else generic
     if x is not None and may_use("cpu") and cpu.takes(x) and cpu.unsupported(d) is None:
@@ -93,7 +93,7 @@ def choose(d: Definition, x: Tensor | None = None) -> Backend:
 
 
 def serving(d: Definition, x: Tensor) -> tuple[str, str]:
-    """The name of the backend that ``choose`` picks, and why no faster one serves the definition, for ``doctor``."""
+    """The name of the backend that ``choose`` picks, and why no faster one supports the definition, for ``doctor``."""
     chosen = choose(d, x)
     name = next(name for name, backend in BACKENDS.items() if backend is chosen)
     faster = (backend.unsupported(d) for backend in BACKENDS.values())

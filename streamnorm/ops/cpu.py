@@ -1,9 +1,8 @@
 """The compiled kernels' backend: closed forms for p = 1 and 2 over references that are whole axes, on a CPU.
 
-Beside the five functions of a backend there are whole calls, operators in which statistics, F or G and map happen
-together (``streamnorm.ops.fused`` makes use of them). Here lies what C has to be told: where the rows of a
-tensor are and which of them share a statistic (``csrc/norm.h`` draws the picture). Imports the definitions and the
-library.
+Besides the five functions of a backend there are fused operators for statistics, F or G and map together
+(``streamnorm.ops.fused`` uses them). This module computes what the C code needs to know: where the rows of a tensor
+are and which of them share a statistic (drawn in ``csrc/norm.h``). Imports the definitions and the library.
 
 Legend: ``n = g m`` inputs, ``c = G q`` features, ``P`` places.
 """
@@ -30,16 +29,16 @@ from streamnorm.tracing import is_traced
 __all__ = ["apply", "input_grad", "mean", "sigma", "stat_grads", "unsupported"]
 
 NAMES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
-"""The dtypes of data that there are kernels for."""
+"""The data dtypes that have kernels."""
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics, state and weights beside data of ``dtype``."""
+    """The dtype of statistics, state and weights for data of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Plan(ctypes.Structure):
-    """What a kernel is told once for a layer and a shape of input: ``sn_plan`` of ``csrc/norm.h``."""
+    """A kernel's parameters for one layer and input shape: ``sn_plan`` of ``csrc/norm.h``."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("k0", "k1", "r0", "r1", "L", "xk0", "xk1", "xr0", "xr1")),
@@ -54,17 +53,17 @@ class Plan(ctypes.Structure):
 
 
 class RuleNumbers(ctypes.Structure):
-    """F or G in numbers: ``sn_rule`` of ``csrc/rule.h``."""
+    """The parameters of F or G: ``sn_rule`` of ``csrc/rule.h``."""
 
     _fields_ = [("kind", ctypes.c_int64), ("numbers", ctypes.c_double * 3)]
 
 
 LONG_SHORT, EXPONENTIAL, POOLED, RESIDUAL = range(4)
-"""Kinds of rule that the kernels know."""
+"""The kinds of rule that the kernels support."""
 
 
 class Places(ctypes.Structure):
-    """Where the members of a memory lie in its two buffers: ``sn_places`` of ``csrc/call.h``."""
+    """The indices of a memory's members in its two buffers: ``sn_places`` of ``csrc/call.h``."""
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("long", "short", "estimate", "tables")),
@@ -79,11 +78,11 @@ class Stream(ctypes.Structure):
 
 
 AXES = 8
-"""Axes of a tensor that the operators take at most."""
+"""The most axes of a tensor that the operators take."""
 
 
 class Call(ctypes.Structure):
-    """What the operators are told about one kind of input to one layer: ``sn_call`` of ``csrc/call.h``."""
+    """The operators' parameters for one kind of input to one layer: ``sn_call`` of ``csrc/call.h``."""
 
     _fields_ = [
         ("plan", Plan),
@@ -95,12 +94,12 @@ class Call(ctypes.Structure):
     ]
 
     def tensor(self) -> Tensor:
-        """The same as bytes, which an operator takes."""
+        """The struct as a tensor of bytes, for the operators."""
         return torch.frombuffer(bytearray(self), dtype=torch.uint8)
 
 
 _ARGUMENTS = {"moments": 4, "map": 5, "sums": 6, "input": 8}
-"""How many pointers each kernel takes before the number of threads."""
+"""How many pointers each kernel takes, followed by the number of threads."""
 
 
 @cache
@@ -122,7 +121,7 @@ def unsupported(d: Definition) -> str | None:
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the kernels can read ``x`` and nobody is watching its operations (tracing, compiling, transforms)."""
+    """Whether the kernels can read ``x`` and its operations are not recorded (tracing, compiling, transforms)."""
     return (
         not is_traced()
         and (type(x) is Tensor or type(x) is Parameter)
@@ -138,7 +137,7 @@ def takes(x: Tensor) -> bool:
 
 
 def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether values lie one after another in the order of the axes."""
+    """Whether values are contiguous in the order of the axes."""
     expected = 1
     for size, step in zip(reversed(shape), reversed(stride), strict=True):
         if size != 1 and step != expected:
@@ -148,8 +147,8 @@ def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 
 def features_last(shape: Sequence[int], stride: Sequence[int]) -> bool | None:
-    """How ``x (n, c, *place)`` lies in memory: with the features together (channels_last, and (n, c)), with the places
-    together, or (None) otherwise."""
+    """The memory format of ``x (n, c, *place)``: True for features last (channels_last, and (n, c)), False for places
+    last (contiguous), None for any other."""
     n, c, *place = shape
     if math.prod(place) > 1 and is_dense(shape, stride):
         return False
@@ -157,7 +156,7 @@ def features_last(shape: Sequence[int], stride: Sequence[int]) -> bool | None:
 
 
 def rows(ref: NormRef, steps: int, shape: Sequence[int], last: bool) -> dict[str, int] | None:
-    """The rows of ``x (n, c, *place)`` and their slots, or None where they are no regular pattern."""
+    """The rows of ``x (n, c, *place)`` and their slots, or None if they have no regular pattern."""
     n, c, *places = shape
     g, m = steps, n // steps
     groups = ref.groups(c)
@@ -200,7 +199,7 @@ def plan(
     unit: float = 1.0,
     trust: float = 1.0,
 ) -> Plan | None:
-    """What a kernel is told about ``x (n, c, *place)`` of this shape and stride; None: there is no kernel for it."""
+    """The kernel parameters for ``x (n, c, *place)`` of this shape and stride; None: there is no kernel for it."""
     last = features_last(shape, stride)
     found = None if last is None or 0 in shape else rows(d.ref, steps, shape, last)
     if found is None:
@@ -287,7 +286,7 @@ def input_grad(dy: Tensor, x: Tensor, d: Definition, s: Statistics, g_mu: Tensor
 
 
 def like(dy: Tensor, x: Tensor) -> Tensor:
-    """``dy`` as it must lie in memory beside ``x``."""
+    """``dy`` with the strides and dtype of ``x``."""
     if dy.stride() == x.stride() and dy.dtype == x.dtype and not dy.is_neg():
         return dy
     return torch.empty_like(x).copy_(dy)
@@ -298,7 +297,7 @@ def _told(x: Tensor, d: Definition) -> tuple[Plan | None, Tensor]:
         return None, x
     g = len(x)
     merged = x.flatten(2, 3).flatten(0, 1)
-    if merged.data_ptr() != x.data_ptr():  # no view of an ordinary tensor
+    if merged.data_ptr() != x.data_ptr():  # flatten had to copy
         return None, x
     return plan(d, g, tuple(merged.shape), merged.stride()), x
 

@@ -5,15 +5,15 @@
     dE/dmu_hat = -sum dy / sigma_hat            dE/dsigma_hat = -sum dy (x - mu_hat) / sigma_hat^2
     dx = dy / sigma_hat + g_mu / N + g_sigma / N sign(d) (|d| / sigma)^(p-1)           with d = x - c
 
-No square of a statistic is taken on the way: it may be no number where the gradient is one.
+No statistic is squared on the way: its square may overflow where the gradient does not.
 
-In Setting A, c = mu moves with x: g_mu gains ``-g_sigma mean(sign(d) (|d| / sigma)^(p-1))``, which is 0 for p = 2 only.
+In Setting A, c = mu depends on x: g_mu gains ``-g_sigma mean(sign(d) (|d| / sigma)^(p-1))``, 0 for p = 2 only.
 
-Where every feature map of one mini-batch has statistics of its own (BA1), torch's batch normalization in its testing
-mode is the fastest map there is, its backward pass the fastest pair of sums, and the gain and bias come with them. It
-computes ``a x + b``, which costs digits where a mean is large beside its deviation: then the plain forms serve. It
-guesses a tensor's layout from all strides, those of axes of size 1 too, which may be anything; where it guesses one
-layout for x and another for dy, its gradients are wrong (torch 2.13). So it is given strides that leave no choice.
+If every feature map of one mini-batch has its own statistics (BA1), torch's batch normalization in evaluation mode is
+the fastest map, its backward pass the fastest pair of sums, and both include gain and bias. It computes ``a x + b``,
+which loses precision where a mean is large relative to its deviation: then the plain forms are used. It guesses a
+tensor's memory format from all strides, even those of axes of size 1, which are arbitrary; if it guesses differently
+for x and dy, its gradients are wrong (torch 2.13). So it is given unambiguous strides.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from streamnorm.tracing import is_readable
 __all__ = ["apply", "input_grad", "joins", "mean", "sigma", "stat_grads", "unsupported"]
 
 CANCELS = 100
-"""How much larger than a moment about its center one about 0 may be, where the one is computed from the other."""
+"""How much larger a moment about 0 may be than the moment about the center that is computed from it."""
 LARGE = 10
-"""How many deviations a center may be from 0 for ``a x + b`` to lose no more than a digit."""
+"""How many deviations a center may be away from 0 for ``a x + b`` to lose at most one digit."""
 
 
 def unsupported(d: Definition) -> str | None:
@@ -51,14 +51,14 @@ def unsupported(d: Definition) -> str | None:
 
 
 def joins(x: Tensor, d: Definition) -> bool:
-    """Whether ``apply`` and ``input_grad`` take the gain and bias that follow along."""
+    """Whether ``apply`` and ``input_grad`` can include the gain and bias that follow."""
     return _maps(x, d) is not None and type(d.op) is Standardize
 
 
 def mean(x: Tensor, d: Definition) -> Tensor:
     """``mu`` of every reference."""
     if d.moment.p != 2 or d.ref.place != "all" or x.ndim == 4 or not x.is_contiguous() or not x.numel():
-        return generic.mean(x, d)  # about the first value, to the last digit of a large mean
+        return generic.mean(x, d)  # about the first value, so that a large mean loses no precision
     mu = _mean_of_maps(x.flatten(4).sum(4) / x[0, 0, 0, 0].numel(), x, d)
     return generic.mean(x, d) if is_readable(mu) and not mu.abs().sum().isfinite() else mu
 
@@ -83,7 +83,7 @@ def _square(x: Tensor, d: Definition) -> Tensor:
 
 
 def _mean_of_maps(each: Tensor, x: Tensor, d: Definition) -> Tensor:
-    """The mean over a reference of what is known of each map, ``(g, m, G, q)``, shaped as a statistic."""
+    """The mean over a reference of one value per map, ``(g, m, G, q)``, shaped as a statistic."""
     rest = [dim for dim in d.ref.dims(4) if each.shape[dim] != 1]
     whole = each.mean(rest, keepdim=True) if rest else each
     return whole.reshape(*whole.shape, *[1] * (x.ndim - 4))
@@ -100,7 +100,7 @@ def apply(
     """``y = N(x, s_hat)`` with one new tensor of the size of x; ``gain`` and ``shift (c,)`` where ``joins`` holds."""
     if type(d.op) is Scale:
         return x / sigma_hat
-    flat = None if x.requires_grad and torch.is_grad_enabled() else _maps(x, d)  # dy may lie in any way
+    flat = None if x.requires_grad and torch.is_grad_enabled() else _maps(x, d)  # dy may have any layout
     if flat is None or not _is_moderate(mu_hat, sigma_hat):
         y = (x - mu_hat).div_(sigma_hat)
         if gain is None or shift is None:
@@ -135,7 +135,7 @@ def stat_grads(dy: Tensor, x: Tensor, d: Definition, mu_hat: Tensor, sigma_hat: 
 
 
 def _total(values: Tensor, like: Tensor) -> Tensor:
-    """The sum of ``values`` over what shares a statistic of the shape of ``like``; place first, which lies together."""
+    """The sum of ``values`` down to the shape of ``like``; over the place axes first, which are contiguous."""
     shared = [dim for dim in range(values.ndim) if values.shape[dim] != like.shape[dim]]
     for axes in ([dim for dim in shared if dim >= 4], [dim for dim in shared if dim < 4]):
         values = values.sum(axes, keepdim=True) if axes else values
@@ -182,7 +182,7 @@ def _maps(x: Tensor, d: Definition) -> Tensor | None:
 
 
 def _dense(x: Tensor) -> Tensor | None:
-    """``x (n, c, *place)`` with the strides of a new tensor, places or features together; None: it lies otherwise."""
+    """``x (n, c, *place)`` with the strides of a new contiguous or channels_last tensor; None: it is neither."""
     if x.is_contiguous():
         return x.view(-1).view(x.shape)
     last = x.movedim(1, -1)
@@ -190,7 +190,7 @@ def _dense(x: Tensor) -> Tensor | None:
 
 
 def _is_moderate(center: Tensor, deviation: Tensor) -> bool:
-    """Whether squares of the deviation are numbers and the center is not large beside it; NaN is not."""
+    """Whether squares of the deviation do not overflow and the center is not large relative to it; False for NaN."""
     least, most = squarable(deviation.dtype)
     fits = (center.abs() <= LARGE * deviation) & (deviation >= least) & (deviation <= most)
     return bool(fits.all())

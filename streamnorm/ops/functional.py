@@ -1,12 +1,12 @@
-"""The op: the picture of the library, drawn once forward and once backward (Algorithms 1 to 6).
+"""The op: forward and backward pass of a normalization (Algorithms 1 to 6).
 
 ::
 
     forward    x  --reduce--> s        --F(H1)--> s_hat --map--> y
     backward   dy --reduce--> dE/ds_hat --G(H2)--> g_hat --map--> dx
 
-It joins kernels and stream and knows no module. The gradient is straight-through: g_hat takes the place of dE/ds,
-whatever share of s the estimate s_hat holds (Algorithm 6).
+It combines kernels and stream, independent of modules. The gradient is straight-through: g_hat takes the place of
+dE/ds, whatever the share of s in the estimate s_hat (Algorithm 6).
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from streamnorm.tracing import is_traced
 
 @dataclass(frozen=True)
 class Streams:
-    """What one call is given of the stream.
+    """What one call needs of the stream.
 
     Attributes:
-        H1, H2: the memories of F and G, or None where the policy has none.
+        H1, H2: the memories of F and G, or None if the policy has none.
         uses_estimate: normalize with s_hat (Algorithm 5), not with s (Algorithms 1, 3).
-        recall: s and the estimates, each ``(g, 2, ...)``, of the call that is being computed again, so that nothing is
-            observed twice; None for a call that happens for the first time.
-        is_reversed: going back, the g steps arrive at G last to first, as through time.
-        unit: what a gradient is multiplied by on its way to G, and G's estimate divided by: the number of steps where
-            the loss is their mean and not their sum.
-        trust: what gradients of gain and bias are multiplied by.
+        recall: s and the estimates, each ``(g, 2, ...)``, of the call that is recomputed (activation checkpointing), so
+            that nothing is observed twice; None for a first call.
+        is_reversed: in the backward pass the g steps arrive at G last to first, as through time.
+        unit: gradients are multiplied by it before G, and G's estimate divided by it: the number of steps if the loss
+            is their mean and not their sum.
+        trust: factor on the gradients of gain and bias.
     """
 
     H1: Memory | None
@@ -53,7 +53,7 @@ class Streams:
 
 
 def pack(mu: Tensor, sigma: Tensor, ref: NormRef) -> Tensor:
-    """Statistics as what a memory is fed: ``(g, 2, G q', *place')``, row 0 the mean, row 1 sigma."""
+    """Statistics as a memory takes them: ``(g, 2, G q', *place')``, row 0 the mean, row 1 sigma."""
     return torch.stack([pack_row(mu, ref), pack_row(sigma, ref)], 1)
 
 
@@ -74,8 +74,9 @@ _latest = ContextVar("_latest", default=False)
 
 @contextmanager
 def latest_statistics() -> Iterator[None]:
-    """Calls inside will go back through N with the estimate that is H1's latest by then, not with the one that they
-    used: the caveat of section 4.3. S goes back as ever. Only the composition of torch operations can do it."""
+    """The backward pass of calls inside differentiates N with H1's latest estimate at that time, not with the one that
+    the forward pass used: the caveat of section 4.3. S is differentiated as usual. Not supported by the kernels, so
+    torch operations are used."""
     token = _latest.set(True)
     try:
         with using("eager" if may_use("eager") else "generic"):
@@ -129,7 +130,7 @@ class _Normalize(torch.autograd.Function):
         dgain = dshift = None
         joined = {}
         if gain is not None:
-            # Each statistic belongs to one feature: its gradients hold the sums that the gain and bias ask for.
+            # Each statistic belongs to one feature: its gradients contain the sums for gain and bias.
             dgain, dshift = (-streams.trust * (g * sigma_hat).flatten().to(gain.dtype) for g in (g_sigma, g_mu))
         if ctx.latest is not None:
             now = ctx.latest.estimate.expand(len(data), *ctx.latest.estimate.shape)
@@ -145,7 +146,7 @@ class _Normalize(torch.autograd.Function):
             call = pack(mu, sigma, d.ref), pack(mu_hat, sigma_hat, d.ref)
             g_hat = observe_back(streams.H2, g, ctx.ok, streams.is_reversed, data.shape[1], call) / streams.unit
             g_mu, g_sigma = unpack_row(g_hat[:, 0], g_mu), unpack_row(g_hat[:, 1], g_sigma)
-        # Where F took the mean over the m' samples of s, each sample's own s has an m'-th of a share in it.
+        # Where F took the mean over the m' samples of s, each sample's own s has the weight 1 / m' in it.
         share = mu.shape[1] // g_mu.shape[1]
         if share > 1:
             g_mu, g_sigma = g_mu / share, g_sigma / share
@@ -154,7 +155,7 @@ class _Normalize(torch.autograd.Function):
 
 
 class _Estimate(torch.autograd.Function):
-    """``s (g, 2, ...) -> s_hat`` by F, and going back ``dE/ds_hat -> g_hat`` by G: what is no ordinary function."""
+    """``s (g, 2, ...) -> s_hat`` by F; its backward pass ``dE/ds_hat -> g_hat`` is G, not F's true gradient."""
 
     @staticmethod
     def forward(ctx: Any, s: Tensor, ok: Tensor | None, samples: int, streams: Streams) -> Tensor:
@@ -176,8 +177,8 @@ class _Estimate(torch.autograd.Function):
 
 
 def normalize_traced(x: Tensor, definition: Definition, streams: Streams) -> Tensor:
-    """``normalize`` for a compiler: ordinary torch operations, whose gradients it makes and fuses itself, around
-    ``_Estimate``. The gain and bias follow."""
+    """``normalize`` for ``torch.compile``: plain torch operations around ``_Estimate``, which the compiler
+    differentiates and fuses. Without gain and bias."""
     d, samples = definition, x.shape[1]
     data = x.to(torch.promote_types(x.dtype, torch.float32))
     mu, ok, center = generic.mean(data, d), None, None
@@ -189,7 +190,7 @@ def normalize_traced(x: Tensor, definition: Definition, streams: Streams) -> Ten
         s = pack(mu, sigma, d.ref)
         for memory in (streams.H1, streams.H2):
             if memory is not None:
-                memory.fit(s)  # a compiler makes no buffers inside a Function
+                memory.fit(s)  # a compiler cannot create buffers inside a Function
         s_hat = _Estimate.apply(s, ok, samples, streams)
         mu, sigma = unpack_row(s_hat[:, 0], mu), unpack_row(s_hat[:, 1], sigma)
     elif streams.H1 is not None:
@@ -201,10 +202,10 @@ def normalize_traced(x: Tensor, definition: Definition, streams: Streams) -> Ten
 def observe_back(
     H2: Memory, g: Tensor, ok: Tensor | None, is_reversed: bool, samples: int, call: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """G's estimates for the gradients ``g (g, 2, ...)`` of the steps, which arrive in their order or last to first.
+    """G's estimates for the gradients ``g (g, 2, ...)`` of the steps, which arrive in order or last to first.
 
     Args:
-        samples: in each step.
+        samples: number of samples in each step.
         call: the steps' s and s_hat ``(g, 2, ...)``.
     """
     ok = finite(g, ok)
@@ -215,7 +216,7 @@ def observe_back(
 
 
 def refuse_second_derivative() -> None:
-    """Raise if the backward pass that is running is to be differentiated itself."""
+    """Raise if the running backward pass is itself recorded for differentiation (``create_graph=True``)."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "the gradient of a streamnorm layer that remembers cannot be differentiated again; call backward without "
@@ -224,10 +225,10 @@ def refuse_second_derivative() -> None:
 
 
 def second_derivative(x: Tensor, dy: Tensor, d: Definition, H1: Memory | None) -> Tensor:
-    """``dx`` for a canonical ``x``, as a function of x and dy that can be differentiated itself.
+    """``dx`` for a canonical ``x``, as a differentiable function of x and dy.
 
     Raises:
-        RuntimeError: with a memory, whose gradient is no ordinary one.
+        RuntimeError: with a memory, where the gradient is not a true derivative.
     """
     if H1 is not None:
         refuse_second_derivative()
@@ -240,9 +241,9 @@ def _about_the_estimate(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Setting B: the center mu_hat, this call's mean included, sigma about it, and which of the g steps are finite.
 
-    F is pure and takes every statistic by itself, so it can be asked for the mean before sigma exists. A step whose
-    sigma overflows while its mean does not must stay out of the centers of later steps: the first such step is left
-    out and the rest computed again, which only a cycle of several steps needs, and has to ask the device for.
+    F is pure and treats every statistic separately, so it can estimate the mean before sigma exists. A step whose
+    sigma overflows while its mean does not must not enter the centers of later steps: the first such step is left out
+    and the rest recomputed. Only a cycle of several steps needs this, and it synchronizes with the device.
     """
     assert streams.H1 is not None
     row = pack_row(mu, d.ref)
@@ -257,7 +258,7 @@ def _about_the_estimate(
         sigma = kernel.sigma(x, d, mu, center)
         if len(row) == 1:
             return center, sigma, ok
-        if is_traced():  # nobody can be asked: what comes after the first such step is left out with it
+        if is_traced():  # values cannot be read: all that follows the first such step is left out with it
             good = finite(pack_row(sigma, d.ref), ok)
             return center, sigma, None if good is None else good.long().cumprod(0) > 0
         good = finite(pack_row(sigma, d.ref), ok)
@@ -268,21 +269,21 @@ def _about_the_estimate(
 
 
 def _recalled(s: Tensor, recall: tuple[Tensor, Tensor]) -> Tensor:
-    """The estimates of the call that is computed again, if ``s`` shows that it is that call."""
+    """The estimates of the call that is recomputed, after checking by ``s`` that it is that call."""
     before, estimates = recall
     expect_the_same(s, before)
     return estimates
 
 
 def expect_the_same(s: Tensor, before: Tensor) -> None:
-    """Raise unless statistics that are computed again are those of before."""
-    # The same operations on the same numbers: what differs is at most the rounding of another thread count.
+    """Raise unless recomputed statistics equal the original ones."""
+    # The same operations on the same numbers: at most the rounding differs, with another number of threads.
     if s.shape != before.shape or not torch.allclose(s, before, rtol=1e-3, atol=1e-6, equal_nan=True):
         raise_forgotten()
 
 
 def raise_forgotten() -> NoReturn:
-    """A call cannot be computed again."""
+    """Raise for a call that cannot be recomputed."""
     raise RuntimeError(
         "activation checkpointing computes a normalization again that was called once more since, so that its "
         "statistics are gone; checkpoint a part of the model that calls the layer once, or leave it out"
@@ -299,23 +300,23 @@ def normalize(
     """Normalize ``x (g, m, G, q, *place)`` in training.
 
     Args:
-        gain, shift: ``(c,)`` of the layer that follows, where ``joins`` says that they may be given.
+        gain, shift: ``(c,)``, the affine map that follows; only where ``joins`` holds.
 
     Returns:
-        ``y`` of the shape and dtype of x; F's estimate at each of the g steps and what F was given, ``(g, 2, ...)``,
-        or None where there is no H1.
+        ``y`` of the shape and dtype of x; F's estimate at each of the g steps and its input s, ``(g, 2, ...)``, or None
+        without an H1.
     """
     return _Normalize.apply(x, gain, shift, definition, streams)
 
 
 def normalize_alone(x: Tensor, definition: Definition) -> Tensor:
-    """Normalize ``x (g, m, G, q, *place)`` by its own statistics, with no memory (Algorithm 1): an ordinary function of
-    x in torch operations, for transforms of functions, compilers, and derivatives of any order and mode."""
+    """Normalize ``x (g, m, G, q, *place)`` by its own statistics, with no memory (Algorithm 1): a plain function in
+    torch operations, for ``torch.func``, compilers, and derivatives of any order and mode."""
     return normalize_traced(x, definition, Streams(None, None, uses_estimate=False))
 
 
 def joins(x: Tensor, definition: Definition) -> bool:
-    """Whether ``normalize`` takes the gain and bias along."""
+    """Whether ``normalize`` can include the gain and bias."""
     kernel = choose(definition, x)
     return kernel is eager and eager.joins(x, definition)
 
@@ -324,13 +325,12 @@ def normalize_fixed(x: Tensor, definition: Definition, estimate: Tensor, known: 
     """Testing: ``y = N(x, s_hat)`` with a constant ``estimate (2, ...)`` (Algorithms 3 and 5). Plain autograd.
 
     Args:
-        known: whether there is an estimate; else y is NaN. Given where values cannot be looked at: no branch depends on
-            one then.
+        known: whether there is an estimate; if not, y is NaN. For tracing, where no branch may depend on a value.
     """
     data = x.to(torch.promote_types(x.dtype, torch.float32))
     groups, features = x.shape[2], estimate.shape[1]
     place = [1] * (x.ndim - 4) if definition.ref.place == "all" else estimate.shape[2:]
-    # A copy: what is saved for the way back must not move when training goes on before it.
+    # A copy: further training must not change what is saved for the backward pass.
     constant = estimate.to(data.dtype, copy=True)
     if known is not None:
         constant = torch.where(known, constant, torch.nan)

@@ -1,9 +1,9 @@
-"""The op in one compiled call: statistics, F, map and the gain and bias that follow, and the same going back.
+"""The op in one compiled call: statistics, F, map and the gain and bias that follow, and its backward pass.
 
-What ``op`` composes of a backend's functions and the stream, an operator on a CPU does here while the data are in the
-cache, for the rules and references that its kernels know. It is a short cut and nothing else: whatever it does not
-know, and every call in which something is not finite, is left to ``op``, with the memories as they were. Imports the op
-and what stands below it.
+What ``ops.functional`` composes of a backend's functions and the stream, one CPU operator does here while the data are
+in the cache, for the rules and references that its kernels support. It is only a fast path: anything unsupported, and
+every call with values that are not finite, falls back to ``ops.functional``, with the memories unchanged. Imports the
+op and what stands below it.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from streamnorm.stream.policy import Policy
 from streamnorm.tracing import is_traced
 
 TABLES = 5
-"""What a kernel keeps of each step for the backward: mu, sigma, their estimates, and the mean slope."""
+"""What a kernel saves of each step for the backward pass: mu, sigma, their estimates, and the mean slope."""
 KINDS = 16
-"""Kinds of input whose calls a layer remembers."""
+"""Kinds of input whose calls a layer caches."""
 
 _KNOWN: dict[type, tuple[int, Callable[[Any], tuple[float, ...]], tuple[str, str, str, str]]] = {
     LongShort: (cpu.LONG_SHORT, lambda rule: rule.mix, ("long", "short", "count", "updates")),
@@ -41,16 +41,16 @@ _KNOWN: dict[type, tuple[int, Callable[[Any], tuple[float, ...]], tuple[str, str
     Pooled: (cpu.POOLED, lambda rule: (rule.memory, rule.prior, rule.updates), ("long", "short", "count", "held")),
     Residual: (cpu.RESIDUAL, lambda rule: (rule.memory,), ("theta", "theta", "held", "seen")),
 }
-"""The rules that the kernels know: their kind, their numbers, and the members that stand for long, short, count and
+"""The rules that the kernels support: their kind, their numbers, and the members used as long, short, count and
 updates."""
 
 
 class Native:
-    """A memory as the kernels see it: its rule in numbers, and where its members lie in its two buffers.
+    """A memory as the kernels see it: the numbers of its rule, and the indices of its members in its two buffers.
 
     Attributes:
-        at: where its buffers are.
-        stream: the rest of that, for an operator.
+        at: the mapping that holds its buffers.
+        stream: everything else, for an operator.
     """
 
     def __init__(self, memory: Memory) -> None:
@@ -71,7 +71,7 @@ class Native:
 
     @staticmethod
     def serves(memory: Memory | None) -> bool:
-        """Whether the kernels know the rule of this memory."""
+        """Whether the kernels support the rule of this memory."""
         return memory is None or type(memory.rule) in _KNOWN
 
     def buffers(self) -> tuple[Tensor, Tensor]:
@@ -81,15 +81,15 @@ class Native:
 
 
 class FusedCall:
-    """The call for one kind of input: one shape, layout and dtype.
+    """The call for one kind of input: one shape, memory layout and dtype.
 
     Attributes:
         fused: the layer's calls, of which this is one.
-        way: how the input is cut: ``(steps, is_reversed, unit)``.
-        bytes: everything as the operators take it.
+        way: how the input is split into steps: ``(steps, is_reversed, unit)``.
+        bytes: all parameters for the operators.
         has_gains: whether gain and bias are part of the call.
         reference_size: activations in the smallest reference.
-        kept: what the latest call has left for its backward.
+        kept: what the latest call saved for its backward pass.
     """
 
     __slots__ = (
@@ -130,8 +130,7 @@ class FusedCall:
         ).tensor()
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
-        """``y`` in training, of gain and bias too if it ``has_gains``; None if it has to be done otherwise, with
-        everything as it was."""
+        """``y`` in training, with gain and bias if it ``has_gains``; None: use the fallback, nothing has changed."""
         H1, gain, shift = self.fused.H1, NOTHING[0], NOTHING[0]
         if not self.has_gains:
             weight = bias = None
@@ -147,14 +146,14 @@ class FusedCall:
     def backward(
         self, dy: Tensor, x: Tensor, weight: Tensor | None, kept: Tensor, needs: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...] | None:
-        """The gradients of x, gain and bias that are needed; None: it has to be done otherwise."""
+        """The gradients of x, gain and bias that are needed; None: use the fallback."""
         H2 = self.fused.H2
         tables, counts = NOTHING if H2 is None else H2.buffers()
         gain = NOTHING[0] if weight is None else as_read(weight, self.dtype)
         rest = (x, gain, kept, tables, counts, self.bytes, needs[0] | 2 * needs[1] | 4 * needs[2])
         first = needs.index(True)
         made = None if dy.is_neg() else self.operators.backward(dy, *rest)
-        if made is None or not made[first].numel():  # dy may lie otherwise than x
+        if made is None or not made[first].numel():  # dy may have other strides than x
             made = self.operators.backward(cpu.like(dy, x), *rest)
             if not made[first].numel():
                 return None
@@ -162,7 +161,7 @@ class FusedCall:
         return dx if needs[0] else None, dgain if needs[1] else None, dbias if needs[2] else None
 
     def fold(self) -> bool:
-        """The weight update of both memories; whether it could be done."""
+        """The weight update of both memories; False: use the fallback."""
         memories = [NOTHING if native is None else native.buffers() for native in (self.fused.H1, self.fused.H2)]
         done: bool = self.operators.fold(*memories[0], *memories[1], self.bytes)
         return done
@@ -193,7 +192,7 @@ class Fused:
         return whole and Native.serves(H1) and Native.serves(H2) and cpu.unsupported(definition) is None
 
     def is_of(self, definition: Definition, policy: Policy, H1: Memory | None, H2: Memory | None) -> bool:
-        """Whether this was made for just these, with the rules that the memories had."""
+        """Whether this was made for exactly these, and the memories still have the same rules."""
         f, g = self.H1, self.H2
         return (
             self.definition is definition
@@ -212,9 +211,9 @@ class Fused:
     ) -> FusedCall | None:
         """The call for such an input; None: there are no kernels for it.
 
-        ``unit``: what gradients are multiplied by on their way to G.
-        ``check(x, steps)`` is asked for every new kind of input: it returns its canonical view, and raises for those
-        that the layer refuses.
+        ``unit``: gradients are multiplied by it before G.
+        ``check(x, steps)`` is called for every new kind of input: it returns its canonical view, and raises for those
+        that the layer does not accept.
         """
         way = steps, is_reversed, unit
         key = (x.shape, x.stride(), x.dtype, way)
@@ -225,7 +224,7 @@ class Fused:
         plan = cpu.plan(self.definition, steps, shape, x.stride(), self.uses_estimate, is_reversed, unit, trust)
         memories = [native.memory for native in (self.H1, self.H2) if native is not None]
         if plan is not None and any(memory.estimate.numel() != 2 * plan.slots for memory in memories):
-            return None  # a memory that gets its shape from this very call
+            return None  # a memory that gets its shape from this call
         own = self.definition.ref.groups(x.shape[1]) == x.shape[1]
         has_gains = plan is not None and self.H1 is not None and own and plan.slots == x.shape[1]
         size = self.definition.ref.size(view.shape) if view.numel() else 0
@@ -235,11 +234,11 @@ class Fused:
         return call
 
     def fold(self) -> bool:
-        """The weight update of both memories in one call; False: it has to be done otherwise."""
+        """The weight update of both memories in one call; False: use the fallback."""
         return self.latest is not None and self.latest.fold()
 
     def again(self, x: Tensor, call: FusedCall, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """``y`` of the latest such call, computed once more, so that nothing is observed twice.
+        """Recompute ``y`` of the latest such call, without observing its statistics twice.
 
         Raises:
             RuntimeError: if ``x`` is not the input of that call.
@@ -260,11 +259,11 @@ class Fused:
 
 
 NOTHING = torch.empty(0, device="cpu"), torch.empty(0, dtype=torch.int64, device="cpu")
-"""What stands for a memory that is not there, and the first of them for a parameter."""
+"""Placeholder for the two buffers of a missing memory; the first also for a missing parameter."""
 
 
 def _stat_shape(x: Tensor, call: FusedCall, d: Definition) -> list[int] | None:
-    """The shape of a statistic beside the canonical view of ``x``, if that is an input of this call."""
+    """The shape of a statistic, broadcastable to the canonical view of ``x``; None: not an input of this call."""
     if x.shape != call.x_shape or x.dtype != call.x_dtype:
         return None
     view = d.ref.view(x, call.steps)
@@ -273,7 +272,7 @@ def _stat_shape(x: Tensor, call: FusedCall, d: Definition) -> list[int] | None:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody wants to know of this module's calls, or has put another ``forward`` in its place."""
+    """Whether the module has hooks, or its ``forward`` has been replaced."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -285,14 +284,14 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def as_read(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """A gain or bias as the kernels read it."""
+    """A gain or bias in a form that the kernels can read."""
     if parameter.dtype is dtype and not parameter.is_neg() and parameter.is_contiguous():
         return parameter
     return parameter.detach().to(dtype).contiguous().resolve_neg()
 
 
 class _Backward(torch.autograd.Function):
-    """The backward of a call that has been computed: ``apply(x, weight, bias, (call, y, kept))`` is y."""
+    """The backward pass of a finished call: ``apply(x, weight, bias, (call, y, kept))`` returns y."""
 
     @staticmethod
     def forward(
@@ -314,18 +313,18 @@ class _Backward(torch.autograd.Function):
             found = call.backward(dy, x, weight, kept, needs)
             if found is not None:
                 return *found, None
-        x, kept = x.to(call.x_dtype), kept.to(call.dtype)  # hooks may have kept them otherwise
+        x, kept = x.to(call.x_dtype), kept.to(call.dtype)  # saved-tensor hooks may change the dtype
         return *_composed(dy, x, weight, kept, call, call.fused.H2 if needs[0] else None), None
 
 
-# Without what torch's own ``apply`` does for transforms of functions, which never come here (``cpu.takes``).
+# Skips the handling of ``torch.func`` transforms in torch's own ``apply``; they never get here (``cpu.takes``).
 _apply: Callable[..., Tensor] = super(torch.autograd.Function, _Backward).apply  # type: ignore[misc]
 
 
 def _composed(
     dy: Tensor, x: Tensor, weight: Tensor | None, kept: Tensor, call: FusedCall, H2: Native | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The backward in torch operations, for what is not finite and for who is watching."""
+    """Fallback backward pass in torch operations, for values that are not finite and under tracing."""
     fused = call.fused
     d = fused.definition
     data, grad = (d.ref.view(t.to(call.dtype), call.steps) for t in (x, dy))

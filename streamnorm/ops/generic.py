@@ -1,6 +1,6 @@
-"""The backend that serves every definition: R, S and N as they are written, their gradients by autograd.
+"""The backend that supports every definition: R, S and N as they are written, their gradients by autograd.
 
-It serves windows and whatever a user puts in the place of R, S or N, and it is what faster backends are held against.
+It is for windows and a user's own R, S or N, and the reference that faster backends are tested against.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from streamnorm.definition.layer import Definition, Statistics
 
 
 def unsupported(d: Definition) -> str | None:
-    """None: it serves every definition."""
+    """None: it supports every definition."""
 
 
 def mean(x: Tensor, d: Definition) -> Tensor:

@@ -1,11 +1,11 @@
 """The compiled kernels' shared library: found, checked and opened at its first use, through ctypes.
 
 It is built without Python and torch, and registers its operators through torch's C shim (``csrc/register.cpp``). It
-is handed the OpenMP threads that torch computes with, since a second runtime in one process would compete for the
-cores, or hang. Without the library, everything computes as before, in torch, and says once that it could be faster.
+uses torch's OpenMP runtime, since a second one in the process would compete for the cores, or hang. Without the
+library everything runs in torch, with one warning that it could be faster.
 
-Environment: ``STREAMNORM_BACKEND=eager`` leaves the library alone, ``STREAMNORM_LIBRARY`` opens another file,
-``STREAMNORM_ISA`` takes a lower instruction set (``base``, ``v3``, ``v4``) than the machine has.
+Environment: ``STREAMNORM_BACKEND=eager`` does not use the library, ``STREAMNORM_LIBRARY`` opens another file,
+``STREAMNORM_ISA`` selects a lower instruction set (``base``, ``v3``, ``v4``) than the machine has.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 import torch
 
 ABI = 12
-"""What ``streamnorm_abi`` has to answer; raised there and here together."""
+"""What ``streamnorm_abi`` must return; increase it in both places together."""
 
 ISAS = {"base": 0, "v3": 3, "v4": 4}
-"""Instruction sets by the number that the library calls them, the lowest first."""
+"""Instruction sets with the library's number for each, the lowest first."""
 
 OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_get_max_threads")
-"""What the library is given of torch's OpenMP runtime, in the order of ``streamnorm_use``."""
+"""The functions of torch's OpenMP runtime that the library gets, in the order of ``streamnorm_use``."""
 
 MEND = (
     "install a C++ compiler, then: pip install --force-reinstall --no-deps --no-binary streamnorm streamnorm "
@@ -38,7 +38,7 @@ MEND = (
 
 
 def path() -> Path:
-    """The file that is opened."""
+    """The library's file."""
     name = "_native.dylib" if sys.platform == "darwin" else "_native.so"
     return Path(os.environ.get("STREAMNORM_LIBRARY") or Path(__file__).with_name(name))
 
@@ -47,7 +47,7 @@ def wanted() -> bool:
     """Whether compiled kernels may be used.
 
     Raises:
-        ValueError: for a ``STREAMNORM_BACKEND`` that is none.
+        ValueError: for an unknown ``STREAMNORM_BACKEND``.
     """
     backend = os.environ.get("STREAMNORM_BACKEND") or "native"
     if backend not in ("native", "eager"):
@@ -57,7 +57,7 @@ def wanted() -> bool:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The library, opened once; None where there is none, with a warning unless that was chosen."""
+    """The library, opened once; None if there is none, with a warning unless that was chosen."""
     if not wanted():
         return None
     found, why_not = _open()
@@ -76,7 +76,7 @@ def isa() -> str | None:
     """The instruction set to use: the best of this machine, or a lower one named in ``STREAMNORM_ISA``.
 
     Raises:
-        ValueError: if that one is unknown or more than this machine has.
+        ValueError: if that one is unknown or higher than this machine's.
     """
     loaded = library()
     if loaded is None:
@@ -93,7 +93,7 @@ def function(name: str, argtypes: Sequence[Any], restype: Any = None) -> Callabl
     """The library's function of that name for this machine's instruction set, with its C types.
 
     Raises:
-        RuntimeError: without a library; ask ``library()`` first.
+        RuntimeError: without a library; check ``library()`` first.
     """
     loaded = library()
     if loaded is None:
@@ -111,8 +111,8 @@ REGISTERED = (
 
 
 class Operators(NamedTuple):
-    """What ``csrc/register.cpp`` registers, without what torch does around an operator in Python: who sees operators
-    does not see these (``cpu.takes``)."""
+    """The operators of ``csrc/register.cpp``, without torch's Python dispatch around them: they are never called where
+    operators are recorded (``cpu.takes``)."""
 
     forward: Any
     backward: Any
@@ -128,7 +128,7 @@ def operators() -> Operators:
     """The operators ``torch.ops.streamnorm``, registered at the first use.
 
     Raises:
-        RuntimeError: without a library, or if torch refuses them.
+        RuntimeError: without a library, or if torch does not accept them.
     """
     loaded = library()
     if loaded is None:
@@ -142,7 +142,7 @@ def operators() -> Operators:
 
 
 def status() -> dict[str, str]:
-    """What was found, in words: ``library``, and then ``abi``, ``isa`` and ``threads``, or a ``reason`` against it."""
+    """What was found, as text: ``library``, then ``abi``, ``isa`` and ``threads``, or the ``reason`` it is not used."""
     report = {"library": str(path())}
     if not wanted():
         return {**report, "reason": "STREAMNORM_BACKEND=eager"}
@@ -172,7 +172,7 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
 
 @cache
 def _openmp() -> tuple[tuple[int | None, ...], str]:
-    """Pointers to torch's OpenMP and the file they are in, or nulls and why. Only what is loaded already is taken."""
+    """Pointers to torch's OpenMP and the file they are in, or nulls and the reason. Only looks at loaded libraries."""
     nothing = (None,) * len(OPENMP)
     if _forked:
         return nothing, "none: a forked process computes on one thread"
@@ -202,7 +202,7 @@ _forked = False
 
 
 def _after_fork() -> None:
-    """Compute on one thread from here on: the runtime's threads did not come along, and waiting for them never ends."""
+    """Use one thread from here on: a fork does not copy the runtime's threads, and waiting for them would hang."""
     global _forked
     _forked = True
     _openmp.cache_clear()

@@ -1,6 +1,6 @@
-"""The stream: what is remembered of statistics that have passed (paper, sections 3.3.1 and 3.3.2).
+"""The stream: the memory of past statistics (paper, sections 3.3.1 and 3.3.2).
 
-A rule says what happens to a state, a memory holds it. Imports torch and the checks alone.
+A rule defines how a state is updated, a memory holds the state. Imports torch and the checks alone.
 """
 
 from streamnorm.stream.buffers import expect_replaceable as expect_replaceable

@@ -1,5 +1,5 @@
-"""The two buffers that hold statistics: tables that keep their precision, and counters. What stands for tables until
-the first input has told their shape. Imports torch alone.
+"""The two buffers that hold statistics: tables that keep their precision, and counters; the placeholder for tables
+whose shape is only known from the first input. Imports torch alone.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ ADVICE = (
     "run one batch through the model in training first, or give the shape when the layer is made: place=(height, "
     "width) for statistics of every place, TimeSpecific(norm, steps=n) for those of every time step"
 )
-"""What to do where a table has no shape yet."""
+"""What to do about a table that has no shape yet."""
 
 
 class Unshaped(Tensor):
-    """A table without values. Copying or averaging it with one that has values raises: torch would refuse it in words
-    that say nothing of layers, or, where shapes broadcast, lose the values without a word.
+    """A table without values. Copying or averaging it with one that has values raises: torch's own error would not
+    mention layers, and where shapes broadcast it would silently lose the values.
 
     >>> import torch
     >>> table = torch.zeros(2, 0).as_subclass(Unshaped)
@@ -54,7 +54,7 @@ class Unshaped(Tensor):
 
 
 def _operands(args: Iterable[Any]) -> Iterable[Sequence[Tensor]]:
-    """The tensors that meet each other: those of a call, or those at the same place of its lists."""
+    """The tensors that are combined: the arguments of a call, or the entries of its lists that correspond."""
     lists = [a for a in args if isinstance(a, (list, tuple)) and a and all(isinstance(t, Tensor) for t in a)]
     return zip(*lists, strict=False) if lists else [[a for a in args if isinstance(a, Tensor)]]
 
@@ -64,7 +64,7 @@ class Buffers(nn.Module):
 
     Attributes:
         shaped: whether the tables have a shape; they are ``Unshaped`` until then.
-        waits: whether the first input tells it; again where a state from before it is loaded.
+        waits: whether the shape comes from the first input; loading an unshaped state makes the tables wait again.
     """
 
     shaped: bool
@@ -76,7 +76,7 @@ class Buffers(nn.Module):
         self.waits = waits
 
     def _hold(self, tables: Tensor, counts: Tensor, shaped: bool) -> None:
-        """These are the buffers from now on."""
+        """Register these as the two buffers, in place of any earlier ones."""
         for name, value in zip(self._names, (tables, counts), strict=True):
             self.register_buffer(name, _wide(value))
         self.shaped = shaped
@@ -84,7 +84,7 @@ class Buffers(nn.Module):
 
     @property
     def _at(self) -> Any:
-        """Where the two are, by name."""
+        """The mapping that holds the two buffers by name."""
         return self._buffers
 
     @property
@@ -98,7 +98,7 @@ class Buffers(nn.Module):
         return self._buffers[self._names[1]]  # type: ignore[return-value]
 
     def _mark(self) -> None:
-        """Whoever copies tables that have no shape yet is told so."""
+        """Make tables that have no shape yet ``Unshaped``, so that copying them raises."""
         if not self._buffers:
             return
         tables = self.tables
@@ -134,10 +134,10 @@ def _wide(value: Tensor) -> Tensor:
 
 
 def expect_replaceable(counts: Tensor) -> None:
-    """Raise where new buffers would not reach everybody: their ``counts`` tell.
+    """Raise where buffers must not be replaced by new ones, judging by their ``counts``.
 
     Raises:
-        RuntimeError: if a compiler is watching, or other processes share the memory.
+        RuntimeError: under ``torch.compile``, or if other processes share the memory.
     """
     if is_dynamo_compiling():
         raise RuntimeError(

@@ -1,6 +1,6 @@
 """The rules of Online Normalization (Chiley et al. 2019, arXiv 1905.05894). Imports the rule.
 
-F normalizes with what it knew before an arrival; G is a controller that drives two accumulated errors to 0.
+F normalizes with its state from before an arrival; G is a controller that drives two accumulated errors to 0.
 
 Legend: ``g`` arrivals in order along the first axis.
 """
@@ -18,7 +18,7 @@ from streamnorm.stream.rule import CHUNK, GradientRule, Rule, State, affine_scan
 
 @dataclass(frozen=True)
 class Lagging(Rule):
-    """F: exponential averages of mean and variance up to the arrival before, from mean 0 and variance 1 on.
+    """F: exponential averages of mean and variance up to the previous arrival, starting from mean 0 and variance 1.
 
     ::
 
@@ -27,10 +27,10 @@ class Lagging(Rule):
                     mu  <- alpha mu + (1 - alpha) mean(x)
 
     It is for ``Lp(2, "estimate")``: there ``sigma^2 = var(x) + (mean(x) - mu_{t-1})^2 + eps``, so that eps is in the
-    variance. Testing normalizes with the latest averages. Weight updates mean nothing to it.
+    variance. Testing normalizes with the latest averages. Weight updates have no effect.
 
     Args:
-        alpha: what an arrival leaves of them.
+        alpha: decay of the averages per arrival.
     """
 
     alpha: float = 0.999
@@ -49,7 +49,7 @@ class Lagging(Rule):
         if len(s) > CHUNK:
             return in_chunks(self, state, s, ok)
         mu, var = state["moments"].to(s.dtype).split([1, len(state["moments"]) - 1])
-        fits = s[:, 1:].square().isfinite().flatten(1).all(1)  # a variance that is no number would stay for good
+        fits = s[:, 1:].square().isfinite().flatten(1).all(1)  # a non-finite variance would stay forever
         ok = fits if ok is None else ok & fits
         means, mu = self._averages(mu, s[:, :1], ok)
         squares, var = self._averages(var, s[:, 1:].square() - (1 - self.alpha) * (s[:, :1] - means).square(), ok)
@@ -76,18 +76,18 @@ class Lagging(Rule):
 
 @dataclass(frozen=True)
 class Controlled(GradientRule):
-    """G: what is handed on has, in the long run, no mean and no correlation with y.
+    """G: in the long run the gradient that is passed on has mean 0 and no correlation with y.
 
     ::
 
         y' = dy - (1 - alpha) e_y y                    e_y <- e_y + mean(y' y)
         dx = y' / sigma_hat - (1 - alpha) e_1          e_1 <- e_1 + mean(dx)
 
-    with means over the arrival; the errors are remembered as sums, which the gradients of s_hat are. An arrival with
+    with means over the arrival; the errors are kept as sums, as the gradients of s_hat are sums. An arrival with
     ``mean(y^2) > 2 / (1 - alpha)`` makes e_y overshoot, which is why outputs are clamped or scaled afterwards.
 
     Args:
-        alpha: ``1 - alpha`` is the share of the accumulated errors that is taken off.
+        alpha: ``1 - alpha`` is the share of the accumulated errors that is subtracted.
     """
 
     alpha: float = 0.99
@@ -108,7 +108,7 @@ class Controlled(GradientRule):
         rate, old = 1 - self.alpha, state["errors"].to(g.dtype)
         (mu, sigma), (mu_hat, sigma_hat) = s.to(g.dtype).unbind(1), s_hat.to(g.dtype).unbind(1)
         mean, square = (mu - mu_hat) / sigma_hat, (sigma / sigma_hat).square()
-        # The errors (e_1, e_y) as an affine function of those before.
+        # The errors (e_1, e_y) as an affine function of the previous ones.
         P = torch.stack(
             [
                 torch.full_like(mean, self.alpha),

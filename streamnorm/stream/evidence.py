@@ -1,7 +1,7 @@
 """Rules whose memory is counted in samples. Imports the rule.
 
-F weighs what is remembered and what arrives by the samples that each holds; G hands on what a regression over the
-stream leaves of the gradient.
+F weights memory and new data by the number of samples behind each; G passes on the residual of a regression of the
+gradient over the stream.
 
 Legend: ``m`` samples in an arrival; ``g`` arrivals in order along the first axis.
 """
@@ -31,7 +31,7 @@ from streamnorm.stream.rule import (
 
 @dataclass(frozen=True)
 class Pooled(Rule):
-    """F by evidence: the mean of what is remembered and what is new, each weighed by the samples that it holds.
+    """F by evidence: the mean of memory and new data, each weighted by its number of samples.
 
     ::
 
@@ -39,16 +39,16 @@ class Pooled(Rule):
         estimate       (M long + N short) / (M + N)
         weight update  long <- that estimate, short <- empty,  M <- min(M + N, max(memory, updates N))
 
-    So the estimate is the mean of all samples until ``memory`` of them have passed, and never biased towards the first.
-    With one sample an update it is a running average over ``memory`` samples; with many, over ``updates`` updates.
+    So the estimate is the mean of all samples until ``memory`` of them have passed, never biased towards the first.
+    With one sample per update it is a running average over ``memory`` samples; with many, over ``updates`` updates.
 
-    One sample has no sigma, and the first few have little of one. So the row of sigma begins with a prior that counts
-    as ``prior`` samples: the deviation of all features of the first arrival about their common mean, which is what
-    layer normalization divides by.
+    The sigma of one sample is 0, and that of the first few too small. So the row of sigma starts from a prior that
+    counts as ``prior`` samples: the deviation of all features of the first arrival about their common mean, which is
+    what layer normalization divides by.
 
     Args:
-        memory: samples.
-        prior: samples that the first sigma counts as while fewer than ``memory`` are held; 0: none.
+        memory: length of the memory, in samples.
+        prior: samples that the prior of sigma counts as while fewer than ``memory`` are held; 0: no prior.
         updates: weight updates that are remembered if they hold more samples than ``memory``; 0: none.
         samples: m, of an arrival.
 
@@ -119,13 +119,13 @@ class Pooled(Rule):
         return weight.reshape(len(counts), rows, *[1] * (like.ndim - 2))
 
     def _begun(self, state: State, s: Tensor, arrived: Tensor) -> Tensor:
-        """long, which begins with the prior of the first arrival of all."""
+        """long, which the very first arrival initializes with its prior."""
         long = state["long"]
         if not self.prior or len(long) < 2:
             return long
         first = s[0] if len(s) == 1 else s.index_select(0, arrived.int().argmax().reshape(1)).squeeze(0)
         mu, sigma = first
-        # In units of the largest, whose squares are numbers, as are sums of parts.
+        # Relative to the largest value, so that squares and their sums do not overflow.
         unit = torch.maximum(mu.abs().amax(), sigma.abs().amax()).clamp_min(torch.finfo(s.dtype).tiny)
         mu_u, sigma_u = mu / unit, sigma / unit
         wide = unit * ((mu_u - mu_u.mean()).square() + sigma_u.square()).mean().sqrt()
@@ -149,8 +149,8 @@ class Pooled(Rule):
         return torch.minimum((held + count).double(), most).to(held.dtype)
 
     def merge(self, states: Sequence[State]) -> State:
-        """Short terms weighted by their samples; long terms by the samples they stand for, the prior of the first state
-        that has one if none stands for any."""
+        """Short terms weighted by their samples, long terms by the samples they stand for. If none stands for any: the
+        prior of the first state that has one."""
 
         def mean(name: str, weight: str) -> Tensor:
             total = sum(state[weight] for state in states)
@@ -169,7 +169,7 @@ class Pooled(Rule):
         }
 
     def migrated(self, saved: State) -> State:
-        """A state of ``LongShort`` is taken as a full memory."""
+        """A state of ``LongShort`` counts as a full memory."""
         if "updates" not in saved:
             return saved
         updates = saved.pop("updates")
@@ -178,24 +178,24 @@ class Pooled(Rule):
 
 @dataclass(frozen=True)
 class Residual(GradientRule):
-    """G as a regression over the stream: handed on is what it leaves of the gradient.
+    """G as a regression over the stream: the gradient's residual is passed on.
 
-    Batch normalization hands on ``dy - v - u y``, the residual of the regression of dy on 1 and y over the mini-batch.
-    Here the regression is over the stream, with a prior that counts as M samples, the coefficients up to now::
+    Batch normalization passes on ``dy - v - u y``, the residual of the regression of dy on 1 and y over the mini-batch.
+    Here the regression is over the stream, its prior the coefficients so far, counted as M samples::
 
         (M I + m A) theta <- M theta + m b              theta = (v, u), M = min(samples before + 1, memory)
         A = [[1, mean y], [mean y, mean y^2]]           b = (sum of dy, sum of dy y)
         g_hat = -(v, u sigma / sigma_hat) / sigma_hat
 
-    s, s_hat and g tell all of it: ``mean y = (mu - mu_hat) / sigma_hat``, ``b = -sigma_hat g``, and ``mean y^2 =
+    It follows from s, s_hat and g: ``mean y = (mu - mu_hat) / sigma_hat``, ``b = -sigma_hat g``, and ``mean y^2 =
     (sigma / sigma_hat)^2``, at least the square of the mean, which is exact for p = 2 about mu_hat (Setting B).
 
-    With many samples in a call this is the gradient of batch normalization. With one it is a feedback: theta changes
-    by ``1 / M`` of what is handed on, so that the mean and the correlation with y of what is handed on cannot add up
-    in the weights, whatever the rates. No size of y makes it unstable: M is added to ``m A``, which divides.
+    With many samples in a call this is the gradient of batch normalization. With one it is feedback: theta changes
+    by ``1 / M`` of what is passed on, so that its mean and its correlation with y cannot accumulate in the weights,
+    whatever the learning rates. It is stable for any size of y: the divisor is ``M I + m A``.
 
     Args:
-        memory: samples.
+        memory: length of the memory, in samples.
         samples: m, of an arrival.
     """
 
@@ -226,7 +226,7 @@ class Residual(GradientRule):
         (mu, sigma), (mu_hat, sigma_hat) = s.to(g.dtype).unbind(1), s_hat.to(g.dtype).unbind(1)
         mean, scale = (mu - mu_hat) / sigma_hat, sigma / sigma_hat
         b_v, b_u = (-g * sigma_hat.unsqueeze(1)).unbind(1)
-        # theta <- P theta + q with P = M D^-1, q = m D^-1 b, D = M I + m A; D times r^2, so that squares are numbers
+        # theta <- P theta + q with P = M D^-1, q = m D^-1 b, D = M I + m A; D times r^2: squares do not overflow
         r = torch.maximum(scale.abs(), mean.abs()).clamp_min(1).reciprocal()
         by_r, one = mean * r, r.square()
         square = torch.maximum((scale * r).square(), by_r.square())
@@ -250,7 +250,7 @@ class Residual(GradientRule):
         return {"theta": (theta * weight).sum(0), "held": held.amax()}
 
     def migrated(self, saved: State) -> State:
-        """What an average of gradients remembers is no coefficient: the regression begins anew."""
+        """An average of gradients holds no coefficients: the regression starts over."""
         if "long" not in saved:
             return saved
         counter = torch.zeros((), dtype=torch.int64)

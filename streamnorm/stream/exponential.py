@@ -15,7 +15,7 @@ from streamnorm.stream.rule import CHUNK, Rule, State, column, in_chunks
 class Exponential(Rule):
     """A running average that starts from its first value: ``long <- (1 - rate) long + rate s`` (Algorithm 3's F).
 
-    Weight updates mean nothing to it.
+    Weight updates have no effect.
     """
 
     rate: float = 0.1
@@ -38,7 +38,7 @@ class Exponential(Rule):
         if len(s) == 1 and ok is None:
             return super().observe(state, s, ok)
         ok = s.new_ones(len(s), dtype=torch.bool) if ok is None else ok
-        # long_j = (1-r)^{k_j} long + sum_{i<=j} r (1-r)^{k_j - k_i} s_i with k the number of arrivals up to there;
+        # long_j = (1-r)^{k_j} long + sum_{i<=j} r (1-r)^{k_j - k_i} s_i with k the number of arrivals so far;
         # the very first arrival of all enters with weight 1 instead of r.
         k = ok.cumsum(0)
         first = (state["count"] == 0) & ok & (k == 1)

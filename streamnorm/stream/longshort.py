@@ -23,7 +23,7 @@ class LongShort(Rule):
         estimate       mix_1 long + mix_2 short + mix_3 s
         weight update  long <- keep_1 long + keep_2 short, short <- empty, count <- 0
 
-    Whichever of long and short is empty, the other stands in for it; the first weight update makes long what short is.
+    If one of long and short is empty, the other stands in for it; the first weight update copies short to long.
     F is ``LongShort(mix=(alpha1, alpha2, 0), keep=(kappa1, kappa2))``; G is ``LongShort(mix=beta, keep=(kappa3,
     kappa4))``.
 
@@ -63,7 +63,7 @@ class LongShort(Rule):
         if g > CHUNK:
             return in_chunks(self, state, s, ok)
         if ok is None and g > 1 and is_readable(s):
-            # A CPU tells its counters at no cost, and cycles begin alike: the weights need not be made each time.
+            # Counters on a CPU are read at no cost, and cycles start alike: the weights are cached.
             share, to_long, to_short = _weights(
                 self.mix, int(state["count"]), min(int(state["updates"]), 1), g, s.dtype
             )
@@ -86,8 +86,8 @@ class LongShort(Rule):
     def weights(
         self, count: Tensor, updates: Tensor, ok: Tensor | None, g: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What g arrivals are weighted with: the triangle ``(g, g)`` that makes short of them, and the shares of long
-        and of short in the estimate at each, ``(g,)`` or ``(1,)``. Whichever is empty, the other stands in for it."""
+        """The weights of g arrivals: the triangle ``(g, g)`` that turns them into short, and the shares of long and of
+        short in the estimate at each, ``(g,)`` or ``(1,)``. If one of them is empty, the other stands in for it."""
         counts = count + (torch.arange(1, g + 1, device=count.device) if ok is None else counted(ok))
         share = counts.clamp_min(1).to(dtype).reciprocal().unsqueeze(1).expand(g, g).tril()
         has_long = (updates > 0).to(dtype).reshape(1)

@@ -19,27 +19,27 @@ from streamnorm.stream.rule import GradientRule, Remembering, Rule, State
 from streamnorm.tracing import is_readable
 
 RUNNING, COUNTERS = "running_", "counter_"
-"""What the names of the two buffers begin with. Tools copy and average by name what is running, as if it were no whole
-number."""
+"""Prefixes of the two buffers' names. Some tools pick the buffers that they copy and average by ``running_``, and
+expect floating values there."""
 
 
 EXTRAS = "estimate", "seen", "skipped"
-"""What a memory keeps beside the members of H."""
+"""What a memory keeps in addition to the members of H."""
 
 
 class Memory(Buffers):
-    """H1 or H2: the state of a rule in two buffers, changed in place. If the first input tells the shape of the tables,
-    they are replaced once, and ``Unshaped`` until then.
+    """H1 or H2: the state of a rule in two buffers, changed in place. If the shape of the tables comes from the first
+    input, they are ``Unshaped`` until then, and replaced once.
 
     ``tables (k, 2, *shape)``, float32 or wider, holds the k members of H that are shaped like a statistic, and the
-    latest ``estimate``, which testing uses (Algorithm 5). ``counts``, int64, holds the counters of H, then ``seen``
-    arrivals, and ``skipped`` ones that were not finite and left everything as it was. The buffers are named after what
-    they hold: ``running_long_short_estimate`` and ``counter_count_held_seen_skipped``. Every member is an attribute, a
-    view that may be assigned to.
+    latest ``estimate``, which testing uses (Algorithm 5). ``counts``, int64, holds the counters of H, then how many
+    arrivals were ``seen``, and how many ``skipped`` because they were not finite; those change nothing else. The
+    buffers are named after what they hold: ``running_long_short_estimate`` and ``counter_count_held_seen_skipped``.
+    Every member is an attribute, a view that may be assigned to.
 
     Args:
         rule: F or G.
-        shape: of one statistic table, ``(2, ...)``; None if only the first input will tell.
+        shape: of one statistic table, ``(2, ...)``; None: it comes from the first input.
 
     Raises:
         TypeError: for a rule whose state holds anything but tables of ``shape`` and whole counters of shape ().
@@ -77,13 +77,13 @@ class Memory(Buffers):
         self._hold(*self._nothing(shape), shaped=not waits)
 
     def _nothing(self, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Tables and counters with nothing in them, for statistics of this shape."""
+        """Empty tables and counters, for statistics of this shape."""
         state = self.rule.empty(tuple(shape))
         tables = _packed(state, self._rows, torch.zeros(*shape))
         return tables, _packed(state, self._places, torch.zeros((), dtype=torch.int64))
 
     def place(self, name: str) -> int:
-        """Where a member lies in ``tables``, or in ``counts``."""
+        """The index of a member in ``tables``, or in ``counts``."""
         return self._rows[name] if name in self._rows else self._places[name]
 
     def _member(self, name: str) -> Tensor:
@@ -111,28 +111,28 @@ class Memory(Buffers):
         return {name: self._member(name) for name in self._members}
 
     def members(self) -> State:
-        """Everything that is kept by name: the members of H, ``estimate``, ``seen`` and ``skipped``."""
+        """All members by name: those of H, ``estimate``, ``seen`` and ``skipped``."""
         return {name: self._member(name) for name in (*self._members, *EXTRAS)}
 
     @torch.no_grad()
     def peek_mean(self, mu: Tensor, ok: Tensor | None, samples: int = 1) -> Tensor:
-        """The estimates ``(g, ...)`` that ``take`` would return for the row of the mean; nothing is remembered."""
+        """The estimates ``(g, ...)`` that ``take`` would return for the row of the mean; the state does not change."""
         mu = mu.unsqueeze(1)
         self.fit(mu.expand(-1, 2, *mu.shape[2:]))
         row = {name: value[:1] if value.ndim else value for name, value in self.state().items()}
         return self._observe(row, mu, ok, samples)[1].squeeze(1)
 
     def observe(self, s: Tensor) -> Tensor:
-        """Take in the arrivals ``s (g, 2, ...)`` in order and return the estimate at each, ``(g, 2, ...)``. What is not
-        finite is left out and counted in ``skipped``."""
+        """Take in the arrivals ``s (g, 2, ...)`` in order and return the estimate at each, ``(g, 2, ...)``. Arrivals
+        that are not finite are left out and counted in ``skipped``."""
         return self.take(s, finite(s))
 
     @torch.no_grad()
     def take(self, s: Tensor, ok: Tensor | None, samples: int = 1, call: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """``observe`` for arrivals that have been judged: left out are those where ``ok (g,)`` is false, None: none.
+        """``observe`` for arrivals that have been checked: those where ``ok (g,)`` is false are left out; None: none.
 
         Args:
-            samples: in each arrival.
+            samples: number of samples in each arrival.
             call: for a gradient s, the statistics and the estimates ``(g, 2, ...)`` of the calls that it comes from.
         """
         self.fit(s)
@@ -160,7 +160,7 @@ class Memory(Buffers):
         call: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[State, Tensor]:
         rule = self.rule.weighing(samples)
-        # A rule's products are statistics: where autocast makes products narrow, not these.
+        # A rule's matrix products are statistics: autocast must not lower their precision.
         device = s.device.type
         narrow = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if narrow else nullcontext():
@@ -173,7 +173,7 @@ class Memory(Buffers):
 
     @torch.no_grad()
     def fold(self, happened: Tensor | bool = True) -> None:
-        """A weight update. ``happened`` may be a tensor on the device, so that asking needs no synchronization."""
+        """A weight update. ``happened`` may be a tensor on the device, which avoids a synchronization."""
         if happened is False:
             return
         state = self.state()
@@ -185,7 +185,7 @@ class Memory(Buffers):
     @torch.no_grad()
     def clear(self) -> None:
         """Forget everything that was seen."""
-        with self.tables.device:  # whatever the default device of new tensors
+        with self.tables.device:  # not torch's default device
             self._write(self.state(), self.rule.empty(tuple(self.estimate.shape)))
         for extra in EXTRAS:
             self._member(extra).zero_()
@@ -194,24 +194,24 @@ class Memory(Buffers):
 
     @torch.no_grad()
     def restart(self, s: Tensor) -> None:
-        """Go on as if ``s (2, ...)`` had been the first arrival; the latest estimate stays."""
+        """Reset the state to ``s (2, ...)`` as its first arrival; the latest estimate stays."""
         self._write(self.state(), self._observe(self.rule.empty(tuple(s.shape)), s.unsqueeze(0), None, 1)[0])
 
     @property
     def known(self) -> bool:
-        """Whether there is an estimate. The device is asked, every time: buffers may have been replaced or emptied."""
+        """Whether there is an estimate. Synchronizes with the device each time: buffers may have been replaced."""
         return bool(self.seen) or bool(self.has_estimate())
 
     def has_estimate(self) -> Tensor:
-        """``known`` without asking. The table tells: tools that copy what is running leave counters behind."""
+        """``known`` without synchronizing, judged by the table: tools that copy ``running_`` leave counters behind."""
         return self.estimate[-1].any()
 
     @torch.no_grad()
     def merge(self, others: Sequence[Memory]) -> None:
-        """Take in what other memories of the same rule have seen since they went separate ways.
+        """Merge with other memories of the same rule that have seen different data.
 
-        The latest estimate becomes the mean of theirs; ``seen`` and ``skipped`` the largest, for what they have in
-        common is not known.
+        The latest estimate becomes the mean of all; ``seen`` and ``skipped`` the largest, as how much of their past
+        they share is not known.
         """
         state = self.state()
         self._write(state, self.rule.merge([state, *(other.state() for other in others)]))
@@ -220,11 +220,11 @@ class Memory(Buffers):
             self._member(counter).copy_(torch.stack([m._member(counter) for m in (self, *others)]).amax())
 
     def fit(self, s: Tensor) -> None:
-        """Take the shape of the statistics ``s (g, 2, ...)``, if nothing has told it yet.
+        """Take the shape of the statistics ``s (g, 2, ...)``, if it is not known yet.
 
         Raises:
-            RuntimeError: if a compiler is watching, which would keep buffers of its own, and if other processes share
-                the memory, which would not see new ones.
+            RuntimeError: under ``torch.compile``, which would keep the old buffers, and if other processes share the
+                memory, as they would not see the new ones.
         """
         if self.shaped:
             return
@@ -232,7 +232,7 @@ class Memory(Buffers):
         self._resize(s.shape[1:])
 
     def _resize(self, shape: Sequence[int]) -> None:
-        """New tables for statistics of another shape, with nothing in them; ``(2, 0)``: of none."""
+        """New empty tables for statistics of another shape; ``(2, 0)``: unshaped."""
         with self.tables.device:
             tables, _ = self._nothing(shape)
         self._buffers[self._names[0]] = tables.to(self.tables.dtype)
@@ -240,12 +240,12 @@ class Memory(Buffers):
         self._mark()
 
     def snapshot(self) -> tuple[Tensor, Tensor]:
-        """What ``put_back`` needs."""
+        """A copy of everything, for ``put_back``."""
         return self.tables.clone(), self.counts.clone()
 
     @torch.no_grad()
     def put_back(self, snapshot: tuple[Tensor, Tensor]) -> None:
-        """Everything as it was."""
+        """Restore a snapshot."""
         tables, counts = snapshot
         if tables.shape != self.tables.shape:
             self._resize(tables.shape[1:])
@@ -259,7 +259,7 @@ class Memory(Buffers):
                 member.copy_(new[name])
 
     def _migrate(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Make this rule's buffers in ``state_dict`` of what another rule, or an older version, has left there."""
+        """Convert what another rule, or an older version, has saved in ``state_dict`` to this rule's buffers."""
         saved = _unpacked(state_dict, prefix)
         if not saved or all(prefix + name in state_dict for name in self._names):
             return
@@ -283,12 +283,12 @@ class Memory(Buffers):
 
 
 def _packed(state: State, where: dict[str, int], nothing: Tensor) -> Tensor:
-    """The members of a state that ``where`` names, one after another; ``nothing`` for those that it lacks."""
+    """The members of a state that ``where`` names, stacked; ``nothing`` for those that it lacks."""
     return torch.stack([state.get(name, nothing) for name in where])
 
 
 def _unpacked(state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
-    """The members of a memory by name that a ``state_dict`` holds: packed, or each by itself, as it once was."""
+    """The members of a memory by name that a ``state_dict`` holds: packed, or (older versions) each by itself."""
     found: dict[str, Tensor] = {}
     for key, value in state_dict.items():
         name = key[len(prefix) :]
@@ -303,17 +303,17 @@ def _unpacked(state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
 
 
 def _at_the_last(estimates: Tensor, ok: Tensor) -> Tensor:
-    """The estimate at the last of the arrivals that are let in."""
+    """The estimate at the last arrival that is not left out."""
     if len(ok) == 1:
         return estimates[0]
-    last = ok.cumsum(0).argmax()  # the first place where all have arrived
+    last = ok.cumsum(0).argmax()  # the first place where all are counted
     return estimates.index_select(0, last.reshape(1)).squeeze(0)
 
 
 def finite(s: Tensor, ok: Tensor | None = None) -> Tensor | None:
-    """Which of the arrivals ``s (g, ...)`` are finite throughout and not refused by ``ok``, ``(g,)``; None: all.
+    """Which of the arrivals ``s (g, ...)`` are all finite and not excluded by ``ok``, ``(g,)``; None: all.
 
-    Where values may not be looked at, the mask is kept.
+    Where values cannot be read (``is_readable``), a mask is always returned.
     """
     may_ask = is_readable(s)
     if may_ask and ok is None and math.isfinite(s.sum().item()):

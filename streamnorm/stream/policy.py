@@ -1,7 +1,7 @@
-"""Policies: who owns H1 and H2, and what a layer is normalized with (paper, sections 3.1, 3.2, 3.3).
+"""Policies: the rules of H1 and H2, and what a layer normalizes with (paper, sections 3.1, 3.2, 3.3).
 
 A policy is data: the rules F and G, and whether training normalizes with the mini-batch's own statistics s or with
-F's estimate s_hat. It touches no tensor. Imports the stream.
+F's estimate s_hat. It handles no tensors. Imports the stream.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from streamnorm.stream import (
 
 
 class Policy:
-    """What a policy says; subclass it to put an F and a G of your own into a layer.
+    """A policy; subclass it to use an F and a G of your own in a layer.
 
     Attributes:
-        F: the rule of H1, fed with statistics; None: nothing is remembered.
-        G: the rule of H2, fed with the gradients of the statistics; None: they pass as they are.
+        F: the rule of H1, fed with statistics; None: no memory.
+        G: the rule of H2, fed with the gradients of the statistics; None: they pass unchanged.
         uses_estimate: training normalizes with F's estimate (Algorithm 5) and not with the mini-batch's own statistics
             (Algorithms 1 and 3).
-        caution: the gradients of gain and bias of a call of m samples are taken times m / (m + caution).
+        caution: the gradients of gain and bias of a call of m samples are multiplied by m / (m + caution).
     """
 
     F: Rule | None = None
@@ -40,7 +40,7 @@ class Policy:
     caution: float = 0.0
 
     def trust(self, samples: int) -> float:
-        """What gradients of gain and bias of a call of so many samples are multiplied by."""
+        """The factor on the gradients of gain and bias of a call of so many samples."""
         return samples / (samples + self.caution) if self.caution else 1.0
 
 
@@ -131,15 +131,15 @@ class Evidence(Policy):
     """Streaming normalization with a memory counted in samples (Algorithms 5 and 6 with the F and G of ``Pooled`` and
     ``Residual``): from one sample and one weight update at a time to thousands of rows an update.
 
-    Gain and bias learn with caution: their gradient from m samples counts m / (m + 4). They are the one part of a layer
-    whose gradient no regression frees of its mean, and what one sample after another says about them is alike: at a
-    rate of .1 they switch off the units of a network that has a stream of similar labels before it.
+    Gain and bias learn with caution: their gradient from m samples is multiplied by m / (m + 4). No regression removes
+    the mean of their gradient, as it does for the rest of a layer, and consecutive samples give them similar gradients:
+    at a learning rate of 0.1 they switch off the units of a network on a stream of similar labels.
 
     Args:
-        memory: samples that statistics are remembered for, 4 weight updates at least; gradients: a fifth of it.
+        memory: length of the memory of statistics in samples, at least 4 weight updates; of gradients, a fifth of it.
 
     Raises:
-        ValueError: for a memory that is no number above 0.
+        ValueError: unless memory is a number above 0.
     """
 
     memory: float = 100.0
@@ -164,12 +164,12 @@ class OnlineNormalization(Policy):
     """Online Normalization (Chiley et al. 2019), for comparison: ``Lagging`` and ``Controlled``, with
     ``Lp(2, "estimate")``.
 
-    An arrival is a mini-batch here, and all its samples are normalized with what was known before it. Theirs is a
-    sample: ``OnlineNorm`` is the layer that takes a mini-batch apart.
+    An arrival is a mini-batch here, and all its samples are normalized with the state from before it. In their paper
+    it is a sample: ``OnlineNorm`` is the layer that processes a mini-batch sample by sample.
 
     Args:
-        alpha_forward: what an arrival leaves of the averages of mean and variance.
-        alpha_backward: ``1 - alpha_backward`` is the share of the accumulated errors that is taken off a gradient.
+        alpha_forward: decay of the averages of mean and variance per arrival.
+        alpha_backward: ``1 - alpha_backward`` is the share of the accumulated errors subtracted from a gradient.
     """
 
     alpha_forward: float = 0.999

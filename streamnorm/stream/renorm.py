@@ -14,7 +14,7 @@ from streamnorm.stream.rule import GradientRule, Rule, State
 
 @dataclass(frozen=True)
 class Renorm(Rule):
-    """F: the mini-batch's own s, moved towards running averages as far as r and d may.
+    """F: the mini-batch's own s, moved towards running averages as far as the bounds on r and d allow.
 
     ::
 
@@ -23,12 +23,12 @@ class Renorm(Rule):
         d = (mu_B - mu) / sigma, within -d_max and d_max           mu_hat = mu_B - d sigma_hat
         then (mu, sigma) <- (1 - rate) (mu, sigma) + rate (mu_B, sigma_B)
 
-    The averages begin with the first arrival, and testing normalizes with them. r_max is 1 and d_max 0 for the first
-    ``begin`` weight updates, which is batch normalization, and rise from there along straight lines.
+    The averages start from the first arrival, and testing normalizes with them. For the first ``begin`` weight updates
+    r_max is 1 and d_max 0, which is batch normalization; from there both rise linearly.
 
     Args:
         rate: weight of the newest mini-batch in the averages.
-        r_max, d_max: what they reach, after ``r_end`` and ``d_end`` weight updates.
+        r_max, d_max: their final values, reached after ``r_end`` and ``d_end`` weight updates.
     """
 
     rate: float = 0.01
@@ -64,7 +64,7 @@ class Renorm(Rule):
         return {**state, **counters, "long": torch.lerp(old, s, self.rate)}, torch.stack([mu_hat, sigma_hat])
 
     def _risen(self, updates: Tensor, end: int, dtype: torch.dtype) -> Tensor:
-        """How far along its line from 0 to 1 a bound is."""
+        """How far a bound has risen, from 0 to 1."""
         if end <= self.begin:
             return (updates >= self.begin).to(dtype)
         return ((updates - self.begin).to(dtype) / (end - self.begin)).clamp(0, 1)
@@ -91,7 +91,7 @@ class Renorm(Rule):
 class RenormGradient(GradientRule):
     """G: the gradient through ``s_hat = (mu_B - d sigma_B / r, sigma_B / r)`` with r and d held constant.
 
-    ``dE/dmu_B = g_mu``, ``dE/dsigma_B = (g_sigma - d g_mu) / r``. It remembers nothing.
+    ``dE/dmu_B = g_mu``, ``dE/dsigma_B = (g_sigma - d g_mu) / r``. It has no state.
     """
 
     def empty(self, shape: Sequence[int]) -> State:

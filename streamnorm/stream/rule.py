@@ -1,8 +1,8 @@
-"""Rules: what a memory takes in and what it estimates, the paper's F and G (sections 3.3.1 and 3.3.2).
+"""Rules: how a memory is updated and what it estimates, the paper's F and G (sections 3.3.1 and 3.3.2).
 
-The paper's F and G are one kind of thing, a rule ``(H, s) -> (H', estimate)``, and H1 and H2 are one kind of thing,
-a memory. Rules are pure and know nothing of modules; ``Memory`` holds a rule's state as registered buffers and
-changes it in place. Imports torch alone.
+F and G are both rules, ``(H, s) -> (H', estimate)``, and H1 and H2 are both memories. Rules are pure functions,
+independent of modules; ``Memory`` holds a rule's state as registered buffers and changes it in place. Imports torch
+alone.
 
 Legend: ``g`` arrivals in order along the first axis; ``s (g, 2, *shape)``: row 0 belongs to the mean, row 1 to sigma.
 """
@@ -25,10 +25,10 @@ class Remembering(ABC):
 
     @abstractmethod
     def empty(self, shape: Sequence[int]) -> State:
-        """The state before anything arrived, for statistics of ``shape`` (2, ...)."""
+        """The state before the first arrival, for statistics of ``shape`` (2, ...)."""
 
     def weighing(self, samples: int) -> Self:
-        """This rule for arrivals of ``samples`` samples each. A rule that counts arrivals is the same for all."""
+        """This rule for arrivals of ``samples`` samples each. A rule that counts arrivals ignores it."""
         return self
 
     def fold(self, state: State) -> State:
@@ -36,24 +36,24 @@ class Remembering(ABC):
         return state
 
     def for_testing(self, state: State, latest: Tensor) -> Tensor:
-        """What testing normalizes with after an arrival: the estimate that was the ``latest`` (Algorithm 5)."""
+        """What testing normalizes with after an arrival: the ``latest`` estimate (Algorithm 5)."""
         return latest
 
     def merge(self, states: Sequence[State]) -> State:
-        """The state that has seen what all of ``states`` have seen."""
+        """One state that combines what all of ``states`` have seen."""
         raise NotImplementedError(f"{type(self).__name__} does not say how its states merge; define merge(states)")
 
     def migrated(self, saved: State) -> State:
-        """The state of this rule for one that was saved by another rule or an older version, by the names it has."""
+        """Convert a state saved by another rule or an older version, recognized by its names, to this rule."""
         return saved
 
 
 class Rule(Remembering):
     """F or G: how a memory takes in what arrives and what it estimates (Algorithms 5 and 6).
 
-    A rule of your own gives ``empty`` and ``step``, and ``fold`` if a weight update means something to it. It must be
-    pure (return new tensors). Row 0 of an F must not look at row 1: Setting B asks for the mean before sigma exists,
-    with row 0 alone.
+    A rule of your own defines ``empty`` and ``step``, and ``fold`` if weight updates change its state. It must be pure
+    (return new tensors). Row 0 of an F must not depend on row 1: Setting B needs the mean before sigma exists, and
+    passes row 0 alone.
     """
 
     @abstractmethod
@@ -61,10 +61,10 @@ class Rule(Remembering):
         """One arrival ``s (2, ...)``: the new state and the estimate, ``{H, s_hat} = F(H, s)``."""
 
     def observe(self, state: State, s: Tensor, ok: Tensor | None = None) -> tuple[State, Tensor]:
-        """Arrivals ``s (g, 2, ...)`` in order; those where ``ok (g,)`` is false leave the state alone, None: none is.
+        """Arrivals ``s (g, 2, ...)`` in order; those where ``ok (g,)`` is false do not change the state; None: all do.
 
-        Returns the last state and every estimate ``(g, 2, ...)``; at an arrival that is left out it is whatever
-        ``step`` makes of it.
+        Returns the last state and every estimate ``(g, 2, ...)``; for an arrival that is left out, whatever ``step``
+        returns.
         """
         estimates = []
         for j, now in enumerate(s.unbind(0)):
@@ -75,10 +75,10 @@ class Rule(Remembering):
 
 
 class GradientRule(Remembering):
-    """A G that sees, beside the gradient ``g``, the ``s`` of its call and the estimate ``s_hat`` that N used.
+    """A G that sees not only the gradient ``g`` but also the ``s`` of its call and the estimate ``s_hat`` that N used.
 
-    A rule of your own gives ``empty`` and ``step``. It must be pure; its rows may look at each other. A G that needs
-    the gradient alone is a ``Rule``.
+    A rule of your own defines ``empty`` and ``step``. It must be pure; its rows may depend on each other. A G that
+    needs the gradient alone is a ``Rule``.
     """
 
     @abstractmethod
@@ -98,12 +98,12 @@ class GradientRule(Remembering):
 
 
 def kept(new: State, old: State, ok: Tensor | None, j: int) -> State:
-    """``new`` where arrival j is let in, else ``old``."""
+    """``new`` if arrival j is ok, else ``old``."""
     return new if ok is None else {name: torch.where(ok[j], new[name], was) for name, was in old.items()}
 
 
 CHUNK = 256
-"""Arrivals that a rule in closed form takes at a time: its products grow with the square."""
+"""Arrivals that a rule in closed form takes at a time: its matrix products grow quadratically."""
 
 
 def in_chunks(rule: Rule, state: State, s: Tensor, ok: Tensor | None) -> tuple[State, Tensor]:
@@ -138,7 +138,7 @@ def affine_scan(P: Tensor, q: Tensor, theta: Tensor) -> Tensor:
 
 
 def counted(arrived: Tensor) -> Tensor:
-    """How many have arrived by each of ``arrived (g,)``."""
+    """The running count of ``arrived (g,)``."""
     return arrived.long() if len(arrived) == 1 else arrived.cumsum(0)
 
 

@@ -19,12 +19,12 @@ from streamnorm.tracing import is_readable
 class TimedMemory(Buffers):
     """The memories of all time steps, ``tables (T, k, 2, *shape)`` and ``counts (T, counters)``.
 
-    There are two buffers however many steps there are, so that whoever copies or averages buffers one for one never
-    takes those of one step for those of another.
+    There are two buffers for any number of steps, so that code that copies or averages buffers pairwise never mixes up
+    steps.
 
     Args:
-        one: the memory of a time step; of its own statistics those that it has become the first step's.
-        steps: how many there are; None: training tells, by ``grow``.
+        one: the memory of a time step; statistics that it already has become the first step's.
+        steps: how many there are; None: as many as training needs, by ``grow``.
 
     >>> from streamnorm.stream import Exponential
     >>> timed = TimedMemory(Memory(Exponential(0.1), (2, 3)), steps=5)
@@ -37,7 +37,7 @@ class TimedMemory(Buffers):
         self.fixed = steps is not None
         self.steps = steps or 1
         self.shape = None if one.waits else tuple(one.estimate.shape)
-        # What a step knows beside its numbers.
+        # What a step has besides its buffers.
         self.common = {name: getattr(one, name) for name in ("rule", "waits", "_names", "_members", "_rows", "_places")}
         self._hold(one.tables.detach()[None], one.counts.detach()[None], shaped=not one.waits)
         if self.fixed or (one.shaped and is_readable(one.seen) and one.known):
@@ -50,31 +50,31 @@ class TimedMemory(Buffers):
         return _Step(self, t)
 
     def latest(self, t: int) -> Tensor:
-        """The estimate of the last time step up to t that has one, 0 if none has; nobody waits for it."""
+        """The estimate of the last time step up to t that has one, 0 if none has; without synchronizing."""
         estimates = self.tables[: t + 1, self.common["_rows"]["estimate"]]
         known = estimates[:, -1].flatten(1).any(1)
         last = (known * torch.arange(len(known), device=known.device)).argmax()
         return estimates.index_select(0, last.reshape(1)).squeeze(0)
 
     def grow(self, steps: int) -> None:
-        """Make room for so many time steps, in new buffers."""
+        """Extend to this many time steps, in new buffers."""
         self.steps = steps
         self._stack(tuple(self.tables.shape[2:]) if self.shaped else self.shape)
 
     def fit(self, shape: Sequence[int]) -> None:
-        """Take the shape of the statistics of a step, if nothing has told it yet."""
+        """Take the shape of the statistics of a step, if it is not known yet."""
         if not self.shaped:
             expect_replaceable(self.counts)
             self._stack(tuple(shape))
 
     def forget(self) -> None:
-        """As before the first input."""
+        """Reset to the state before the first input."""
         if not self.fixed:
             self.steps = 1
         self._stack(None)
 
     def _stack(self, shape: Sequence[int] | None) -> None:
-        """New buffers for all steps; of the old ones what there is room for. None: nobody knows the shape yet."""
+        """New buffers for all steps, with as many of the old steps as fit. None: the shape is not known yet."""
         before = (self.tables, self.counts) if self.shaped and shape is not None else ()
         with self.tables.device:
             tables, counts = Memory(self.common["rule"], shape)._buffers.values()
@@ -89,11 +89,11 @@ class TimedMemory(Buffers):
         self._hold(*new, shaped=shape is not None)
 
     def save(self) -> Any:
-        """What ``restore`` needs; ``grow`` and ``fit`` make new buffers and leave these alone."""
+        """A snapshot for ``restore``, without copying: ``grow`` and ``fit`` make new buffers."""
         return self.tables, self.counts, self.shaped, self.steps
 
     def restore(self, saved: Any) -> None:
-        """Everything as it was before ``grow``."""
+        """Undo ``grow``."""
         *buffers, shaped, self.steps = saved
         self._hold(*buffers, shaped=shaped)
 
@@ -109,7 +109,7 @@ class TimedMemory(Buffers):
 
 
 class _Row:
-    """The buffers of one time step by name, as they are at the moment."""
+    """The current buffers of one time step by name."""
 
     def __init__(self, of: TimedMemory, t: int) -> None:
         self.of, self.t = of, t
@@ -121,7 +121,7 @@ class _Row:
 
 
 class _Step(Memory):
-    """The memory of one time step: a view of that of all, with no buffer of its own."""
+    """The memory of one time step: a view into ``TimedMemory``, with no buffers of its own."""
 
     def __init__(self, of: TimedMemory, t: int) -> None:
         nn.Module.__init__(self)
@@ -158,4 +158,4 @@ class _Step(Memory):
         nn.Module.__setstate__(self, state)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """What there is to load is loaded into the memory of all steps."""
+        """No-op: ``TimedMemory`` loads the state of all steps."""

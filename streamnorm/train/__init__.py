@@ -1,1 +1,1 @@
-"""Training: weight updates that layers hear of, whole cycles in one call, and one update a sample."""
+"""Training: notifying layers of weight updates, whole cycles in one call, and one update per sample."""

@@ -1,7 +1,7 @@
-"""Decoupled accumulation and update (paper, section 2), and the signal that a weight update happened.
+"""Decoupled accumulation and update (paper, section 2), and the notification of weight updates.
 
-Gradients accumulate over n mini-batches of m samples; the weights are updated once for all of them. ``attach`` tells
-the layers of a model about the updates of an optimizer in anybody's loop; ``DAU`` is such a loop. Imports the layers.
+Gradients accumulate over n mini-batches of m samples; the weights are updated once for all of them. ``attach`` notifies
+the layers of a model of an optimizer's updates in any training loop; ``DAU`` is such a loop. Imports the layers.
 
 Legend: m samples per batch (S/B), n batches per update (B/U); one cycle is n mini-batches and one weight update.
 """
@@ -25,9 +25,9 @@ from streamnorm.stream.policy import Streaming
 
 Warmup = int | Literal["auto"]
 AUTO_WARMUP = 4
-"""Cycles of warm-up that ``"auto"`` gives to a model with tiny references."""
+"""Warm-up cycles that ``"auto"`` uses for a model with tiny references."""
 TINY = 4
-"""A reference of fewer activations than this is tiny: the first sigma taken from it may be nearly 0 by chance."""
+"""A reference of fewer activations than this is tiny: its first sigma may be nearly 0 by chance."""
 
 
 def has_tiny_references(layers: Iterable[Norm]) -> bool:
@@ -37,7 +37,7 @@ def has_tiny_references(layers: Iterable[Norm]) -> bool:
 
 
 class Attachment:
-    """The link between a model and its optimizer that ``attach`` makes; ``remove()`` it, or use it in a ``with``."""
+    """The link between a model and its optimizer that ``attach`` returns; ``remove()`` it, or use it in a ``with``."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, warmup: Warmup) -> None:
         if warmup != "auto" and not is_whole(warmup, least=0):
@@ -65,7 +65,7 @@ class Attachment:
 
     @property
     def warming_up(self) -> bool:
-        """Whether the next weight update is one of the warm-up, which moves statistics and leaves the weights."""
+        """Whether the next weight update is part of the warm-up, which updates statistics but not weights."""
         if self._warm:
             return False
         cycles = self._cycles()
@@ -74,7 +74,7 @@ class Attachment:
 
     @property
     def updates(self) -> int:
-        """Weight updates that happened, those of the warm-up included."""
+        """Number of weight updates, including those of the warm-up."""
         return self._steps - (0 if self._skipped is None else int(self._skipped))
 
     def _cycles(self) -> int:
@@ -98,7 +98,7 @@ class Attachment:
         return args[:1], {**kwargs, "closure": without_gradients}
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # A fused optimizer under a gradient scaler runs step() and skips inside its kernel; this is its own record.
+        # A fused optimizer under a gradient scaler runs step() and skips inside its kernel; found_inf says so.
         overflow = vars(optimizer).get("found_inf")
         happened = True if overflow is None else overflow == 0
         warming = self.warming_up
@@ -116,11 +116,11 @@ class Attachment:
             hook.remove()
 
     def state_dict(self) -> dict[str, int]:
-        """What a resumed run needs to know: how far the warm-up has come."""
+        """For a checkpoint: the progress of the warm-up."""
         return {"updates": self.updates}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where ``state_dict()`` was taken."""
+        """Resume from a ``state_dict()``."""
         self._steps, self._skipped, self._warm = state["updates"], None, False
 
     def __enter__(self) -> Attachment:
@@ -133,30 +133,30 @@ class Attachment:
 
 
 def _drop_gradients(optimizer: Optimizer) -> None:
-    """Leave the optimizer nothing to do: without gradients it moves neither weights nor its own averages."""
+    """Make the step a no-op: without gradients an optimizer changes neither weights nor its own averages."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = None
 
 
 def attach(model: nn.Module, optimizer: Optimizer, warmup: Warmup = 0) -> Attachment:
-    """Tell every layer of ``model`` that remembers about the weight updates of ``optimizer``.
+    """Notify every layer of ``model`` that has a memory of the weight updates of ``optimizer``.
 
     After each ``optimizer.step()`` the layers fold: ``long <- kappa1 long + kappa2 short`` and short is emptied
-    (sections 3.3.1, 3.3.2). A step that a gradient scaler skips folds nothing. Nothing else in a training loop changes,
-    with two things to know: H2 remembers gradients in the units of the loss, so a gradient scaler must keep one scale
-    (``growth_interval=10**9``), and every backward pass counts, also a second one through the same forward call.
+    (sections 3.3.1, 3.3.2). A step that a gradient scaler skips does not fold. Nothing else in a training loop changes,
+    but note: H2 remembers gradients in the units of the loss, so a gradient scaler must keep one scale
+    (``growth_interval=10**9``); and every backward pass counts, also a second one through the same forward call.
 
     Args:
-        model: holds the layers; layers added later need another ``attach``.
+        model: contains the layers; layers added later need another ``attach``.
         optimizer: updates the weights of ``model``.
-        warmup: so many first steps move the statistics and not the weights: their gradients are dropped. For the
-            paper's rule alone, where a first estimate of sigma from a single activation is nearly 0 and its gradient
-            would throw the weights away. ``"auto"``: 4 if a reference of such a layer holds fewer than 4 activations
-            (one to three samples a batch on a fully connected layer), otherwise 0.
+        warmup: so many first steps update the statistics but not the weights: their gradients are dropped. Only for the
+            paper's rule, where the first estimate of sigma from a single activation is nearly 0 and its gradient would
+            ruin the weights. ``"auto"``: 4 if a reference of such a layer holds fewer than 4 activations (one to three
+            samples per batch on a fully connected layer), otherwise 0.
 
     Returns:
-        The link; its ``state_dict()`` belongs into a checkpoint while a warm-up may be under way.
+        The link; save its ``state_dict()`` in checkpoints if there is a warm-up.
 
     Raises:
         ValueError: for a warmup that is not a number of steps, or an optimizer of another model.
@@ -177,17 +177,17 @@ def attach(model: nn.Module, optimizer: Optimizer, warmup: Warmup = 0) -> Attach
 
 @contextmanager
 def vectorized(model: nn.Module, batches: int, averaged: bool = False) -> Iterator[None]:
-    """Inside, every training call of ``model`` sees its first axis as ``batches`` mini-batches in their order.
+    """Inside, every training call of ``model`` treats its first axis as ``batches`` mini-batches in order.
 
-    The weights are constant inside a cycle, so all its mini-batches can go through in one call: ``Norm`` layers take
+    The weights are constant inside a cycle, so all its mini-batches can be computed in one call: ``Norm`` layers take
     statistics per mini-batch, and F and G see the mini-batches arrive one after another, forward and backward, exactly
-    as in a loop. The backward pass may come after the block. Costs the memory of all mini-batches together.
+    as in a loop. The backward pass may come after the block. Needs memory for all mini-batches together.
 
     Args:
-        model: holds the layers.
-        batches: mini-batches in a call.
-        averaged: the loss that goes back is the mean over the mini-batches, not their sum as in a loop, where each
-            goes back by itself: H2 remembers gradients in the units of the loop.
+        model: contains the layers.
+        batches: mini-batches per call.
+        averaged: the loss is the mean over the mini-batches, not the sum of their losses as in a loop with a backward
+            pass each: H2 then still remembers gradients in the units of the loop.
 
     Raises:
         ValueError: for ``torch.nn`` batch normalization, which would mix the mini-batches; and for a layer at its
@@ -235,18 +235,18 @@ class DAU:
     """Decoupled accumulation and update: gradients over n mini-batches of m samples, then one update (section 2).
 
     The update uses the mean of the n mini-batch gradients; the gradients are cleared after it; n = 1 is conventional
-    training. Streaming layers are folded at every update (``attach``). To clip gradients, do it in an
-    ``optimizer.register_step_pre_hook``: they are the mean by then. A scheduler steps after ``update``, or after
-    ``accumulate`` when ``accumulated`` is 0. For a gradient scaler, use ``attach`` and a loop of your own. To test the
-    weights with which the statistics were taken (section 3.3.1), test between ``cycle`` and ``step``.
+    training. Streaming layers are folded at every update (``attach``). Clip gradients in an
+    ``optimizer.register_step_pre_hook``: they are the mean by then. Step a scheduler after ``update``, or after
+    ``accumulate`` when ``accumulated`` is 0. For a gradient scaler, use ``attach`` and your own loop. To test with the
+    weights that the statistics were taken with (section 3.3.1), test between ``cycle`` and ``step``.
 
     Args:
         model, optimizer: as in any loop.
         loss_fn: ``loss_fn(output, target)``, a mean over samples.
         samples_per_batch: m >= 1.
         batches_per_update: n >= 1.
-        vectorize: run a whole cycle in one call, equal to the loop and faster, for the memory of m n samples. The loop
-            (False) needs the memory of m samples.
+        vectorize: run a whole cycle in one call, equal to the loop and faster, but with memory for m n samples. The
+            loop (False) needs memory for m samples.
         warmup: as for ``attach``.
 
     >>> from streamnorm import StreamingNorm
@@ -279,16 +279,16 @@ class DAU:
         self.vectorize = vectorize
         self.link = attach(model, optimizer, warmup)
         self.accumulated = 0
-        self._is_mean = False  # of the gradients: a vectorized cycle goes back with the mean loss
+        self._is_mean = False  # gradients are already the mean: a vectorized cycle uses the mean loss
 
     def accumulate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """One mini-batch ``x (m, ...)`` as it arrives; at the n-th since the last update, the weights are updated.
+        """Process one mini-batch ``x (m, ...)``; the n-th since the last update triggers the weight update.
 
         Returns:
             Its mean loss and the model's output, detached.
 
         Raises:
-            ValueError: for another number of samples than m.
+            ValueError: for a number of samples other than m.
         """
         if len(x) != self.m or len(y) != self.m:
             raise ValueError(f"a mini-batch is {self.m} samples, got {len(x)} inputs and {len(y)} targets")
@@ -307,20 +307,20 @@ class DAU:
         return loss.detach(), output.detach()
 
     def update(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """One whole cycle ``x (n m, ...)`` in order of arrival, and the weight update at its end: ``cycle`` and
-        ``step``, which say what is returned and raised."""
+        """One whole cycle ``x (n m, ...)`` in order of arrival, then the weight update: ``cycle`` and ``step``; see
+        there."""
         results = self.cycle(x, y)
         self.step()
         return results
 
     def cycle(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """One whole cycle ``x (n m, ...)`` in order of arrival, whose weight update is still to come.
+        """One whole cycle ``x (n m, ...)`` in order of arrival, without the weight update.
 
         Returns:
             The mean loss of the cycle and the model's outputs ``(n m, ...)``, detached.
 
         Raises:
-            ValueError: for another number of samples, or before a cycle that was begun has had its ``step``.
+            ValueError: for another number of samples, or if the previous cycle has not had its ``step``.
         """
         if len(x) != self.m * self.n or len(y) != len(x):
             raise ValueError(
@@ -343,8 +343,8 @@ class DAU:
 
     @torch.no_grad()
     def warm_up(self, x: Tensor) -> None:
-        """A cycle of the statistics alone: training-mode forward passes over ``x (n m, ...)`` and a fold, no weight
-        update."""
+        """A cycle that only updates statistics: training-mode forward passes over ``x (n m, ...)`` and a fold, no
+        weight update."""
         was_training = self.model.training
         self.model.train()
         try:
@@ -361,7 +361,7 @@ class DAU:
 
     @torch.no_grad()
     def needs_warmup(self, x: Tensor) -> bool:
-        """Whether mini-batches like ``x (m, ...)`` make references tiny. Tried on a copy of the model."""
+        """Whether mini-batches like ``x (m, ...)`` lead to tiny references; tried on a copy of the model."""
         copy = deepcopy(self.model).train()
         copy(x)
         return has_tiny_references(norms(copy))
@@ -384,7 +384,7 @@ class DAU:
 
 
 def take_mean(optimizer: Optimizer, n: int) -> None:
-    """Divide the gradients that n mini-batches have added up by n, in place."""
+    """Divide the gradients accumulated over n mini-batches by n, in place."""
     if n > 1:
         for group in optimizer.param_groups:
             for parameter in group["params"]:

@@ -1,7 +1,7 @@
 """One time step of the normalized recurrent networks (paper, section 5), with any normalization.
 
-Every ``Norm(.)`` of the equations is a layer of its own, with its own statistics, gain and bias. A cell knows one step;
-``recurrent`` takes it through time. Imports the layers.
+Every ``Norm(.)`` of the equations is a layer of its own, with its own statistics, gain and bias. A cell computes one
+step; ``scan`` runs it over time. Imports the layers.
 
 Legend: ``n`` sequences, ``t`` time steps from 0; gates in the order of the rows of the weights; a state is ``(h,)``, or
 ``(h, c)`` for the LSTM.
@@ -32,9 +32,9 @@ NONLINEARITIES = {"tanh": torch.tanh, "relu": torch.relu}
 
 
 class Cell(nn.Module):
-    """What the cells have in common: the two paths into every gate, W_x x_t and W_h h_{t-1}, each with its norm.
+    """Base class of the cells: the two paths into every gate, W_x x_t and W_h h_{t-1}, each with its norm.
 
-    A matrix that a norm follows has no bias; a path without a norm has one.
+    A matrix followed by a norm has no bias; a path without a norm has one.
 
     Attributes:
         gates: their names, in the order of the rows of ``weight_ih`` and ``weight_hh``.
@@ -63,7 +63,7 @@ class Cell(nn.Module):
         return None if make is None else nn.ModuleDict({gate: made(make, self.hidden_size) for gate in self.gates})
 
     def reset_parameters(self) -> None:
-        """Weights and biases uniform in +-1/sqrt(hidden_size), as torch's; norms have a ``reset_parameters`` each."""
+        """Weights and biases uniform in +-1/sqrt(hidden_size), as torch's; norms reset their own."""
         bound = 1 / math.sqrt(self.hidden_size)
         for parameter in self.parameters(recurse=False):
             nn.init.uniform_(parameter, -bound, bound)
@@ -74,7 +74,7 @@ class Cell(nn.Module):
         yield from self.hidden_norms()
 
     def hidden_norms(self) -> Iterator[nn.Module]:
-        """Those that are called step by step, because they wait for the state."""
+        """Those that are called step by step, because they depend on the state."""
         yield from () if self.norm_hh is None else self.norm_hh.values()
 
     def forward(self, x: Tensor, hx: Any = None, t: int = 0) -> Any:
@@ -93,12 +93,12 @@ class Cell(nn.Module):
         return state[0] if len(state) == 1 else state
 
     def project(self, x: Tensor) -> list[Tensor]:
-        """``W_x x (n, input_size) -> (n, hidden_size)`` of every gate, each in memory of its own; n may hold all time
+        """``W_x x (n, input_size) -> (n, hidden_size)`` of every gate, each its own tensor; n may hold all time
         steps."""
         return [F.linear(x, W, b) for W, b in self._by_gate(self.weight_ih, self.bias_ih)]
 
     def hidden_weights(self) -> Weights:
-        """W_h and its bias of every gate: cut once for all time steps, so that their gradients are joined once."""
+        """W_h and its bias of every gate: split once for all time steps, so that gradients are concatenated once."""
         return self._by_gate(self.weight_hh, self.bias_hh)
 
     def _by_gate(self, weight: Tensor, bias: Tensor | None) -> Weights:
@@ -175,7 +175,7 @@ class NormGRUCell(_WithNonlinearity):
         h_new = f(Norm(W_xh x_t) + Norm(W_hh (h_{t-1} * g_r)))
         h_t   = g_z * h_new + (1 - g_z) * h_{t-1}
 
-    Unlike in ``torch.nn.GRU``, g_r works before W_hh, and g_z lets the new state in.
+    Unlike in ``torch.nn.GRU``, g_r is applied before W_hh, and g_z weights the new state.
 
     Args:
         input_size, hidden_size, nonlinearity, norm, norm_h: as for ``NormRNNCell``.
@@ -209,7 +209,7 @@ class NormLSTMCell(Cell):
 
     Args:
         input_size, hidden_size, norm, norm_h: as for ``NormRNNCell``.
-        norm_c: makes the norm of the cell state on its way to h; None: there is none.
+        norm_c: makes the norm of c_t in h_t; None: there is none.
 
     Shapes: ``x (n, input_size), (h, c) -> (h, c)``, both ``(n, hidden_size)``, or all without n. The rows of
     ``weight_ih`` and ``weight_hh`` belong to i, f, g, o, as torch's.
@@ -249,7 +249,7 @@ def made(make: Factory, num_features: int) -> nn.Module:
     """The norm that a factory makes.
 
     Raises:
-        TypeError: if it makes something else than a module.
+        TypeError: if it does not make a module.
     """
     norm = None if isinstance(make, nn.Module) or not callable(make) else make(num_features)
     if not isinstance(norm, nn.Module):
@@ -258,7 +258,7 @@ def made(make: Factory, num_features: int) -> nn.Module:
 
 
 def at(norm: nn.Module, x: Tensor, t: int) -> Tensor:
-    """``Norm(x)`` at time step t, which only statistics per time step want to know."""
+    """``Norm(x)`` at time step t, which only statistics per time step depend on."""
     return norm(x, t) if isinstance(norm, TimeSpecificNorm) else norm(x)
 
 
@@ -277,10 +277,10 @@ def expect(what: str, x: Tensor, shape: tuple[int, ...], weight: Tensor, words: 
 def given_state(
     hx: Any, names: tuple[str, ...], shape: tuple[int, ...], words: str, x: Tensor, weight: Tensor
 ) -> State:
-    """The state that somebody gave, one tensor for each of ``names``, or zeros.
+    """The state given by the caller, one tensor for each of ``names``, or zeros.
 
     Raises:
-        TypeError: if it is no such thing.
+        TypeError: if it is neither.
         ValueError: for a wrong shape, dtype or device.
     """
     if hx is None:

@@ -1,8 +1,8 @@
 """A normalized RNN or GRU over all time steps in one compiled call, forward and backward.
 
-It computes what the loop of ``scan`` computes, for cells whose hidden path is normalized per feature by rules that
-the kernels know; and the norms of ``W_x x`` on the way, if they know those too. Where it cannot, or where something is
-not finite, it leaves the memories as they were, and the loop does it.
+It computes the same as the loop of ``scan``, for cells whose hidden path is normalized per feature by rules that the
+kernels support; and the norms of ``W_x x`` along with it, if they support those too. Otherwise, or if a value is not
+finite, it leaves the memories unchanged and falls back to the loop.
 Imports the cells and what stands below them.
 
 Legend: ``T`` time steps, ``n`` sequences, ``H`` hidden units, ``k`` gates.
@@ -26,24 +26,23 @@ from streamnorm.ops.fused import NOTHING, FusedCall, Native, as_read, is_hooked
 from streamnorm.tracing import is_traced
 
 BLOCK = 512
-"""The most hidden units that are computed together."""
+"""The most hidden units in a block."""
 BLOCKS = 64
-"""The most parts that they are cut into: ``Cut::MOST`` of ``csrc/layer.h``."""
+"""The most blocks: ``Cut::MOST`` of ``csrc/layer.h``."""
 MANY = 1 << 16
-"""Multiplications in a step's product from which on it is worth several threads."""
+"""Multiplications in a step's matrix product from which several threads pay off."""
 FEW = 32
-"""The fewest hidden units that are worth a thread."""
+"""The fewest hidden units for which a thread pays off."""
 NORMS = 6
 """The norms that an operator takes: of ``W h`` and ``W x`` of three gates."""
 CELLS = NormRNNCell, NormGRUCell
-"""Cells that there are kernels for; they are told apart by how many gates they have."""
+"""Cells that have kernels; they are distinguished by their number of gates."""
 
 
 def run(cell: Cell, data: Tensor, steps: int, h0: Tensor, inputs: list[Tensor] | None = None) -> Tensor | None:
-    """h of every step ``(T n, H)`` of ``data (T n, input_size)``; None, with all memories as they were: it has to be
-    done otherwise.
+    """h of every step ``(T n, H)`` of ``data (T n, input_size)``; None: use the fallback, all memories are unchanged.
 
-    ``inputs``: ``Norm(W_x x)`` of every gate ``(T n, H)``, where they are known.
+    ``inputs``: ``Norm(W_x x)`` of every gate ``(T n, H)``, if already computed.
     """
     norms_ih = [] if cell.norm_ih is None or inputs is not None else [*cell.norm_ih.values()]
     calls = _served(cell, data, h0, norms_ih)
@@ -62,18 +61,18 @@ def run(cell: Cell, data: Tensor, steps: int, h0: Tensor, inputs: list[Tensor] |
         return None
     nothing = made[0][:0]
     for norm, *_ in calls:
-        norm._count(norm._calls, ((1, 1), nothing, nothing))  # no call that could be computed again
+        norm._count(norm._calls, ((1, 1), nothing, nothing))  # cannot be recomputed
     return _Scan.apply(layer, made, h0, x, cell.weight_hh, *gains) if torch.is_grad_enabled() else made[0]
 
 
 def _is_read(x: Tensor, like: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether the kernels can read what somebody's norm has made."""
+    """Whether the kernels can read the output of a norm."""
     return cpu.takes(x) and x.dtype is like.dtype and x.shape == shape
 
 
 def _served(cell: Cell, data: Tensor, h0: Tensor, norms_ih: list[Any]) -> list[tuple[Norm, FusedCall]] | None:
-    """The norms of the hidden path and of the input's with their compiled calls, if the kernels know all of them and
-    nobody watches."""
+    """The norms of the hidden and of the input path with their compiled calls, if the kernels support all of them and
+    nothing is traced or hooked."""
     if (
         is_traced()
         or type(cell) not in CELLS
@@ -88,9 +87,9 @@ def _served(cell: Cell, data: Tensor, h0: Tensor, norms_ih: list[Any]) -> list[t
     if not all(cpu.takes(a) and a.dtype is h0.dtype for a in given) or torch.is_autocast_enabled("cpu"):
         return None
     if not (h0.requires_grad or cell.weight_hh.requires_grad):
-        return None  # the loop asks for no gradient at the first step, and H2 would miss it
+        return None  # the loop needs no gradient at the first step, so its H2 does not see one there
     if norms_ih and torch.is_grad_enabled() and not (data.requires_grad or cell.weight_ih.requires_grad):
-        return None  # nor for an input that nothing is to be learned from
+        return None  # nor for an input path without anything to learn
     norms: list[Any] = [*cell.norm_hh.values(), *norms_ih]
     if library.library() is None:
         return None
@@ -100,7 +99,7 @@ def _served(cell: Cell, data: Tensor, h0: Tensor, norms_ih: list[Any]) -> list[t
             return None
         memories = {id(memory) for memory in (norm.H1, norm.H2) if memory is not None}
         if norm.H1 is None or norm.steps != 1 or memories & seen:
-            return None  # a memory at several places meets what arrives in the loop's order
+            return None  # a shared memory depends on the loop's order of arrivals
         seen |= memories
         if is_hooked(norm) or (norm.affine is not None and gains_of(norm.affine) is None):
             return None
@@ -114,13 +113,13 @@ def _served(cell: Cell, data: Tensor, h0: Tensor, norms_ih: list[Any]) -> list[t
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer over a sequence, as the kernels are told of it.
+    """The kernels' parameters for a layer over a sequence.
 
     Attributes:
-        calls: the compiled calls of the norms: of ``W h``, and of ``W x`` unless that comes normalized.
+        calls: the compiled calls of the norms: of ``W h``, and of ``W x`` unless that is already normalized.
         gates: how many.
-        relu: the candidate's non-linearity.
-        blocks: in how many parts the units are computed.
+        relu: the candidate's nonlinearity.
+        blocks: number of blocks that the units are split into.
     """
 
     calls: list[FusedCall]
@@ -130,14 +129,14 @@ class _Layer:
 
     @property
     def normalizes_input(self) -> bool:
-        """Whether its input comes before its norms."""
+        """Whether the norms of ``W x`` are part of the call."""
         return len(self.calls) > self.gates
 
     def forward(
         self, h0: Tensor, x: Tensor, weight: Tensor, gains: list[Tensor | None]
     ) -> tuple[Tensor, Tensor] | None:
-        """h of every step ``(T n, H)`` and what the way back needs; None if something was not finite or cannot be read,
-        with the memories as they were. ``x (T n, k H)``: what the input brings to the gates."""
+        """h of every step ``(T n, H)`` and what the backward pass needs; None if a value was not finite or cannot be
+        read, with the memories unchanged. ``x (T n, k H)``: the input's contribution to the gates."""
         norms = self._norms(gains, [call.fused.H1 for call in self.calls])
         out, tape = library.operators().scan_forward(
             x.contiguous(), h0.contiguous(), weight, self.relu, self.blocks, *norms
@@ -158,7 +157,7 @@ class _Layer:
         return dh0, dx, dweight if learns else None, *by_gain
 
     def _norms(self, gains: list[Tensor | None], memories: list[Native | None]) -> list[Tensor]:
-        """What the operators are given of each norm: gain, bias, two buffers and the call; the rest is empty."""
+        """The operators' arguments for each norm: gain, bias, two buffers and the call; padded with empty ones."""
         dtype = self.calls[0].dtype
         read = [NOTHING[0] if gain is None else as_read(gain, dtype) for gain in gains]
         given: list[Tensor] = []
@@ -168,13 +167,13 @@ class _Layer:
 
 
 def _blocks(n: int, H: int) -> int:
-    """How many parts the units are computed in: as many as are worth a thread, which waits for the others."""
+    """The number of blocks of units: as many as pay off as threads, which synchronize at every step."""
     threads = 1 if n * H * H < MANY else min(torch.get_num_threads(), H // FEW)
     return min(max(-(-H // BLOCK), threads, 1), BLOCKS)
 
 
 class _Scan(torch.autograd.Function):
-    """The way back of a pass that has been computed."""
+    """The backward pass of a finished forward pass."""
 
     @staticmethod
     def forward(
@@ -190,6 +189,6 @@ class _Scan(torch.autograd.Function):
         refuse_second_derivative()
         dtype = grads[0].dtype
         tape, x, weight, *gains = ctx.saved_tensors
-        # Hooks may have kept them otherwise.
+        # Saved-tensor hooks may change the dtype.
         tape, x, weight = (None if t is None else t.to(dtype).contiguous() for t in (tape, x, weight))
         return None, None, *ctx.layer.backward(grads[0], tape, x, weight, gains, learns=ctx.needs_input_grad[4])

@@ -1,6 +1,6 @@
-"""Normalized recurrent networks over time, in the place of ``torch.nn.RNN``, ``GRU`` and ``LSTM`` (sections 4 and 5).
+"""Normalized recurrent networks, replacing ``torch.nn.RNN``, ``GRU`` and ``LSTM`` (sections 4 and 5).
 
-Cells stacked in layers and directions, sequences in every form that torch takes. Imports the scan, the cells and what
+Cells stacked in layers and directions, sequences in every form that torch accepts. Imports the scan, the cells and what
 stands below them.
 
 Legend: ``T`` time steps, ``n`` sequences, ``N`` = T n rows, or the rows of a packed sequence.
@@ -44,7 +44,7 @@ INSTEAD = {
     "bias": "a norm brings its own bias (affine), and a path without a norm always has one",
     "proj_size": "nothing projects h; put a torch.nn.Linear behind it",
 }
-"""What stands in the place of arguments that torch's layers have and these do not."""
+"""What to do instead of using arguments that torch's layers have and these do not."""
 
 
 # --- sequences ---
@@ -52,13 +52,13 @@ INSTEAD = {
 
 @dataclass(frozen=True)
 class _Sequences:
-    """Sequences in packed form, whatever form they came in.
+    """Sequences in packed form, converted from any input form.
 
     Attributes:
         data: ``(N, input_size)``, step after step.
         sizes: sequences at each step, never increasing.
-        order: what sorts sequences by their length, and undoes it; None where nothing has to be.
-        write: rows ``(N, features)`` in the form of the input.
+        order: the indices that sort sequences by length, and their inverse; None if not needed.
+        write: converts rows ``(N, features)`` to the form of the input.
     """
 
     data: Tensor
@@ -113,11 +113,11 @@ class _Sequences:
 
 
 class Recurrent(nn.Module):
-    """What the layers have in common: cells stacked and in both directions, in torch's conventions.
+    """Base class of the layers: cells stacked and in both directions, in torch's conventions.
 
     Attributes:
         cells: one for each layer and direction: ``l0``, ``l0_reverse``, ``l1``, ...
-        beside_torch: what its weights are worth to the layer of torch, and the other way round.
+        beside_torch: whether weights can be exchanged with torch's layer.
     """
 
     beside_torch: ClassVar[str] = "Without a norm it computes the same; a path with a norm has no bias of its own."
@@ -205,12 +205,12 @@ class Recurrent(nn.Module):
         return rows, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
 
     def _refuse(self, cells: list[Cell], sequences: _Sequences, from_zeros: bool) -> list[tuple[Calls, int | None]]:
-        """Raise for what some norm would refuse at some time step, before any of them has seen anything.
+        """Raise for any input that some norm would not accept at some time step, before any state changes.
 
         Returns:
             For every norm in training its calls, and the smallest reference that they hold since the last weight
-            update. Where h_0 = 0, W_h h_0 is the same for all sequences and as good as a single activation: sigma is
-            sqrt(eps), H2 would remember a gradient divided by that, and ``attach`` has to know and warm up.
+            update. If h_0 = 0, W_h h_0 is the same for all sequences and equivalent to a single activation: sigma is
+            sqrt(eps), H2 would remember a gradient divided by it, and ``attach`` needs to warm up.
         """
         if not sequences.sizes[0]:
             return []
@@ -289,7 +289,7 @@ class _WithNonlinearity(Recurrent):
 
 
 class NormRNN(_WithNonlinearity):
-    """The normalized RNN (equation 3), in the place of ``torch.nn.RNN``.
+    """The normalized RNN (equation 3), a replacement for ``torch.nn.RNN``.
 
     ``h_t = f(Norm(W_x x_t) + Norm(W_h h_{t-1}))``
 
@@ -301,16 +301,16 @@ class NormRNN(_WithNonlinearity):
             or ``SampleNorm``, a ``functools.partial``, a function, ``TimeSpecific(BatchNorm)``; None: no norm, and a
             bias.
         norm_h: likewise for the hidden path; None normalizes the input path alone (vertical). By default as ``norm``.
-        backward_stats: going back, N uses the estimate ``"saved"`` at its time step, or the ``"latest"`` one: the
-            paper's caveat in section 4.3.
+        backward_stats: the backward pass of N uses the estimate ``"saved"`` at its time step, or the ``"latest"`` one:
+            the paper's caveat in section 4.3.
 
-    Shapes: ``x (T, n, input_size)``, with batch_first ``(n, T, input_size)``, of a single sequence ``(T, input_size)``,
-    or a ``PackedSequence``; ``h_0`` and ``h_n (num_layers * directions, n, hidden_size)``. Returns ``(output, h_n)``,
-    the output in the form of x. H1 and H2 are one for all time steps, and any length will do.
+    Shapes: ``x (T, n, input_size)``, with batch_first ``(n, T, input_size)``, a single sequence ``(T, input_size)``, or
+    a ``PackedSequence``; ``h_0`` and ``h_n (num_layers * directions, n, hidden_size)``. Returns ``(output, h_n)``, the
+    output in the form of x. H1 and H2 are shared over all time steps, and sequences may have any length.
 
     Raises:
-        ValueError: for what does not fit, no time steps, a time step with too few sequences for a norm, or a
-            vectorized cycle; no state has changed then.
+        ValueError: for wrong shapes, no time steps, a time step with too few sequences for a norm, or a vectorized
+            cycle; the state is unchanged then.
 
     >>> net = NormRNN(4, 3)
     >>> output, h_n = net(torch.randn(7, 8, 4))
@@ -324,7 +324,7 @@ class NormRNN(_WithNonlinearity):
 
 
 class NormGRU(_WithNonlinearity):
-    """The normalized GRU (equations 4 to 7), in the place of ``torch.nn.GRU``.
+    """The normalized GRU (equations 4 to 7), a replacement for ``torch.nn.GRU``.
 
     ::
 
@@ -333,7 +333,7 @@ class NormGRU(_WithNonlinearity):
         h_new = f(Norm(W_xh x_t) + Norm(W_hh (h_{t-1} * g_r)))
         h_t   = g_z * h_new + (1 - g_z) * h_{t-1}
 
-    Unlike in torch's, g_r works before W_hh, and g_z lets the new state in.
+    Unlike in torch's, g_r is applied before W_hh, and g_z weights the new state.
 
     Args, shapes and errors: those of ``NormRNN``.
 
@@ -351,10 +351,10 @@ class NormGRU(_WithNonlinearity):
 
 
 class NormLSTM(Recurrent):
-    """A normalized LSTM after the pattern of section 5, in the place of ``torch.nn.LSTM``: see ``NormLSTMCell``.
+    """A normalized LSTM after the pattern of section 5, a replacement for ``torch.nn.LSTM``: see ``NormLSTMCell``.
 
     Args:
-        norm_c: makes the norm of the cell state on its way to h; None: there is none.
+        norm_c: makes the norm of c_t in h_t; None: there is none.
         others: those of ``NormRNN``.
 
     Shapes and errors: those of ``NormRNN``, with ``(h_0, c_0)`` and ``(output, (h_n, c_n))``.

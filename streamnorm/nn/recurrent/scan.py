@@ -1,8 +1,8 @@
-"""A cell through time: the loop over time steps, and what may be done for all of them at once (sections 4.3 and 5).
+"""A cell over time: the loop over time steps, and what can be computed for all of them at once (sections 4.3 and 5).
 
 The same ``Norm`` object is called at every time step: one H1 and one H2 for all of them, so that a layer streams
-through past samples and past time steps. Going back, gradients arrive in H2 from the last step to the first. Imports
-the cells and what stands below them.
+through past samples and past time steps. In the backward pass gradients arrive in H2 from the last step to the first.
+Imports the cells and what stands below them.
 
 Legend: ``T`` time steps, ``n`` sequences, ``N`` = T n rows, or the rows of a packed sequence; ``sizes`` the sequences
 at each time step.
@@ -25,11 +25,11 @@ from streamnorm.nn.recurrent.cells import Cell, State, Weights, at
 def scan(
     cell: Cell, data: Tensor, sizes: Sequence[int], start: State, from_the_end: bool = False
 ) -> tuple[Tensor, State]:
-    """A cell over all time steps of ``data (N, input_size)``: a compiled call for all steps of one size, where there is
-    one, else the loop that it is compared with.
+    """A cell over all time steps of ``data (N, input_size)``: one compiled call for all steps of one size if supported,
+    else a loop.
 
     Args:
-        sizes: how many sequences each step has; their rows follow each other in ``data``, longer sequences first.
+        sizes: how many sequences each step has; ``data`` holds their rows step after step, longer sequences first.
         start: the state before the first step, ``(n, hidden_size)`` each.
         from_the_end: read each sequence from its own last step, which is its time step 0: a mini-batch holds the rows
             that are equally far from the ends of their sequences.
@@ -38,13 +38,13 @@ def scan(
         h of every step ``(N, hidden_size)``, and every sequence's state after its last step.
     """
     if not sizes[0]:
-        sizes = sizes[:1]  # of no sequences one step is as good as all
+        sizes = sizes[:1]  # without sequences one step is enough
     if from_the_end:
         output, state = scan(cell, _reversed(data, sizes), sizes, start)
         return _reversed(output, sizes), state
     runs = _runs(sizes)
     parts = _split(data, runs)
-    inputs: list[Sequence[Tensor]] = []  # of this run and those to come, if they cannot be normalized on the way
+    inputs: list[Sequence[Tensor]] = []  # of this run and the later ones, unless the compiled call normalizes them
     weights: Weights | None = None
     state = start
     outputs: list[Tensor] = []
@@ -54,7 +54,7 @@ def scan(
             ended.append(tuple(part[n:] for part in state))
             state = tuple(part[:n] for part in state)
         rows = None if inputs else fused.run(cell, parts[i], steps, state[0])
-        norms = cell.hidden_norms() if rows is None else cell.norms()  # of this run alone
+        norms = cell.hidden_norms() if rows is None else cell.norms()  # used in this run only
         if rows is None:
             inputs = inputs[1:] or _inputs(cell, parts[i:], runs[i:])
             rows = fused.run(cell, parts[i], steps, state[0], list(inputs[0]))
@@ -74,18 +74,18 @@ def scan(
 
 
 def _reversed(rows: Tensor, sizes: Sequence[int]) -> Tensor:
-    """``rows (N, features)`` with the steps of each sequence in the reversed order."""
+    """``rows (N, features)`` with the steps of each sequence in reversed order."""
     if sizes[0] == sizes[-1]:
         return rows.unflatten(0, (len(sizes), sizes[0])).flip(0).flatten(0, 1)
     size, (t, i) = torch.tensor(sizes), (torch.arange(k) for k in (len(sizes), sizes[0]))
     there = i < size[:, None]
-    from_the_end = there.sum(0) - 1 - t[:, None]  # below 0 where nothing is there
+    from_the_end = there.sum(0) - 1 - t[:, None]  # negative beyond a sequence's end
     order = ((size.cumsum(0) - size)[from_the_end] + i)[there]
     return rows.index_select(0, order.to(rows.device))
 
 
 Run = tuple[int, int, int]
-"""Time steps of the same size: the first of them, how many, and their sequences."""
+"""Consecutive time steps of the same size: the first, how many, and their number of sequences."""
 
 
 def _runs(sizes: Sequence[int]) -> list[Run]:
@@ -112,10 +112,10 @@ def _inputs(cell: Cell, parts: Sequence[Tensor], runs: Sequence[Run]) -> list[Se
 
 
 def over_time(norm: nn.Module, a: Tensor, sizes: Sequence[int]) -> Tensor:
-    """``Norm(W_x x_t)`` of all time steps, ``a (N, hidden_size)``: in one call where that is what the loop would do.
+    """``Norm(W_x x_t)`` of all time steps, ``a (N, hidden_size)``: in one call where that equals the loop.
 
-    It is for rows that are normalized by themselves, with nothing kept or with constant statistics; and for a ``Norm``
-    that takes mini-batches of one size in order, if their gradients arrive in H2 in the reversed order.
+    It does for rows that are normalized separately, without memory or with constant statistics; and for a ``Norm`` that
+    takes mini-batches of one size in order, if their gradients arrive in H2 in reversed order.
     """
     if isinstance(norm, Norm):
         keeps = norm.H1 is not None
@@ -130,7 +130,7 @@ def over_time(norm: nn.Module, a: Tensor, sizes: Sequence[int]) -> Tensor:
 
 @contextmanager
 def _time_steps(norm: Norm, steps: int) -> Iterator[None]:
-    """Inside, the first axis holds so many mini-batches in order, which come back from the last to the first."""
+    """Inside, the first axis holds so many mini-batches in order, whose gradients arrive from the last to the first."""
     before = norm.steps, norm.reverse
     norm.steps, norm.reverse = steps, True
     try:
@@ -140,6 +140,6 @@ def _time_steps(norm: Norm, steps: int) -> Iterator[None]:
 
 
 def _count_as_one(norm: nn.Module, calls: int) -> None:
-    """A sequence is one call for the question whether a layer was forgotten, however many it takes."""
+    """Count the calls of a sequence as one, for the warning that ``attach`` may be missing."""
     if isinstance(norm, Norm) and norm.training:
         norm._calls.unfolded -= calls - 1

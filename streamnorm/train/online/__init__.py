@@ -1,1 +1,1 @@
-"""One weight update a sample: the trainer, what it compiles a model to, and optimizers of its own."""
+"""One weight update per sample: the trainer, and the parameters of its compiled step for a model and an optimizer."""

@@ -1,6 +1,6 @@
-"""What the compiled step of ``online`` is told about a model: which can be served, and what of it an operator is given.
+"""A model as the compiled step sees it: which models are supported, and the operator's parameters for them.
 
-Imports ``layers`` and what stands below them, and ``onlinerates``.
+Imports ``layers`` and what stands below them, and ``rates``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from streamnorm.stream import Memory
 from streamnorm.stream.policy import Evidence, Streaming
 from streamnorm.train.online.rates import Rates, Served
 
-# What can be served
+# Supported models
 
 
 @dataclass
@@ -45,7 +45,7 @@ class _Layer:
 
 
 def _layers(model: nn.Module) -> list[_Layer]:
-    """The layers of a model, or an error that says which module cannot be served and what to do."""
+    """The layers of a model, or an error that says which module is not supported and what to do."""
     if type(model) is not nn.Sequential:
         raise TypeError(f"model is an nn.Sequential of nn.Linear, norms and nn.ReLU, got {type(model).__name__}")
     layers: list[_Layer] = []
@@ -74,7 +74,7 @@ def _layers(model: nn.Module) -> list[_Layer]:
 
 
 def _why_not(module: nn.Module, last: _Layer | None) -> str | None:
-    """What is against ``module`` after what came before it."""
+    """Why ``module`` is not supported after the layer ``last``; None: it is."""
     kind = type(module)
     if "forward" in module.__dict__:
         return "its forward method was replaced"
@@ -135,7 +135,7 @@ def _hooks(module: nn.Module) -> Iterator[dict[int, Any]]:
 
 
 class Layer(ctypes.Structure):
-    """A layer in numbers: ``sn_spec`` of ``csrc/online.h``."""
+    """The parameters of a layer: ``sn_spec`` of ``csrc/online.h``."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("inputs", "outputs")),
@@ -147,19 +147,19 @@ class Layer(ctypes.Structure):
 
 
 AT_ONCE = 24
-"""Tensors that the operator ``gather`` looks at."""
+"""Tensors that the operator ``gather`` takes in one call."""
 
 STREAMING, LAYER_NORM = 1, 2
-"""Kinds of norm that a compiled step knows; 0: none."""
+"""Kinds of norm that a compiled step supports; 0: none."""
 
 
 class Steps(NamedTuple):
-    """What became of the samples of a call.
+    """The result of a call.
 
     Attributes:
-        learned, skipped: how many.
+        learned, skipped: number of samples.
         latest: the last one that was learned, or -1.
-        why: the call ended before the next sample: 0, or what of it was not finite, in the numbers of ``online.WHY``.
+        why: 0, or what was not finite in the sample that ended the call, as an index of ``trainer.WHY``.
     """
 
     learned: int
@@ -169,9 +169,9 @@ class Steps(NamedTuple):
 
 
 class Plan:
-    """What a compiled step is given of a model; good as long as it ``holds()``.
+    """The parameters of the compiled step for a model; valid as long as ``holds()``.
 
-    What the constructor finds that cannot be served it raises.
+    The constructor raises for anything that is not supported.
     """
 
     def __init__(self, model: nn.Module, optimizer: Served, loss_fn: Any) -> None:
@@ -186,8 +186,8 @@ class Plan:
         if not like.is_cpu or self.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"the model has to be float32 or float64 on the CPU; {_words('weight', like)}")
         self._owners: list[dict[str, Any]] = [m._modules for m in (model, *self.norms)]  # and those of tensors
-        self._tensors: list[Tensor] = []  # parameters and memories in their order
-        self._seen = torch.empty(0, dtype=torch.int64, device="cpu")  # the same as kernels see them
+        self._tensors: list[Tensor] = []  # parameters and memories in order
+        self._seen = torch.empty(0, dtype=torch.int64, device="cpu")  # the same, as the kernels read them
         told = [self._told(layer) for layer in layers]
         self._layers = torch.frombuffer(bytearray((Layer * len(told))(*told)), dtype=torch.uint8)
         self.params = self.rates.params
@@ -213,7 +213,7 @@ class Plan:
         return told
 
     def _groups(self, module: nn.Module | None) -> Iterator[int]:
-        """Take in weight and bias; the group of each, or -1: there is none."""
+        """Add weight and bias; the parameter group of each, or -1 if there is none."""
         if module is not None:
             self._owners.append(module._parameters)
         for name in ("weight", "bias"):
@@ -236,7 +236,7 @@ class Plan:
         self._tensors.append(tensor)
 
     def holds(self) -> bool:
-        """Whether everything still lies where it lay, and nothing was frozen or thawed."""
+        """Whether no module or tensor was replaced or moved, and nothing was frozen or unfrozen."""
         return (
             all(map(is_, chain.from_iterable(map(dict.values, self._owners)), self._owned))
             and [*map(Tensor.data_ptr, self._tensors)] == self._where
@@ -245,10 +245,11 @@ class Plan:
         )
 
     def train(self, given: tuple[Tensor, ...], moving: bool, raises: bool) -> Steps | None:
-        """Train on samples: ``given`` are x, targets, and where losses and outputs are written. None: a compiled step
-        cannot serve that, and nothing has changed.
+        """Train on samples: ``given`` are x, targets, and the tensors for losses and outputs. None: not supported,
+        nothing has changed.
 
-        ``moving``: parameters are; otherwise norms alone learn. ``raises``: what is not finite ends the call.
+        ``moving``: parameters are updated; otherwise only statistics. ``raises``: a sample that is not finite ends the
+        call.
         """
         state = self.rates.reads(moving)
         if state is None:
@@ -263,7 +264,7 @@ class Plan:
         steps = Steps(*operators.online(*told, *given, self.loss, moving, raises))
         if steps.why < 0:
             return None
-        if steps.learned and moving:  # autograd has to know, and the optimizer what was begun for it
+        if steps.learned and moving:  # tell autograd of the change in place, and give the optimizer its new state
             torch.autograd.graph.increment_version(self.params)
             self.rates.written()
         return steps

@@ -1,4 +1,4 @@
-"""What the compiled step of ``online`` is told about an optimizer: its rates, and where it keeps what it remembers.
+"""An optimizer as the compiled step sees it: its rates and its state.
 
 Imports torch alone.
 """
@@ -15,7 +15,7 @@ from torch.optim import SGD, Adam, AdamW
 Served = SGD | Adam | AdamW
 
 SGD_RULE, ADAM_RULE, ADAMW_RULE = range(3)
-"""Kinds of optimizer that a compiled step knows."""
+"""Kinds of optimizer that a compiled step supports."""
 
 _of_sgd = itemgetter("lr", "weight_decay", "momentum", "dampening", "nesterov")
 _of_adam = itemgetter("lr", "weight_decay", "betas", "eps", "decoupled_weight_decay")
@@ -23,18 +23,18 @@ _REFUSED = ("amsgrad", "capturable", "differentiable")
 
 
 class Rates:
-    """An optimizer as compiled steps know it.
+    """An optimizer's settings and state for compiled steps.
 
     Args:
         optimizer: ``torch.optim.SGD``, ``Adam`` or ``AdamW``.
 
     Attributes:
-        params: those that steps move, in their order.
+        params: those that steps update, in order.
         numbers: of each group the kind, lr, weight decay, momentum or beta1, dampening, nesterov, beta2 and eps, as in
-            ``sn_rates`` of ``csrc/online.h``; then whether the averages of each parameter are still to begin.
+            ``sn_rates`` of ``csrc/online.h``; then for each parameter whether its averages are new.
 
     Raises:
-        TypeError, ValueError: for what is not served.
+        TypeError, ValueError: for an optimizer or option that is not supported.
     """
 
     def __init__(self, optimizer: Served) -> None:
@@ -51,25 +51,25 @@ class Rates:
         self._count = len(optimizer.param_groups)
         self.params: list[Tensor] = []
         self.numbers = torch.empty(0, device="cpu")
-        self._told: Any = None  # what they say
+        self._told: Any = None  # the settings in numbers
         self._new: list[tuple[Tensor, dict[str, Tensor]]] = []  # state that the optimizer does not have yet
 
     def add(self, parameter: Tensor) -> int:
-        """Take a parameter in, and return the number of its group."""
+        """Add a parameter, and return the index of its group."""
         self.params.append(parameter)
         return self._groups.get(id(parameter), 0)
 
     def moves(self, parameter: Tensor) -> bool:
-        """Whether steps of the optimizer move a parameter."""
+        """Whether steps of the optimizer update a parameter."""
         return parameter.requires_grad and id(parameter) in self._groups
 
     def holds(self) -> bool:
-        """Whether there are as many groups as there were."""
+        """Whether the number of groups is unchanged."""
         return len(self.optimizer.param_groups) == self._count
 
     def reads(self, moving: bool) -> list[Tensor] | None:
-        """Read what the optimizer says now; what it remembers of the parameters while they are ``moving``. None: not in
-        a way that is served."""
+        """Read the optimizer's current settings, and return its state tensors if parameters are ``moving``. None: not
+        supported."""
         groups = self.optimizer.param_groups
         settings = [(_of_adam if self.of_adam else _of_sgd)(group) for group in groups]
         if any(group["maximize"] for group in groups) or (
@@ -93,7 +93,7 @@ class Rates:
             numbers += [i in fresh for i in range(len(self.params))]
             self.numbers = torch.tensor(numbers, dtype=torch.float64, device="cpu")
             told = any(isinstance(value, Tensor) for values in settings for value in values)
-            self._told = None if told else (settings, fresh)  # a tensor may change as it stands
+            self._told = None if told else (settings, fresh)  # a tensor may be changed in place
         return state
 
     def _numbers(self, lr: Any, decay: Any, momentum: Any, last: Any, flag: Any) -> tuple[float, ...]:
@@ -112,7 +112,7 @@ class Rates:
         return {"step": step, "exp_avg": zeros, "exp_avg_sq": torch.zeros_like(zeros)}
 
     def written(self) -> None:
-        """Give the optimizer the state that compiled steps began."""
+        """Give the optimizer the state that compiled steps created."""
         for parameter, new in self._new:
             self.optimizer.state[parameter].update(new)
         self._new = []

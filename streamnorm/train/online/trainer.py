@@ -1,9 +1,9 @@
-"""Pure online learning, one sample and one weight update at a time, in one compiled call for a step or for many.
+"""Pure online learning, one sample and one weight update at a time, in one compiled call for one or many steps.
 
-What a step of a multi-layer perceptron costs at one sample is reading and writing its weights. An ordinary loop does
-that several times over (the gradient of each weight is a matrix of its own); ``csrc/online.cpp`` reads them
-once backward, and once forward while it moves them. The model, its buffers and the optimizer stay what they are and
-hold the same numbers, so that either kind of step can follow the other. Imports ``dau``, the plan and what stands below
+The cost of a multi-layer perceptron's step on one sample is reading and writing its weights. A PyTorch loop does that
+several times (each weight has a separate gradient matrix); ``csrc/online.cpp`` reads them once in the backward pass,
+and once in the forward pass while it updates them. The model, its buffers and the optimizer are used in place and hold
+the same numbers, so that compiled steps and PyTorch steps can be mixed. Imports ``dau``, the plan and what stands below
 them.
 """
 
@@ -30,45 +30,44 @@ from streamnorm.train.online.rates import Served
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 MANY = 100
-"""Samples that are skipped, and at least half of all: from there on it is said, once."""
+"""Skipped samples, if they are at least half of all, from which on there is a warning, once."""
 WHY = ("", "input", "target", "activations", "loss", "gradients")
-"""What of a sample is not finite, in the numbers of the compiled step."""
+"""What is not finite in a sample, by the compiled step's codes."""
 LOST = len(WHY)
-"""The number of weights that are not finite."""
+"""The code for weights that are not finite."""
 
 
 class OnlineTrainer:
     """Trains a multi-layer perceptron on one sample after another, with a weight update for each.
 
     A step is, up to rounding, ``loss_fn(model(x), target).backward(); optimizer.step(); optimizer.zero_grad()`` with
-    ``attach(model, optimizer, warmup)``, and with the compiled kernels it takes a fraction of the time. It is just that
-    without them, in eval mode, while parameters are frozen, and while modules have hooks or the optimizer has others
-    than those of ``attach`` (clipping, for instance).
+    ``attach(model, optimizer, warmup)``, and takes a fraction of the time with the compiled kernels. It runs exactly
+    this PyTorch code without kernels, in eval mode, with frozen parameters, and if modules have hooks or the optimizer
+    has any besides those of ``attach`` (clipping, for instance).
 
-    A sample is learned if it is finite: its input, its target, all activations, the loss, and all gradients as large as
-    the optimizer needs them (times the rate of SGD, squared for Adam). Nothing of any other sample enters the weights,
-    the optimizer or the statistics.
+    A sample is learned if it is finite: its input, its target, all activations, the loss, and all gradients as the
+    optimizer uses them (times the learning rate for SGD, squared for Adam). Any other sample changes neither weights
+    nor optimizer nor statistics.
 
     Args:
-        model: ``nn.Sequential`` of ``nn.Linear``, each of them but the last followed, in this order, by a norm
-            (``StreamingNorm`` with p = 1 or 2 in Setting B or C, or ``nn.LayerNorm``) and ``nn.ReLU``, or either, or
-            nothing. A norm may stand before the first of them, for raw input. float32 or float64, on the CPU.
+        model: ``nn.Sequential`` of ``nn.Linear``, each but the last optionally followed by a norm (``StreamingNorm``
+            with p = 1 or 2 in Setting B or C, or ``nn.LayerNorm``) and/or ``nn.ReLU``, in this order. A norm may come
+            before the first, for raw input. float32 or float64, on the CPU.
         optimizer: ``torch.optim.SGD``, ``Adam`` or ``AdamW``; its rates, averages and weight decay are read at each
             call.
         loss_fn: ``F.cross_entropy`` for integer targets, ``F.mse_loss`` for targets of the shape of the output, or
             ``nn.CrossEntropyLoss()`` and ``nn.MSELoss()``.
-        warmup: as for ``attach``, which is called here: the model needs no other.
-        on_nonfinite: what becomes of a sample that is not finite: ``"skip"``, its loss and output are NaN; or
-            ``"raise"``, it ends the call with an error after the samples before it were learned. Many that are skipped
-            are warned of, once.
+        warmup: as for ``attach``, which is called here: do not call it again for the model.
+        on_nonfinite: for a sample that is not finite: ``"skip"``, its loss and output are NaN; or ``"raise"``, it ends
+            the call with an error after the samples before it were learned. If many are skipped, there is one warning.
 
     Attributes:
-        link: what ``attach`` returned; its ``state_dict()`` belongs into a checkpoint while a warm-up may be under way.
-        skipped: samples that were not finite.
+        link: what ``attach`` returned; save its ``state_dict()`` in checkpoints if there is a warm-up.
+        skipped: number of samples that were not finite.
 
     Raises:
-        TypeError, ValueError: for what cannot be trained so, with the module and what to do; nothing has changed then.
-        OverflowError: from ``step`` and ``steps``, when parameters are not finite any more.
+        TypeError, ValueError: for anything unsupported, with the module and what to do; nothing has changed then.
+        OverflowError: from ``step`` and ``steps``, when parameters are no longer finite.
 
     >>> from streamnorm import StreamingNorm
     >>> model = nn.Sequential(nn.Linear(4, 8, bias=False), StreamingNorm(8), nn.ReLU(), nn.Linear(8, 3))
@@ -106,8 +105,8 @@ class OnlineTrainer:
             Its loss ``()`` and the model's output before the update, ``(c,)`` or ``(1, c)``, detached.
 
         Raises:
-            ValueError: for another shape or dtype, or a class that the model does not know; nothing has changed then.
-                With ``on_nonfinite="raise"`` for a sample that is not finite.
+            ValueError: for another shape or dtype, or an unknown class; nothing has changed then. With
+                ``on_nonfinite="raise"`` also for a sample that is not finite.
         """
         expect_tensor("a sample", x)
         lead = (1,) if x.ndim == 2 else ()
@@ -118,14 +117,14 @@ class OnlineTrainer:
         return loss, output
 
     def steps(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Train on the samples ``x (n, d)`` in their order, with n weight updates: what n calls of ``step`` do, and
-        faster. It cannot be interrupted; hand over as many at a time as you would like to wait for.
+        """Train on the samples ``x (n, d)`` in order, with n weight updates: the same as n calls of ``step``, but
+        faster. It cannot be interrupted; pass only as many at a time as you are willing to wait for.
 
         Returns:
             The losses ``(n,)`` and the outputs ``(n, c)``, each from before its own update, detached.
 
         Raises:
-            ValueError: as for ``step``, before the first sample; for one that is not finite after those before it.
+            ValueError: as for ``step``, before the first sample; for one that is not finite, after those before it.
         """
         expect_tensor("the input", x)
         lead = (*x.shape[:1],)
@@ -136,7 +135,7 @@ class OnlineTrainer:
         return losses, outputs
 
     def _check(self, x: Tensor, targets: Tensor, lead: tuple[int, ...]) -> None:
-        """Refuse what does not fit the model as it is now."""
+        """Raise for samples that do not fit the model as it is now."""
         expect_tensor("the target", targets)
         plan = self._renew()
         if x.shape != (*lead, plan.inputs):
@@ -157,7 +156,7 @@ class OnlineTrainer:
                 raise ValueError(f"the model knows the classes 0 to {plan.outputs - 1}, got {least} to {most}")
 
     def _renew(self) -> Plan:
-        """The plan, made anew if anything lies elsewhere than it did."""
+        """The plan, made anew if it no longer holds."""
         if not self._plan.holds():
             plan = Plan(self.model, self.optimizer, self.loss_fn)
             if plan.norms != self.link.layers:
@@ -166,7 +165,7 @@ class OnlineTrainer:
         return self._plan
 
     def _train(self, x: Tensor, targets: Tensor, n: int, losses: Tensor, outputs: Tensor) -> None:
-        """Train on n samples and write down their losses and outputs."""
+        """Train on n samples and store their losses and outputs."""
         x, targets = (given.resolve_neg().contiguous() for given in (x, targets))
         skipped = self.skipped
         done = self._skip_leading(x, targets, n, losses, outputs)
@@ -192,7 +191,7 @@ class OnlineTrainer:
             )
 
     def _skip_leading(self, x: Tensor, targets: Tensor, n: int, losses: Tensor, outputs: Tensor) -> int:
-        """Skip at once what is not finite before the first sample that a norm begins with; how many those are."""
+        """Before a norm's first sample: skip all leading samples that are not finite at once, and return how many."""
         if self.on_nonfinite == "raise" or not self._begins():
             return 0
         sound = x.detach().reshape(n, -1).isfinite().all(1) & targets.detach().reshape(n, -1).isfinite().all(1)
@@ -203,7 +202,7 @@ class OnlineTrainer:
         return leading
 
     def _begins(self) -> bool:
-        """Whether a norm has its first sample before it: its first estimate is made of all features, by torch."""
+        """Whether a norm has not seen a sample yet: its first estimate depends on all features and is made by torch."""
         memories = (norm.H1 for norm in self._plan.norms)
         return any(m is not None and isinstance(m.rule, Pooled) and m.rule.prior and not m.known for m in memories)
 
@@ -233,7 +232,7 @@ class OnlineTrainer:
     def _compiled(
         self, x: Tensor, targets: Tensor, n: int, start: int, many: int, warming: bool, losses: Tensor, outputs: Tensor
     ) -> bool:
-        """Train on ``many`` of n samples from ``start`` in one call. False: that cannot be, and nothing has changed."""
+        """Train on ``many`` of n samples from ``start`` in one call. False: not supported, nothing has changed."""
         given = x, targets, losses, outputs
         if many < n:
             given = tuple(tensor[start : start + many] for tensor in given)
@@ -248,7 +247,7 @@ class OnlineTrainer:
                 if warming and norm.H2 is not None:
                     norm.H2.clear()
             self.link._steps += done.learned
-            self.optimizer._opt_called = True  # type: ignore[union-attr]  # schedulers ask whether it stepped
+            self.optimizer._opt_called = True  # type: ignore[union-attr]  # schedulers check whether it stepped
         if done.why == LOST:
             raise self._lost(start + done.latest if done.latest >= 0 else None)
         if done.why:
@@ -256,7 +255,7 @@ class OnlineTrainer:
         return True
 
     def _ordinary(self, x: Tensor, target: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """The same step in torch's own code."""
+        """The same step in PyTorch."""
         why, loss, output = self._try(x, target)
         if why not in ("input", "target") and not all(p.isfinite().all() for p in self._plan.params):
             raise self._lost(None if why else number)
@@ -270,7 +269,7 @@ class OnlineTrainer:
 
     @torch.enable_grad()
     def _try(self, x: Tensor, target: Tensor) -> tuple[str, Tensor, Tensor]:
-        """An ordinary step, or what of the sample is not finite, and then everything is as it was."""
+        """A step in PyTorch, or what is not finite in the sample; then nothing has changed."""
         if not x.isfinite().all():
             return "input", x, x
         if not target.isfinite().all():
@@ -302,12 +301,12 @@ class OnlineTrainer:
         return why, loss.detach(), output.detach()
 
     def _refusals(self) -> list[int]:
-        """Arrivals that the memories of norms have refused."""
+        """The number of arrivals that each memory of a norm has skipped."""
         memories = [memory for norm in self._plan.norms for memory in (norm.H1, norm.H2)]
         return [int(memory.skipped) for memory in memories if memory is not None]
 
     def _fits(self) -> bool:
-        """Whether the optimizer can take all gradients."""
+        """Whether the optimizer's step does not overflow for any gradient."""
         for group in self.optimizer.param_groups:
             for grad in [p.grad for p in group["params"] if p.grad is not None]:
                 most = grad.abs().max()
@@ -325,7 +324,7 @@ class OnlineTrainer:
 
 @contextmanager
 def _watching(model: nn.Module) -> Iterator[list[Any]]:
-    """Inside, modules of ``model`` whose output is not finite are gathered, and layer norms of what has no variance."""
+    """Inside, collects modules of ``model`` whose output is not finite, and layer norms whose input variance is not."""
     strange: list[Any] = []
 
     def look(module: nn.Module, inputs: Any, output: Tensor) -> None:
