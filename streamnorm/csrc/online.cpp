@@ -19,12 +19,12 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("O3")  // the compiler must vectorize the loops over units
 #endif
-#include "online.h"
+#include "optimizer.h"
+#include "slots.h"
 
 namespace {
 
 typedef sn_online Layer;
-typedef sn_param Param;
 typedef sn_net Net;
 typedef sn_why Why;
 constexpr int64_t ALONE = 1 << 18;  // weights that one thread has processed before a second one could start
@@ -32,48 +32,24 @@ constexpr int64_t ALONE = 1 << 18;  // weights that one thread has processed bef
 // --- Scratch: what a forward pass saves for the backward pass, and that for the next forward pass ---
 
 template <class T> struct Room {
-    T *s, *s_hat, *g, *g_hat;   // (2, out): row 0 the mean, row 1 sigma. For a layer norm, s_hat holds y
-    T *out;                     // (out,): the output to the layer above, one for each `side`
-    T *grad, *by_gain, *by_shift;  // (out,): gradient from the layer above, then of the products; of gain and shift
+    T *a, *sigma, *mu_hat, *sigma_hat;  // products, which are their own mean. For a layer norm, mu_hat holds y
+    T *g_mu, *g_sigma, *g_mu_hat, *g_sigma_hat;
+    T *f, *g;                           // (2, out): what F and G remember once the sample is learned
+    T *out;                             // the output to the layer above, one for each `side`
+    T *grad, *by_gain, *by_shift;       // gradient from the layer above, then of the products; of gain and shift
 
     Room(const Net &net, int64_t k, int side) {
         T *at = (T *)net.scratch;
         for (int64_t i = 0; i < k; i++) at += sn_scratch(net.layers[i]);
-        int64_t n = sn_rounded(net.layers[k].out);
-        s = at, s_hat = at + 2 * n, g = at + 4 * n, g_hat = at + 6 * n, out = at + (8 + side) * n;
-        grad = at + 10 * n, by_gain = at + 11 * n, by_shift = at + 12 * n;
+        const int64_t n = sn_rounded(net.layers[k].out);
+        T **const rows[] = {&a, &sigma, &mu_hat, &sigma_hat, &g_mu, &g_sigma,
+                            &g_mu_hat, &g_sigma_hat, &grad, &by_gain, &by_shift};
+        for (T **row : rows) *row = at, at += n;
+        f = at, g = at + 2 * n, out = at + (4 + side) * n;
     }
 };
 
-template <class T> constexpr T largest() { return sizeof(T) == 4 ? (T)__FLT_MAX__ : (T)__DBL_MAX__; }
-template <class T> bool finite(const T *v, int64_t n) {
-    int bad = 0;
-    for (int64_t i = 0; i < n; i++) bad |= !(fabs(v[i]) <= largest<T>());
-    return !bad;
-}
-// `squarable` of streamnorm/definition/stats.py
-template <class T> bool squarable(const T *v, int64_t n) {
-    const T most = sizeof(T) == 4 ? (T)0x1p32 : (T)0x1p256, least = 1 / most;
-    int bad = 0;
-    for (int64_t i = 0; i < n; i++) bad |= !(v[i] >= least && v[i] <= most);
-    return !bad;
-}
-template <class T> struct bits_of { typedef int32_t type; };
-template <> struct bits_of<double> { typedef int64_t type; };
-template <class T> T peak(const T *v, int64_t n) {  // the largest magnitude; NaN is larger than infinity
-    typedef typename bits_of<T>::type Bits;
-    Bits most = 0;
-    for (int64_t i = 0; i < n; i++) {
-        T a = fabs(v[i]);
-        Bits now;
-        memcpy(&now, &a, sizeof a);
-        most = now > most ? now : most;
-    }
-    T top;
-    memcpy(&top, &most, sizeof top);
-    return top;
-}
-template <class T> SN_INLINE T sum_of(vec<T> v) {  // pairwise: it is needed for every row, so latency matters
+template <class T> SN_INLINE T sum_of(vec<T> v) {  // pairwise: needed for every row, so latency matters
     T part[lanes<T>::W];
     store(part, v);
     for (int w = lanes<T>::W / 2; w > 0; w /= 2)
@@ -81,170 +57,23 @@ template <class T> SN_INLINE T sum_of(vec<T> v) {  // pairwise: it is needed for
     return part[0];
 }
 
-// --- F and G: one arrival of one sample, then a weight update (observe and fold of LongShort and Pooled) ---
+// --- F and G, as slots.h computes them: a sample is one arrival, and then a weight update ---
 
-template <class T> struct Arrival {
-    const sn_memory &m;
-    bool ok, known;  // whether it is taken in; whether there is an estimate
-    T share, to_long, to_short, to_now;
-
-    Arrival(const sn_memory &memory, bool is_ok, int row = 0) : m(memory), ok(is_ok) {
-        if (m.rule.kind == POOLED) {
-            const double M = sn_pooled(&m.rule, *m.updates, row), N = (double)(*m.count + ok);
-            known = M + N > 0;
-            share = (T)(1 / (N > 0 ? N : 1)), to_long = (T)(known ? M / (M + N) : 0), to_short = (T)(known ? N / (M + N) : 0);
-            to_now = (T)!known;
-            return;
-        }
-        const double *mix = m.rule.a;
-        int64_t count = *m.count + ok;
-        bool has_long = *m.updates > 0, has_short = count > 0;  // if one is empty, the other stands in for it
-        known = has_long || has_short;
-        share = (T)1 / (T)(count > 0 ? count : 1);
-        to_long = (T)(has_long ? mix[0] + (has_short ? 0 : mix[1]) : 0);
-        to_short = (T)(has_short ? mix[1] + (has_long ? 0 : mix[0]) : 0);
-        to_now = (T)mix[2];
-        if (!known) to_now = (T)(mix[0] + mix[1] + mix[2]);
-    }
-    SN_INLINE T short_term(const T *old, const T *s, int64_t i, bool taken, T share) {
-        return taken ? old[i] + share * (s[i] - old[i]) : old[i];
-    }
-    void estimate(const T *s, T *s_hat, int64_t begin, int64_t end) const {
-        const T *lng = (const T *)m.long_, *old = (const T *)m.short_;
-        if (!known)
-            for (int64_t i = begin; i < end; i++) s_hat[i] = to_now * s[i];
-        else if (to_now != 0)
-            for (int64_t i = begin; i < end; i++)
-                s_hat[i] = to_long * lng[i] + short_term(old, s, i, ok, share) * to_short + to_now * s[i];
-        else
-            for (int64_t i = begin; i < end; i++)
-                s_hat[i] = to_long * lng[i] + short_term(old, s, i, ok, share) * to_short;
-    }
-    void remember_and_fold(const T *s, const T *s_hat, int64_t n, const double *shares) const {
-        T *lng = (T *)m.long_, *old = (T *)m.short_;
-        if (ok || finite(s_hat, n)) memcpy(m.estimate, s_hat, n * sizeof(T));
-        *(ok ? m.seen : m.skipped) += 1;
-        if (*m.count + ok == 0) return;
-        if (m.rule.kind == POOLED) {  // long becomes the estimate
-            memcpy(lng, s_hat, n * sizeof(T));
-            memset(old, 0, n * sizeof(T));
-            *m.updates = sn_pooled_after(&m.rule, *m.updates, *m.count + ok), *m.count = 0;
-            return;
-        }
-        T keep = (T)shares[0], take = (T)shares[1];
-        if (*m.updates > 0)
-            for (int64_t i = 0; i < n; i++) lng[i] = keep * lng[i] + take * short_term(old, s, i, ok, share);
-        else
-            for (int64_t i = 0; i < n; i++) lng[i] = short_term(old, s, i, ok, share);
-        memset(old, 0, n * sizeof(T));
-        *m.count = 0, *m.updates += 1;
-    }
-};
-
-// G as the residual of a regression over the stream, for one sample (`regress` of slots.h): the estimate, and in place
-// of g the new coefficients.
-template <class T> void regress(const sn_memory &m, const T *s, const T *s_hat, T *g, T *g_hat, int64_t n) {
-    const T *v = (const T *)m.long_, *u = v + n;
-    const double held = (double)*m.count + 1;
-    const T M = (T)(held < m.rule.a[0] ? held : m.rule.a[0]), d_v = M + 1;
-    for (int64_t i = 0; i < n; i++) {
-        const T inverse = 1 / s_hat[n + i], mean = (s[i] - s_hat[i]) * inverse, scale = s[n + i] * inverse;
-        const T over = scale * scale, under = mean * mean, square = over < under ? under : over;
-        const T t_v = M * v[i] - g[i] * s_hat[n + i], t_u = M * u[i] - g[n + i] * s_hat[n + i];
-        const T d_u = M + square, per = 1 / (M * (d_v + square) + (square - under));
-        const T new_v = (d_u * t_v - mean * t_u) * per, new_u = (d_v * t_u - mean * t_v) * per;
-        g[i] = new_v, g[n + i] = new_u;
-        g_hat[i] = -new_v * inverse, g_hat[n + i] = -new_u * scale * inverse;
-    }
+template <class T> void arrive(const sn_memory &h, int row, int64_t n, const T *s, T *fresh, T *s_hat) {
+    observe(h, 1, row, n, 0, n, 0, true, s, fresh, s_hat);
 }
-template <class T> void remember_coefficients(const sn_memory &m, const T *theta, const T *g_hat, int64_t n) {
-    memcpy(m.long_, theta, n * sizeof(T));
-    memcpy(m.estimate, g_hat, n * sizeof(T));
-    *m.seen += 1, *m.count += 1;
-}
-
-// --- The optimizer's step ---
-
-enum How { HOLD, PLAIN, DECAY, HEAVY, ADAM };  // nothing, SGD, SGD with decay, with decay and momentum, Adam
-
-SN_INLINE float root_of(float v) { return sqrtf(v); }
-SN_INLINE double root_of(double v) { return sqrt(v); }
-SN_INLINE vec<float> root_of(vec<float> v) { return root<float>(v); }
-SN_INLINE vec<double> root_of(vec<double> v) { return root<double>(v); }
-
-template <class T> struct Move {  // one step of a parameter
-    How how = HOLD;
-    bool nesterov = false;
-    T lr = 0, decay = 0, momentum = 0, gain = 0;   // `gain`: of the gradient in the average
-    T keep = 1, beta2 = 0, gain2 = 0, scale = 0, eps = 0;  // of w; of squares and of their bias-corrected root
-
-    Move() {}
-    Move(const sn_rates &r, const Param &p) : nesterov(r.nesterov != 0), momentum((T)r.momentum) {
-        lr = (T)r.lr, decay = (T)r.decay, gain = (T)(p.fresh ? 1 : 1 - r.dampening);
-        how = r.momentum != 0 ? HEAVY : r.decay != 0 ? DECAY : PLAIN;
-        if (r.is(SGD)) return;
-        double count = (p.wide_count ? *(double *)p.count : *(float *)p.count) + 1;
-        how = ADAM;
-        if (r.is(ADAM_W)) decay = 0, keep = (T)(1 - r.lr * r.decay);
-        gain = (T)(1 - r.momentum), beta2 = (T)r.beta2, gain2 = (T)(1 - r.beta2), eps = (T)r.eps;
-        lr = (T)(r.lr / (1 - pow(r.momentum, count))), scale = (T)(1 / sqrt(1 - pow(r.beta2, count)));
+template <class T> bool arrive_at_g(sn_memory h, int64_t n, const Room<T> &at) {  // false: a coefficient is not finite
+    if (h.rule.kind == RESIDUAL) {
+        h.rule.a[0] = (T)h.rule.a[0];  // rounded before the sample is added to it, not after
+        return regress<T>(h, 1, n, 0, n, 0, true, at.a, at.sigma, at.mu_hat, at.sigma_hat, at.g_mu, at.g_sigma, at.g,
+                          at.g_mu_hat, at.g_sigma_hat);
     }
-    // Updates w by its gradient g, with its average a and its square b; scalars or vectors.
-    template <int how, class V> __attribute__((always_inline)) void step(V g, V &w, V &a, V &b) const {
-        if (how == PLAIN) w -= lr * g;
-        if (how == DECAY) w -= lr * (g + decay * w);
-        if (how == HEAVY) {
-            g += decay * w;
-            a = momentum * a + gain * g;
-            w -= lr * (nesterov ? g + momentum * a : a);
-        }
-        if (how == ADAM) {
-            g += decay * w;
-            a += gain * (g - a);
-            b = beta2 * b + gain2 * g * g;
-            w = keep * w - lr * a / (scale * root_of(b) + eps);
-        }
-    }
-};
-
-// The next step of a parameter; increases its step count.
-template <class T> Move<T> next_move(Param &p) {
-    Move<T> move(*p.rates, p);
-    p.fresh = false;
-    if (p.count && p.wide_count) *(double *)p.count += 1;
-    if (p.count && !p.wide_count) *(float *)p.count += 1;
-    return move;
+    arrive(h, 0, n, at.g_mu, at.g, at.g_mu_hat), arrive(h, 1, n, at.g_sigma, at.g, at.g_sigma_hat);
+    return true;
 }
-
-// body(how) with a constant.
-template <int how> struct constant { constexpr operator int() const { return how; } };
-template <class Body> SN_INLINE void by_constant(How how, const Body &body) {
-    if (how == HOLD) body(constant<HOLD>{});
-    if (how == PLAIN) body(constant<PLAIN>{});
-    if (how == DECAY) body(constant<DECAY>{});
-    if (how == HEAVY) body(constant<HEAVY>{});
-    if (how == ADAM) body(constant<ADAM>{});
-}
-
-// Whether gradients of at most this magnitude do not overflow in the optimizer: in the step of SGD, in Adam's square.
-template <class T> bool fits(const Param &p, T most) {
-    if (!p.at) return true;
-    const sn_rates &r = *p.rates;
-    return most <= largest<T>() && most * (r.is(SGD) ? (T)fabs(r.lr) : most) <= largest<T>();
-}
-
-template <class T> bool finite(const Param &p, int64_t n) { return !p.at || finite((const T *)p.at, n); }
-
-// Updates a parameter of n values at once. False: it is no longer finite.
-template <class T> bool move(Param &p, const T *grad, int64_t n) {
-    if (!p.at) return true;
-    const Move<T> m = next_move<T>(p);
-    T *w = (T *)p.at, *average = (T *)p.average, *square = (T *)p.square, none = 0;
-    by_constant(m.how, [&](auto how) {
-        for (int64_t i = 0; i < n; i++)
-            m.template step<how>(grad[i], w[i], how >= HEAVY ? average[i] : none, how == ADAM ? square[i] : none);
-    });
-    return finite(w, n);
+template <class T>
+void remember(const sn_memory &h, const sn_stream &s, int64_t n, const T *fresh, const T *mu_hat, const T *sigma_hat) {
+    commit(h, n, 0, n, fresh, mu_hat, sigma_hat), arrived(h, 1, 1), fold<T>(h, n, s.keep[0], s.keep[1]);
 }
 
 // --- Weights ---
@@ -328,15 +157,18 @@ void pass_all(const Net &net, const Layer &l, const Pass<T> &p, const Move<T> &m
     });
 }
 
-// --- The norms, on the products a = s[0 ... out) of a layer ---
+// --- The norms, on the products a of a layer ---
+//
+// Statistics, their gradients and the map have another last digit than in slots.h, which multiplies by inverses: shared
+// with it are the rules alone.
 
 template <class T> bool forward_norm(const Layer &l, const Room<T> &at) {
     int64_t n = l.out;
-    T *a = at.s, *sigma = at.s + n, *mu_hat = at.s_hat, *sigma_hat = at.s_hat + n, *y = at.out;
+    T *a = at.a, *sigma = at.sigma, *mu_hat = at.mu_hat, *y = at.out;
     const T *gain = (const T *)l.gain.at, *shift = (const T *)l.shift.at;
     if (!finite(a, n)) return false;
     if (l.kind == STREAMING) {
-        Arrival<T>(l.F, true).estimate(at.s, at.s_hat, 0, n);
+        arrive(l.F, 0, n, a, at.f, mu_hat);
         T floor = (T)sqrt(l.eps), eps = (T)l.eps;
         for (int64_t i = 0; i < n; i++) {
             T d = l.about_zero ? a[i] : a[i] - mu_hat[i];
@@ -347,8 +179,8 @@ template <class T> bool forward_norm(const Layer &l, const Room<T> &at) {
                 sigma[i] = (T)hypot((double)(l.about_zero ? a[i] : a[i] - mu_hat[i]), (double)floor);
             if (!finite(sigma, n)) return false;
         }
-        Arrival<T>(l.F, true, 1).estimate(at.s, at.s_hat, n, 2 * n);
-        for (int64_t i = 0; i < n; i++) y[i] = (a[i] - mu_hat[i]) / sigma_hat[i];
+        arrive(l.F, 1, n, sigma, at.f, at.sigma_hat);
+        for (int64_t i = 0; i < n; i++) y[i] = (a[i] - mu_hat[i]) / at.sigma_hat[i];
     } else if (l.kind == LAYER) {
         double mean = 0, square = 0;
         for (int64_t i = 0; i < n; i++) mean += a[i];
@@ -357,7 +189,7 @@ template <class T> bool forward_norm(const Layer &l, const Room<T> &at) {
         double sd = sqrt(square / (double)n + l.eps);
         if (!(square / (double)n <= largest<T>())) return false;  // as in torch, where it would overflow T
         sigma[0] = (T)sd;
-        for (int64_t i = 0; i < n; i++) at.s_hat[i] = y[i] = (T)((a[i] - mean) / sd);
+        for (int64_t i = 0; i < n; i++) mu_hat[i] = y[i] = (T)((a[i] - mean) / sd);
     } else
         memcpy(y, a, n * sizeof(T));
     if (gain)
@@ -374,16 +206,15 @@ template <class T> bool forward_norm(const Layer &l, const Room<T> &at) {
 // norm's arrival is not finite.
 template <class T> bool backward_norm(const Layer &l, const Room<T> &at) {
     int64_t n = l.out;
-    T *grad = at.grad, *out = at.out, *a = at.s, *sigma = at.s + n, *sigma_hat = at.s_hat + n;
-    T *g_mu = at.g, *g_sigma = at.g + n;
+    T *grad = at.grad, *out = at.out, *a = at.a, *sigma = at.sigma, *mu_hat = at.mu_hat, *sigma_hat = at.sigma_hat;
     const T *gain = (const T *)l.gain.at;
     if (l.relu)
         for (int64_t i = 0; i < n; i++) grad[i] = out[i] <= 0 ? 0 : grad[i];
     if (l.kind == NONE) return true;
     if (l.kind == STREAMING)
-        for (int64_t i = 0; i < n; i++) at.by_gain[i] = grad[i] * ((a[i] - at.s_hat[i]) / sigma_hat[i]);
+        for (int64_t i = 0; i < n; i++) at.by_gain[i] = grad[i] * ((a[i] - mu_hat[i]) / sigma_hat[i]);
     else
-        for (int64_t i = 0; i < n; i++) at.by_gain[i] = grad[i] * at.s_hat[i];
+        for (int64_t i = 0; i < n; i++) at.by_gain[i] = grad[i] * mu_hat[i];
     const T trust = (T)l.trust;
     for (int64_t i = 0; i < n; i++) at.by_gain[i] *= trust, at.by_shift[i] = trust * grad[i];
     if (!l.weight.at) return true;  // the gradient of the input is not needed
@@ -391,23 +222,18 @@ template <class T> bool backward_norm(const Layer &l, const Room<T> &at) {
         for (int64_t i = 0; i < n; i++) grad[i] *= gain[i];
     if (l.kind == LAYER) {
         double mean = 0, slope = 0, sd = sigma[0];
-        for (int64_t i = 0; i < n; i++) mean += grad[i], slope += (double)grad[i] * at.s_hat[i];
+        for (int64_t i = 0; i < n; i++) mean += grad[i], slope += (double)grad[i] * mu_hat[i];
         mean /= (double)n, slope /= (double)n;
-        for (int64_t i = 0; i < n; i++) grad[i] = (T)((grad[i] - mean - at.s_hat[i] * slope) / sd);
+        for (int64_t i = 0; i < n; i++) grad[i] = (T)((grad[i] - mean - mu_hat[i] * slope) / sd);
         return true;
     }
     for (int64_t i = 0; i < n; i++) {
-        g_mu[i] = -grad[i] / sigma_hat[i];
-        g_sigma[i] = -((a[i] - at.s_hat[i]) / sigma_hat[i] * grad[i]) / sigma_hat[i];  // its square may overflow
+        at.g_mu[i] = -grad[i] / sigma_hat[i];
+        at.g_sigma[i] = -((a[i] - mu_hat[i]) / sigma_hat[i] * grad[i]) / sigma_hat[i];  // its square may overflow
     }
-    if (!finite(at.g, 2 * n)) return false;
-    if (l.G.rule.kind == RESIDUAL) {
-        regress(l.G, at.s, at.s_hat, at.g, at.g_hat, n);
-        if (!finite(at.g, 2 * n)) return false;
-    } else
-        Arrival<T>(l.G, true).estimate(at.g, at.g_hat, 0, 2 * n);
+    if (!finite(at.g_mu, n) || !finite(at.g_sigma, n) || !arrive_at_g(l.G, n, at)) return false;
     for (int64_t i = 0; i < n; i++) {
-        T d = l.about_zero ? a[i] : a[i] - at.s_hat[i], to_mu = at.g_hat[i], to_sigma = at.g_hat[n + i];
+        T d = l.about_zero ? a[i] : a[i] - mu_hat[i], to_mu = at.g_mu_hat[i], to_sigma = at.g_sigma_hat[i];
         T slope = l.p == 2 ? d / sigma[i] * to_sigma : to_sigma * (T)((d > 0) - (d < 0));
         grad[i] = grad[i] / sigma_hat[i] + to_mu + slope;
     }
@@ -453,7 +279,7 @@ template <class T> struct Run {
         Room<T> at = room(k);
         Pass<T> pass{};
         pass.w = (T *)l.weight.at, pass.average = (T *)l.weight.average, pass.square = (T *)l.weight.square;
-        pass.bias = (const T *)l.bias.at, pass.ahead = ahead, pass.products = at.s;
+        pass.bias = (const T *)l.bias.at, pass.ahead = ahead, pass.products = at.a;
         Move<T> m;
         if (l.pending) {
             m = next_move<T>(l.weight);
@@ -476,7 +302,7 @@ template <class T> struct Run {
             if (layers[k].weight.at)
                 forward_products(k, input(k, x, side));
             else
-                memcpy(room(k).s, x, layers[k].out * sizeof(T));
+                memcpy(room(k).a, x, layers[k].out * sizeof(T));
             if (!forward_norm(layers[k], room(k))) return broken(k) ? WEIGHTS : ACTIVATIONS;
         }
         return FINE;
@@ -507,12 +333,9 @@ template <class T> struct Run {
         for (int64_t k = 0; k < net.depth; k++) {
             Layer &l = layers[k];
             Room<T> at = room(k);
-            if (l.kind == STREAMING) Arrival<T>(l.F, true).remember_and_fold(at.s, at.s_hat, 2 * l.out, l.f.keep);
+            if (l.kind == STREAMING) remember(l.F, l.f, l.out, at.f, at.mu_hat, at.sigma_hat);
             if (!net.moves || !l.learns()) continue;
-            if (l.kind == STREAMING && l.weight.at) {
-                if (l.G.rule.kind == RESIDUAL) remember_coefficients(l.G, at.g, at.g_hat, 2 * l.out);
-                else Arrival<T>(l.G, true).remember_and_fold(at.g, at.g_hat, 2 * l.out, l.g.keep);
-            }
+            if (l.kind == STREAMING && l.weight.at) remember(l.G, l.g, l.out, at.g, at.g_mu_hat, at.g_sigma_hat);
             bool ok = move(l.gain, at.by_gain, l.out);
             ok = move(l.shift, at.by_shift, l.out) && ok;
             ok = move(l.bias, at.grad, l.out) && ok;
@@ -528,7 +351,7 @@ template <class T> struct Run {
         for (int64_t k = 0; k < net.depth; k++) {
             if (!layers[k].pending) continue;
             forward_products(k, input(k, learned, !side));
-            if (why != WEIGHTS && !finite(room(k).s, layers[k].out) && broken(k)) why = WEIGHTS;
+            if (why != WEIGHTS && !finite(room(k).a, layers[k].out) && broken(k)) why = WEIGHTS;
         }
         return why;
     }

@@ -51,4 +51,4 @@ struct sn_net {
 enum sn_why { REFUSED = -1, FINE, INPUT, TARGET, ACTIVATIONS, LOSS, GRADIENT, WEIGHTS };
 
 static inline int64_t sn_rounded(int64_t n) { return (n + 15) / 16 * 16; }
-static inline int64_t sn_scratch(const sn_spec &l) { return 13 * sn_rounded(l.out); }
+static inline int64_t sn_scratch(const sn_spec &l) { return 17 * sn_rounded(l.out); }

@@ -69,9 +69,22 @@ template <class A> SN_INLINE mask<A> extreme(vec<A> sigma) {
     return ~(mask<A>)((mask<A>)(sigma >= least) & (mask<A>)(sigma <= most));
 }
 template <class A> SN_INLINE bool any(mask<A> m) {
-    bool found = false;
-    for (int i = 0; i < lanes<A>::W; i++) found |= m[i] != 0;
-    return found;
+    uint64_t words[BYTES / 8], found = 0;
+    memcpy(words, &m, BYTES);
+    for (uint64_t word : words) found |= word;
+    return found != 0;
+}
+
+// Of n values, whether all are numbers; whether all are such deviations.
+template <class A> bool finite(const A *v, int64_t n) {
+    mask<A> bad{};
+    slots<A>(n, [&](int64_t i, int k) { bad |= not_finite<A>(table(v + i, k)); });
+    return !any<A>(bad);
+}
+template <class A> bool squarable(const A *v, int64_t n) {
+    mask<A> bad{};
+    slots<A>(n, [&](int64_t i, int k) { bad |= extreme<A>(table(v + i, k)) & before<A>(k); });
+    return !any<A>(bad);
 }
 
 // The memory takes in `s` at step j, for slots a .. a+n of one row of its tables (0: of the mean, 1: of sigma).
@@ -148,10 +161,11 @@ bool regress(const sn_memory &h, double samples, int64_t S, int64_t a, int64_t n
         vec<A> v = table(old + a + i, k), u = table(old + S + a + i, k);
         if (taken) {
             const vec<A> over = scale * scale, under = mean * mean, square = choose<A>((mask<A>)(over < under), under, over);
-            const vec<A> b_v = -load(g_mu + i) * s_hat, b_u = -load(g_sigma + i) * s_hat;
             const vec<A> d_u = all_M + all_m * square, off = all_m * mean;
             const vec<A> det = all_M * (d_v + all_m * square) + all_m * all_m * (square - under);
-            const vec<A> per = one / det, t_v = all_M * v + all_m * b_v, t_u = all_M * u + all_m * b_u;
+            const vec<A> per = one / det;  // below, M theta stands first: the product that is not rounded by itself
+            const vec<A> t_v = all_M * v + all_m * (-load(g_mu + i) * s_hat);
+            const vec<A> t_u = all_M * u + all_m * (-load(g_sigma + i) * s_hat);
             v = (d_u * t_v - off * t_u) * per, u = (d_v * t_u - off * t_v) * per;
             wrong |= (not_finite<A>(v) | not_finite<A>(u)) & before<A>(k);
         }
