@@ -102,7 +102,7 @@ class Buffers(nn.Module):
         if not self._buffers:
             return
         tables = self.tables
-        if isinstance(tables, Unshaped) == self.shaped:
+        if type(tables) in (Tensor, Unshaped) and isinstance(tables, Unshaped) == self.shaped:  # no FakeTensor
             self._buffers[self._names[0]] = tables.as_subclass(Tensor if self.shaped else Unshaped)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
