@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from streamnorm import Batch, DegenerateReferenceError, Evidence, Lp, Norm, Policy, Sample, Streaming
 from streamnorm.definition.ref import NormRef
-from streamnorm.lab.bench.gate import MEMBERS
+from streamnorm.lab.bench.gate import MEMBERS, oracle_of
 from streamnorm.ops.backends import using
 from streamnorm.oracle import Oracle
 
@@ -189,23 +189,11 @@ class History:
         layer = Norm(c, ref, moment, policy, affine=rng.random() < 0.6).double()
         for parameter in layer.parameters():
             nn.init.uniform_(parameter, 0.5, 1.5, generator=self._generator())
-        rules = {n: getattr(policy, n) for n in ("alpha", "beta", "kappa", "rate", "memory") if hasattr(policy, n)}
 
         def oracle(off: float) -> Oracle:
-            own = dict(rules)
-            if "alpha" in own:
-                own["alpha"] = own["alpha"][0], own["alpha"][1] * (1 + off)
-            return Oracle(
-                features=ref.features,
-                place=ref.place,
-                samples=ref.samples,
-                window=ref.window,
-                p=moment.p,
-                center=moment.center,
-                eps=moment.eps,
-                policy=type(policy).__name__.lower(),  # type: ignore[arg-type]
-                **own,
-            )
+            if not isinstance(policy, Streaming):
+                return oracle_of(layer)
+            return oracle_of(layer, alpha=(policy.alpha[0], policy.alpha[1] * (1 + off)))
 
         self.told.append(f"{layer!r}, {c} features, map {place}")
         return layer, Twin(oracle, layer.affine, policy), place, c

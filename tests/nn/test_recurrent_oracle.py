@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import MIXED, SHORT
 from close import assert_close
+from recurrent_histories import Through
 from states import compare_state
 from torch import Tensor
 
@@ -39,21 +40,6 @@ class Latest(Oracle):
         call = self._calls[-1]
         self._calls[-1] = replace(call, blocks=[replace(block, used=self.estimate) for block in call.blocks])
         return super().backward(dy)
-
-
-class Through(torch.autograd.Function):
-    """An oracle inside torch's chain rule, which has to come back in the reversed order of the calls."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, oracle: Oracle) -> Tensor:
-        y = oracle.forward(a)
-        ctx.oracle, ctx.calls = oracle, len(oracle._calls)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        assert len(ctx.oracle._calls) == ctx.calls, "gradients arrive in another order than T ... 1"
-        return ctx.oracle.backward(grads[0]), None
 
 
 class Loop:

@@ -223,28 +223,33 @@ class Loop:
         return {**found[-1], **{name: torch.cat([f[name] for f in found]) for name in ("y", "dx")}, **sums}
 
 
+def oracle_of(layer: Norm, **changes: Any) -> Oracle:
+    """The oracle of a layer's definition and policy, with ``changes`` of its weights."""
+    ref, moment, policy = layer.ref, layer.moment, layer.policy
+    names = ("alpha", "beta", "kappa", "rate", "memory")
+    rules = {name: getattr(policy, name) for name in names if hasattr(policy, name)}
+    return Oracle(
+        features=ref.features,
+        place=ref.place,
+        samples=ref.samples,
+        window=ref.window,
+        p=moment.p,
+        center=moment.center,
+        eps=moment.eps,
+        policy=type(policy).__name__.lower(),  # type: ignore[arg-type]
+        **{**rules, **changes},
+    )
+
+
 class ByOracle:
     """The same layer by Algorithms 1 to 6 in plain loops, its gain and bias around them."""
 
     def __init__(self, layer: Norm) -> None:
-        ref, moment, policy = layer.ref, layer.moment, layer.policy
-        names = ("alpha", "beta", "kappa", "rate", "memory")
-        rules = {name: getattr(policy, name) for name in names if hasattr(policy, name)}
-        self.oracle = Oracle(
-            features=ref.features,
-            place=ref.place,
-            samples=ref.samples,
-            window=ref.window,
-            p=moment.p,
-            center=moment.center,
-            eps=moment.eps,
-            policy=type(policy).__name__.lower(),  # type: ignore[arg-type]
-            **rules,
-        )
+        self.oracle = oracle_of(layer)
         ones, zeros = torch.ones(layer.num_features), torch.zeros(layer.num_features)
         self.weight = (ones if layer.weight is None else layer.weight.detach()).double()
         self.bias = (zeros if layer.bias is None else layer.bias.detach()).double()
-        self.policy = policy
+        self.policy = layer.policy
 
     def step(self, x: Tensor, dy: Tensor) -> Found:
         shape, dims = (-1, *[1] * (x.ndim - 2)), [d for d in range(x.ndim) if d != 1]
