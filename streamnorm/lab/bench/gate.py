@@ -122,18 +122,20 @@ def _follow(ours: Ours, other: Ours | ByOracle, shape: Sequence[int], dtype: tor
             other.fold()
 
 
-def compare(name: str, got: Tensor, want: Tensor, terms: int, dtype: torch.dtype) -> None:
+def compare(name: str, got: Tensor, want: Tensor, terms: int, dtype: torch.dtype, updates: int = 1) -> None:
     """``got`` equals ``want`` up to rounding, relative to the largest value of ``want``.
 
     A value is rounded to ``dtype`` at most four times on its way (normalized, scaled, shifted, stored). In float32 a
     difference ``x - c`` loses |x| / |x - c| <= 5 half-eps (``draw`` keeps them apart), and a dozen operations follow,
     F, G and the map; a sum of ``terms`` values, taken by halves, by lanes or in blocks, loses log2(terms) half-eps a
-    pass, and there are up to eight passes between x and dx.
+    pass, and there are up to eight passes between x and dx. An update of the weights keeps its error; those of several
+    updates are independent, so they add up as the square root of their number.
 
     Raises:
         WrongError: if it does not.
     """
     allowed = 4 * torch.finfo(dtype).eps + (30 + 4 * math.log2(max(terms, 1))) * torch.finfo(torch.float32).eps
+    allowed *= math.sqrt(updates)
     scale = max(want.abs().max().item(), 1e-30)
     off = (got.double() - want.double().reshape(got.shape)).abs().max().item() / scale
     if not off <= allowed:

@@ -143,7 +143,7 @@ def _check_fused(make: MakeModel, norm: MakeNorm, inputs: int, count: int, optim
             subject.step()
         ends.append(model.state_dict())
     for name, value in ends[0].items():
-        compare(name, value, ends[1][name], inputs, torch.float32)
+        compare(name, value, ends[1][name], inputs, torch.float32, steps * count)
 
 
 class Updates:
