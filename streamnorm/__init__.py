@@ -45,7 +45,9 @@ from streamnorm.stream.policy import Evidence as Evidence
 from streamnorm.stream.policy import Policy as Policy
 from streamnorm.stream.policy import Sample as Sample
 from streamnorm.stream.policy import Streaming as Streaming
+from streamnorm.train.attach import attach as attach
 from streamnorm.train.dau import DAU as DAU
-from streamnorm.train.dau import attach as attach
-from streamnorm.train.dau import vectorized as vectorized
+from streamnorm.train.loss_scale import loss_scale as loss_scale
 from streamnorm.train.online.trainer import OnlineTrainer as OnlineTrainer
+from streamnorm.train.vectorized import vectorized as vectorized
+from streamnorm.train.warmup import Warmup as Warmup
