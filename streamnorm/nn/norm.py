@@ -361,7 +361,7 @@ class Norm(nn.Module):
         streams = self._streams(view, None, self.unit / self.loss_scale)
         definition = self.definition
         if mask is not None:
-            torch._assert_async(mask.any(), "a mask that is false everywhere leaves a compiled layer nothing")
+            torch.ops.aten._assert_async.msg(mask.any(), "a mask that is false everywhere leaves a layer nothing")
             view, definition = masked(view, mask, definition)
         y = _op.normalize_traced(view, definition, streams).reshape(x.shape)
         return y if affine is None else trusting(affine, streams.trust)(y)
@@ -426,9 +426,8 @@ class Norm(nn.Module):
         return {**self.__dict__, "_calls": Calls(reference_size=self.reference_size)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(
-            {"loss_scale": 1.0, **state, "_calls": Calls(reference_size=state["_calls"].reference_size)}
-        )
+        calls = Calls(reference_size=state["_calls"].reference_size)
+        super().__setstate__({"loss_scale": 1.0, **state, "_calls": calls})
         if self.is_updated:
             enlist(self)
 

@@ -1,8 +1,8 @@
 """Weight updates reach the layers: one hook for all optimizers of torch (paper, sections 3.3.1, 3.3.2). Imports torch.
 
 A layer that remembers has to know when weights are updated, whoever made the optimizer, and however often model and
-optimizer are copied, pickled, wrapped or replaced. So nothing links the two: after every ``optimizer.step()`` each living
-layer is asked whether this was its update.
+optimizer are copied, pickled, wrapped or replaced. So nothing links the two: after every ``optimizer.step()`` each
+living layer is asked whether this was its update.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ class Follows:
             why = "its gain was changed, by no step of a torch.optim.Optimizer; call layer.fold() after each update"
         elif missed and not self.folds:
             why = (
-                f"no parameter of it is held by the optimizer of the {missed} steps since; name the one whose steps are "
-                "its weight updates: streamnorm.attach(model, optimizer)"
+                f"no parameter of it is held by the optimizer of the {missed} steps since; name the one whose steps "
+                "are its weight updates: streamnorm.attach(model, optimizer)"
             )
         elif self.unfolded == FORGOTTEN:
             why = "call optimizer.step() of a torch.optim.Optimizer, or layer.fold() after each update"
@@ -191,7 +191,7 @@ def nearest_parameters(x: Tensor) -> list[Tensor]:
     level, seen = [x.grad_fn], 0
     while level and seen < NEAR:
         leaves = [getattr(node, "variable", None) for node in level]
-        found = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter)]
+        found: list[Tensor] = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter)]
         if found:
             return found
         seen += len(level)

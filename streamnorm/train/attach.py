@@ -76,9 +76,9 @@ def attach(model: nn.Module, optimizer: Optimizer) -> Attachment:
 
     It is rarely needed. A layer hears by itself of the steps of the optimizer that holds its gain, or if it has no
     parameters, the nearest parameters before its input (``nn.updates``): long <- kappa1 long + kappa2 short, and short
-    is emptied (sections 3.3.1, 3.3.2). ``attach`` says it for layers whose parameters no optimizer holds: a teacher that
-    averages the weights of a student and is called in training mode, a frozen network with statistics that move, a layer
-    that normalizes the data of a model trained by several optimizers.
+    is emptied (sections 3.3.1, 3.3.2). ``attach`` says it for layers whose parameters no optimizer holds: a teacher
+    that averages the weights of a student and is called in training mode, a frozen network with statistics that move,
+    a layer that normalizes the data of a model trained by several optimizers.
 
     Args:
         model: contains the layers; they are looked for anew at each step.

@@ -35,8 +35,8 @@ def has_tiny_references(layers: Iterable[Norm]) -> bool:
 class Warmup:
     """The first ``optimizer.step()`` calls update the statistics but not the weights: their gradients are dropped.
 
-    Only for the paper's rule (``Streaming``), where the first estimate of sigma from a single activation is nearly 0 and
-    its gradient would ruin the weights.
+    Only for the paper's rule (``Streaming``), where the first estimate of sigma from a single activation is nearly 0
+    and its gradient would ruin the weights.
 
     Args:
         model: contains the layers.
