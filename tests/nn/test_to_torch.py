@@ -145,6 +145,15 @@ def test_a_layer_that_became_another_is_what_it_is_now() -> None:
         sn.to_torch(synced)
 
 
+def test_norms_in_a_recurrent_layer() -> None:
+    gru = sn.NormGRU(3, 5)
+    gru(torch.randn(4, 6, 3))
+    x = torch.randn(4, 6, 3)
+    before = gru.eval()(x)[0]
+    assert torch.allclose(sn.to_torch(gru, dims=1)(x)[0], before, atol=1e-6)
+    assert sum(isinstance(module, nn.BatchNorm1d) for module in gru.modules()) == 6
+
+
 def test_what_was_not_trained_begins_as_torchs() -> None:
     state = sn.to_torch(sn.StreamingNorm(3), dims=1).state_dict()
     assert all(torch.equal(value, nn.BatchNorm1d(3).state_dict()[key]) for key, value in state.items())
