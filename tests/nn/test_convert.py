@@ -128,7 +128,8 @@ def test_a_transformer_computes_the_same_in_training_and_evaluation() -> None:
             assert torch.allclose(ys[0][seen], ys[1][seen], atol=2e-6), (mode, keys is None)
     streaming = sn.convert(copy.deepcopy(theirs).train())
     streaming(x)
-    y, z = streaming.eval()(x), sn.convert(copy.deepcopy(theirs), sn.SampleNorm)(x)
+    with torch.no_grad():  # as torch demands of its fused code
+        y, z = streaming.eval()(x), theirs(x)
     assert not torch.allclose(y, z, atol=0.01)  # it is not the fused layer normalization that answers
 
 
