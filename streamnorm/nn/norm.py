@@ -24,6 +24,8 @@ from streamnorm.definition.ref import NormRef
 from streamnorm.definition.stats import Lp
 from streamnorm.inputs import expect_floating, expect_tensor
 from streamnorm.nn.affine import Affine, Device, gains_of, trusting, unwatched
+from streamnorm.nn.checkpoints import translate
+from streamnorm.nn.freezable import Freezable
 from streamnorm.nn.updates import Follows, enlist
 from streamnorm.ops import backends, cpu
 from streamnorm.ops import functional as _op
@@ -58,7 +60,7 @@ class Calls:
     fused: Any = None
 
 
-class Norm(nn.Module):
+class Norm(Freezable):
     """A normalization layer: NormRef x NormStats x policy (section 3), the framework in one class.
 
     ``y = N(x, s_hat)`` with ``s = S(R)``; the policy defines s_hat and its gradient.
@@ -407,19 +409,16 @@ class Norm(nn.Module):
         return view
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        strange = {name for name in ("weight", "running_mean") if prefix + name in state_dict} - set(self.state_dict())
-        if strange:
-            gains = "have no place (affine=False)" if self.affine is None else "are affine.weight and affine.bias here"
-            statistics = (
-                ", and its running statistics have no place; streamnorm.recalibrate(model, data) takes them anew"
-                if "running_mean" in strange and self.H1 is not None
-                else ""
-            )
-            warnings.warn(
-                f"what is loaded into {prefix[:-1] or 'it'} ({type(self).__name__}) comes from a layer of torch: its "
-                f"weight and bias {gains}{statistics}",
-                stacklevel=2,
-            )
+        if any(prefix + name in state_dict for name in ("weight", "bias", "running_mean")):
+            gains = [name for name in ("weight", "bias") if getattr(self, name) is not None]
+            memories = self.H1, self.H2
+            homeless = translate(state_dict, prefix, set(self.state_dict()), gains, memories, self.definition)
+            if homeless:
+                warnings.warn(
+                    f"what is loaded into {prefix[:-1] or 'it'} ({type(self).__name__}) comes from a layer of torch: "
+                    f"{homeless}",
+                    stacklevel=2,
+                )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class Follows:
     def folded(self, layer: nn.Module) -> None:
         """A weight update."""
         self.folds += 1
-        if self.evaluated and not self.unfolded:
+        if self.evaluated and not self.unfolded and not layer.frozen:
             self._idle += 1
             if self._idle == CHECK:
                 self._warn(

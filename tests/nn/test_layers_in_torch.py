@@ -161,35 +161,6 @@ def test_a_layer_does_not_keep_activations_in_its_file() -> None:
     assert len(pickle.dumps(layer)) < 3 * len(pickle.dumps(layer.state_dict()))
 
 
-@pytest.mark.parametrize("make", [sn.StreamingNorm, sn.BatchNorm])
-def test_the_state_of_a_batch_normalization_of_torch_is_recognized_and_what_is_said_of_it_works(make) -> None:
-    theirs = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
-    ours = nn.Sequential(nn.Linear(5, 4), make(4))
-    nn.init.uniform_(theirs[1].weight)
-    data = [draw((64, 5), i).float() for i in range(4)]
-    sn.recalibrate(theirs, data)
-    with pytest.warns(
-        UserWarning, match=r"into 1 \(.*Norm\) .* weight and bias are affine.weight and affine.bias here"
-    ):
-        keys = ours.load_state_dict(theirs.state_dict(), strict=False)
-    assert {"1.weight", "1.bias", "1.running_mean"} < set(keys.unexpected_keys)
-    assert {"1.affine.weight", "1.affine.bias", *(f"1.{name}" for name, _ in ours[1].named_buffers())} <= set(
-        keys.missing_keys
-    )
-    with (
-        pytest.warns(UserWarning, match="layer of torch"),
-        pytest.raises(RuntimeError, match="Missing key"),
-    ):
-        ours.load_state_dict(theirs.state_dict())
-    named = {name.replace("1.", "1.affine."): value for name, value in theirs.state_dict().items()}
-    keys = ours.load_state_dict(named, strict=False)
-    assert not any("affine" in name for name in keys.missing_keys)
-    sn.recalibrate(ours, data)
-    x = draw((8, 5), 9).float()
-    # torch's variance is unbiased, of 256 samples: sigma is 1/512 larger, and outputs are below 4.
-    assert (ours.eval()(x) - theirs.eval()(x)).abs().max() < 4 / 256
-
-
 # Devices and dtypes
 
 
@@ -265,10 +236,6 @@ def test_nothing_is_said_of_a_state_that_fits() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Watched(4).load_state_dict(Watched(4).state_dict())
-    with pytest.warns(UserWarning, match=r"into it \(SampleNorm\) .* are affine.weight and affine.bias here$"):
-        sn.SampleNorm(4).load_state_dict(nn.LayerNorm(4).state_dict(), strict=False)
-    with pytest.warns(UserWarning, match=r"have no place \(affine=False\), and its running statistics"):
-        sn.StreamingNorm(4, affine=False).load_state_dict(nn.BatchNorm1d(4).state_dict(), strict=False)
 
 
 @pytest.mark.parametrize("make", [sn.StreamingNorm, lambda c: sn.StreamingNorm(c, alpha=(0.7, 0.3)), sn.BatchNorm])

@@ -395,6 +395,15 @@ def test_training_in_eval_mode_is_noticed() -> None:
         train(model, optimizer, CHECK, calls=1)
 
 
+def test_a_frozen_layer_is_no_reason_to_warn() -> None:
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    train(model, optimizer, 1)
+    sn.freeze(model)
+    train(model.train(), optimizer, CHECK, calls=1)
+    assert folds(model) == [(1, 1)]
+
+
 def test_evaluation_between_updates_is_no_reason_to_warn() -> None:
     model = net()
     optimizer = SGD(model.parameters(), lr=0.1)
