@@ -1,6 +1,6 @@
 """Streaming normalization in the place of batch normalization, in an ordinary training loop with tiny mini-batches.
 
-Two lines differ from what one would write with nn.BatchNorm2d: the layer, and the call of attach.
+One line differs from what one would write with nn.BatchNorm2d: the layer.
 """
 
 import torch
@@ -24,7 +24,6 @@ def main(epochs: int = 2) -> float:
         nn.Linear(256, 10),
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    streamnorm.attach(model, optimizer)  # new
     for _ in range(epochs):
         for index in torch.randperm(1437).split(2):
             loss = nn.functional.cross_entropy(model(x[index]), y[index])

@@ -9,7 +9,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from streamnorm import Lp, Norm, NormRef, Streaming, attach
+from streamnorm import Lp, Norm, NormRef, Streaming
 
 
 @dataclass(frozen=True, repr=False)
@@ -32,7 +32,6 @@ def main(epochs: int = 1) -> float:
         nn.Conv2d(1, 16, 3, padding=1, bias=False), norm, nn.ReLU(), nn.Flatten(), nn.Linear(1024, 10)
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    attach(model, optimizer)
     for _ in range(epochs):
         for index in torch.randperm(1437).split(8):
             optimizer.zero_grad()

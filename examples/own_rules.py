@@ -7,7 +7,7 @@ finite, vectorized cycles, checkpoints and half precision come with the layer.
 import torch
 from torch import nn
 
-from streamnorm import BA1, GradientRule, Lp, Norm, Policy, Rule, attach
+from streamnorm import BA1, GradientRule, Lp, Norm, Policy, Rule
 
 
 class Average(Rule):  # it begins with mean 0 and deviation 1, not with the first arrival
@@ -41,7 +41,6 @@ def main(steps: int = 200) -> tuple[float, float]:
         nn.Linear(32, 1),
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    attach(model, optimizer)
     losses = []
     for _ in range(steps):
         x = torch.randn(4, 8)

@@ -1,6 +1,6 @@
 """A language model of characters with a normalized GRU, in an ordinary training loop.
 
-Two lines differ from what one would write with nn.GRU: the layer, and the call of attach. The text is Python's own
+One line differs from what one would write with nn.GRU: the layer. The text is Python's own
 documentation of its syntax, which every Python carries.
 """
 
@@ -37,7 +37,6 @@ def main(updates: int = 120) -> tuple[float, float]:
     data = torch.tensor([SYMBOLS.index(symbol) for symbol in TEXT])
     model = Model()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    streamnorm.attach(model, optimizer)  # new
     for _ in range(updates):
         for steps in (20, 30):  # two mini-batches an update, of different lengths
             loss_of(model, data, torch.randint(90_000, (16,)), steps).div(2).backward()

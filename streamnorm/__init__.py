@@ -1,6 +1,12 @@
 """streamnorm: normalization for neural networks that learn from streams (Liao, Kawaguchi, Poggio 2016)."""
 
 from streamnorm.calibration.recalibrate import recalibrate as recalibrate
+from streamnorm.conversion.back import to_torch as to_torch
+from streamnorm.conversion.back import torch_state_dict as torch_state_dict
+from streamnorm.conversion.convert import convert as convert
+from streamnorm.conversion.folding import fold_into as fold_into
+from streamnorm.conversion.freezing import freeze as freeze
+from streamnorm.conversion.freezing import unfreeze as unfreeze
 from streamnorm.definition.operation import Scale as Scale
 from streamnorm.definition.operation import Standardize as Standardize
 from streamnorm.definition.ref import BA1 as BA1
@@ -45,7 +51,9 @@ from streamnorm.stream.policy import Evidence as Evidence
 from streamnorm.stream.policy import Policy as Policy
 from streamnorm.stream.policy import Sample as Sample
 from streamnorm.stream.policy import Streaming as Streaming
+from streamnorm.train.attach import attach as attach
 from streamnorm.train.dau import DAU as DAU
-from streamnorm.train.dau import attach as attach
-from streamnorm.train.dau import vectorized as vectorized
+from streamnorm.train.loss_scale import loss_scale as loss_scale
 from streamnorm.train.online.trainer import OnlineTrainer as OnlineTrainer
+from streamnorm.train.vectorized import vectorized as vectorized
+from streamnorm.train.warmup import Warmup as Warmup

@@ -65,7 +65,7 @@ def compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     ordinary = OnlineTrainer._ordinary
 
     def never(self: OnlineTrainer, *sample: Any) -> Any:
-        memories = [norm.H1 for norm in self.link.layers]
+        memories = [norm.H1 for norm in self._norms]
         pooled = [memory for memory in memories if memory is not None and isinstance(memory.rule, Pooled)]
         assert any(not memory.count and not memory.held for memory in pooled), (
             "an ordinary step"

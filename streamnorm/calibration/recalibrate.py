@@ -353,6 +353,8 @@ def gap(
     found = layers(model)
     sites = {site for layer in found for site in layer.sites}
     stored = {site: table for site in sites if (table := site.stored()) is not None}
+    if unknown := [layer.sites[0].name for layer in found if not any(site in stored for site in layer.sites)]:
+        raise RuntimeError(f"{', '.join(unknown)} has no statistics yet; train the model first, or recalibrate it")
     make = partial(_estimator, "pooled", DECAY, stored)
     told = once_through(model, data, found, make, sites, call or _given, _show(progress, data, 1))
     values = _values(told, across)

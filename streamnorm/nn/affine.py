@@ -23,20 +23,32 @@ class Affine(nn.Module):
 
     ``y = weight x + bias``, one pair per feature; ``x (n, c, *place) -> y (n, c, *place)``.
 
+    Args:
+        num_features: c.
+        device, dtype: as torch's.
+        bias: False: the gain alone, ``y = weight x``; ``bias`` is None then.
+
     >>> Affine(3)(torch.ones(2, 3, 4)).shape
     torch.Size([2, 3, 4])
     """
 
-    def __init__(self, num_features: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, num_features: int, device: Device = None, dtype: torch.dtype | None = None, bias: bool = True
+    ) -> None:
         super().__init__()
         self.num_features = num_features
         self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+        zeros = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", zeros)
 
     def reset_parameters(self) -> None:
         """Gain 1, bias 0."""
         nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, trust: float = 1.0) -> Tensor:
         """``y``; the gradients of gain and bias are multiplied by ``trust``."""
@@ -44,14 +56,19 @@ class Affine(nn.Module):
         if x.ndim < 2 or x.shape[1] != self.num_features:
             raise ValueError(f"expected (n, {self.num_features}, ...), got {tuple(x.shape)}")
         expect_floating("the input", x)
-        weight, bias = self.weight, self.bias
-        if trust != 1:  # the same values, with scaled gradients
-            weight, bias = (torch.lerp(p.detach(), p, trust) for p in (weight, bias))
         shape = (-1, *[1] * (x.ndim - 2))
-        return (x * weight.reshape(shape)).add_(bias.reshape(shape)).to(x.dtype)
+        y = x * _scaled(self.weight, trust).reshape(shape)
+        if self.bias is not None:
+            y = y.add_(_scaled(self.bias, trust).reshape(shape))
+        return y.to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.num_features}"
+        return f"{self.num_features}" + ("" if self.bias is not None else ", bias=False")
+
+
+def _scaled(parameter: Tensor, trust: float) -> Tensor:
+    """The same values, with gradients multiplied by ``trust``."""
+    return parameter if trust == 1 else torch.lerp(parameter.detach(), parameter, trust)
 
 
 def gains_of(affine: nn.Module | None) -> tuple[Tensor, Tensor] | None:
@@ -68,7 +85,8 @@ def unwatched(affine: nn.Module | None) -> tuple[Tensor, Tensor] | None:
     if type(affine) is not Affine or is_hooked(affine):
         return None
     parameters: Any = affine._parameters
-    return parameters["weight"], parameters["bias"]
+    weight, bias = parameters["weight"], parameters["bias"]
+    return None if bias is None else (weight, bias)
 
 
 def trusting(affine: nn.Module, trust: float) -> Callable[[Tensor], Tensor]:

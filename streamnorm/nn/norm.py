@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -18,11 +18,15 @@ from torch import Tensor, nn
 
 from streamnorm.checks import expect_sizes, is_whole
 from streamnorm.definition.layer import Definition
+from streamnorm.definition.masked import expect_mask, masked
 from streamnorm.definition.operation import Scale, Standardize
 from streamnorm.definition.ref import NormRef
 from streamnorm.definition.stats import Lp
 from streamnorm.inputs import expect_floating, expect_tensor
 from streamnorm.nn.affine import Affine, Device, gains_of, trusting, unwatched
+from streamnorm.nn.checkpoints import translate
+from streamnorm.nn.freezable import Freezable
+from streamnorm.nn.updates import Follows, enlist
 from streamnorm.ops import backends, cpu
 from streamnorm.ops import functional as _op
 from streamnorm.ops.fused import Fused, FusedCall
@@ -32,31 +36,31 @@ from streamnorm.tracing import is_readable, is_traced, refuse_recorded
 
 NOT_RECOMPUTING = -1
 """Autograd's task id outside of a backward pass."""
-FORGOTTEN = 1000
-"""Training calls without a weight update after which a streaming layer warns that ``attach`` may be missing."""
 
 
-@dataclass(slots=True)
+@dataclass
 class Calls:
     """A layer's record of its training calls, apart from the stream; it is not saved.
 
     Attributes:
         reference_size: activations in the smallest reference of the latest call.
-        unfolded: calls since the last weight update.
+        follows: whose steps are its weight updates.
         in_cycle: calls in the current vectorized cycle, None outside of one.
+        has_warned: whether it was tested before it was trained.
         latest: how the latest call was split into steps, its s and its estimates, for recomputing it; or the compiled
             call, and whether gain and bias were part of it.
         fused: the layer's compiled calls, False if there are none for it, None if not checked yet.
     """
 
     reference_size: int | None = None
-    unfolded: int = 0
+    follows: Follows = field(default_factory=Follows)
     in_cycle: int | None = None
+    has_warned: bool = False
     latest: Any = None
     fused: Any = None
 
 
-class Norm(nn.Module):
+class Norm(Freezable):
     """A normalization layer: NormRef x NormStats x policy (section 3), the framework in one class.
 
     ``y = N(x, s_hat)`` with ``s = S(R)``; the policy defines s_hat and its gradient.
@@ -75,13 +79,15 @@ class Norm(nn.Module):
     Shapes: ``x (n, c)``, ``(n, c, x)``, ``(n, c, x, y)`` or ``(n, c, x, y, z)`` -> ``y`` of the same shape and dtype.
     Statistics are kept in float32 or wider.
 
-    A streaming layer must be notified of every weight update: ``attach(model, optimizer)``, or ``fold()`` after each
-    ``optimizer.step()``.
+    ``layer(x, mask=mask)`` with a boolean ``mask (n, *place)``, for padded sequences and maps: statistics and gradients
+    are those of the activations where it is true, and y is 0 where it is false.
+
+    A layer with a memory hears of every ``optimizer.step()`` of the ``torch.optim.Optimizer`` that holds its gain
+    (``nn.updates``). For updates of another kind call ``fold()`` after each.
 
     Raises:
         ValueError: for a rank, feature count or map size other than the layer's, and for Setting A with a single
             activation in a reference; the state is unchanged then.
-        RuntimeError: when it is tested before it was trained.
 
     >>> from streamnorm import BA1, Lp, Streaming
     >>> layer = Norm(3, BA1, Lp(2, "estimate"), Streaming())
@@ -118,6 +124,7 @@ class Norm(nn.Module):
         self.steps = 1
         self.reverse = False
         self.unit = 1
+        self.loss_scale = 1.0
         _check_pairing(ref, moment, policy)
         if place is not None:
             expect_sizes("place", place)
@@ -132,6 +139,13 @@ class Norm(nn.Module):
         self._calls = Calls()
         if device is not None or dtype is not None:
             self.to(device=device, dtype=dtype)
+        if self.is_updated:
+            enlist(self)
+
+    @property
+    def is_updated(self) -> bool:
+        """Whether a memory changes at a weight update."""
+        return any(memory is not None and memory.rule.folds for memory in (self.H1, self.H2))
 
     @property
     def ref(self) -> NormRef:
@@ -154,16 +168,38 @@ class Norm(nn.Module):
         return None if self.affine is None else self.affine.bias
 
     @property
+    def follows(self) -> Follows:
+        """Whose steps are its weight updates."""
+        return self._calls.follows
+
+    @property
     def reference_size(self) -> int | None:
         """How many activations the smallest reference of the latest training call held."""
         return self._calls.reference_size
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is not None:
+            return self._normalize_masked(x, mask)
         return self._normalize(x, self._modules.get("affine"))
 
     def normalize(self, x: Tensor) -> Tensor:
         """``forward`` without the gain and bias."""
         return self._normalize(x, None)
+
+    def _normalize_masked(self, x: Tensor, mask: Tensor) -> Tensor:
+        """``forward`` where ``mask`` is true, and 0 elsewhere."""
+        self._view(x, steps=1)
+        expect_mask(mask, x, self.ref)
+        affine = self._modules.get("affine")
+        if not self.training and self.H1 is not None:
+            y = self._normalize(x, affine)
+        elif is_readable(mask) and not mask.any():
+            y = _empty(x, affine)
+        else:
+            if self._calls.in_cycle:
+                self._expect_first_call()
+            y = self._train_traced(x, affine, mask) if is_traced() else self._train(x, affine, mask)
+        return y.masked_fill(~mask.unsqueeze(1), 0)
 
     def _normalize(self, x: Tensor, affine: nn.Module | None) -> Tensor:
         remembers = self._modules.get("H1") is not None
@@ -185,7 +221,7 @@ class Norm(nn.Module):
         return self._train(x, affine)
 
     def normalize_by(self, x: Tensor, s: Tensor) -> Tensor:
-        """``N(x, s)`` with constant statistics; NaN if there are none, as checking would need a synchronization."""
+        """``N(x, s)`` with constant statistics; with mean 0 and sigma 1 if there are none."""
         return _op.normalize_fixed(self._view(x, steps=1), self.definition, s, s[-1].any()).reshape(x.shape)
 
     def _test(self, x: Tensor) -> Tensor:
@@ -194,14 +230,21 @@ class Norm(nn.Module):
         if memory.shaped and not is_readable(memory.seen):
             return self.normalize_by(x, memory.estimate)
         view = self._view(x, steps=1)
-        if not memory.shaped or not memory.known:
-            if not view.numel():
-                return x.clone()
-            raise RuntimeError(
-                f"{type(self).__name__} is tested (eval mode) before it has seen any training data, so there are no "
-                "statistics to normalize with; run it in train() mode first, or load a state_dict"
+        if torch.is_grad_enabled():
+            self._calls.follows.evaluated += 1
+        if memory.shaped and memory.known:
+            return _op.normalize_fixed(view, self.definition, memory.estimate).reshape(x.shape)
+        if not view.numel():
+            return x.clone()
+        if not self._calls.has_warned:
+            self._calls.has_warned = True
+            warnings.warn(
+                f"{type(self).__name__} is tested (eval mode) before it has seen any training data: mean 0 and sigma 1 "
+                "stand in for its statistics",
+                stacklevel=4,
             )
-        return _op.normalize_fixed(view, self.definition, memory.estimate).reshape(x.shape)
+        s = memory.estimate if memory.shaped else torch.cat([_op.pack_row(self.ref.mean(view), self.ref)] * 2)
+        return _op.normalize_fixed(view, self.definition, s, s.new_zeros((), dtype=torch.bool)).reshape(x.shape)
 
     def _expect_first_call(self) -> None:
         """Raise at a second call in a vectorized cycle: its mini-batches would arrive in another order than in the
@@ -235,7 +278,7 @@ class Norm(nn.Module):
         remembers = fused.H1 is not None
         if remembers and _recomputing():
             return self._fused_again(x, affine)
-        way = self.steps if remembers else 1, self.reverse, self.unit
+        way = self.steps if remembers else 1, self.reverse, self.unit / self.loss_scale
         weight, bias = unwatched(affine) or (None, None)
         call, y = fused.latest, None
         if call is not None and call.way == way:  # most inputs are like the previous one
@@ -251,7 +294,7 @@ class Norm(nn.Module):
         calls.reference_size = call.reference_size
         joined = call.has_gains and weight is not None
         if remembers:
-            self._count(calls, (call, joined))
+            self._count(calls, (call, joined), x)
         return y if affine is None or joined else trusting(affine, call.trust)(y)
 
     def _fused_again(self, x: Tensor, affine: nn.Module | None) -> Tensor | None:
@@ -274,41 +317,37 @@ class Norm(nn.Module):
                 self._calls.reference_size = count
         return view
 
-    def _count(self, calls: Calls, latest: Any) -> None:
+    def _count(self, calls: Calls, latest: Any, x: Tensor) -> None:
         calls.latest = latest
-        calls.unfolded += 1
         if calls.in_cycle is not None and self._is_cyclic():
             calls.in_cycle = 1
-        if calls.unfolded == FORGOTTEN and self.policy.uses_estimate:
-            warnings.warn(
-                f"{self!r} has seen {FORGOTTEN} training calls and no weight update; call streamnorm.attach(model, "
-                "optimizer) once, or layer.fold() after each optimizer.step()",
-                stacklevel=5,
-            )
+        calls.follows.called(self, x)
 
-    def _train(self, x: Tensor, affine: nn.Module | None) -> Tensor:
+    def _train(self, x: Tensor, affine: nn.Module | None, mask: Tensor | None = None) -> Tensor:
         """A training call in torch operations."""
         gains = gains_of(affine)
         latest = self._calls.latest
         again = latest if self.H1 is not None and latest and len(latest) == 3 and _recomputing() else None
         # Without H1 samples are normalized separately, so steps do not matter; a recomputed call keeps its steps.
-        steps, unit = again[0] if again else (self.steps, self.unit)
+        steps, unit = again[0] if again else (self.steps, self.unit / self.loss_scale)
         view = self._check(x, 1 if self.H1 is None else steps)
         if not view.numel():
             return _empty(x, affine)
         recall = (again[1], again[2]) if again else None
-        streams = self._streams(view, recall, unit)
-        joined = gains is not None and not x.is_inference() and _op.joins(view, self.definition)
-        y, estimates, s = _op.normalize(view, self.definition, streams, *(gains if joined and gains else ()))
+        streams, definition = self._streams(view, recall, unit), self.definition
+        if mask is not None:
+            view, definition = masked(view, mask, definition)
+        joined = gains is not None and not x.is_inference() and _op.joins(view, definition)
+        y, estimates, s = _op.normalize(view, definition, streams, *(gains if joined and gains else ()))
         if estimates is not None and s is not None and not again:
-            self._count(self._calls, ((steps, unit), s, estimates))
+            self._count(self._calls, ((steps, unit), s, estimates), x)
         # Later layers may change y in place (a ReLU), which autograd forbids for a view of a Function's output.
         y = torch.ops.aten._unsafe_view(y.reshape(x.shape), x.shape)
         if affine is None or joined:
             return y
         return trusting(affine, streams.trust)(y)
 
-    def _train_traced(self, x: Tensor, affine: nn.Module | None) -> Tensor:
+    def _train_traced(self, x: Tensor, affine: nn.Module | None, mask: Tensor | None = None) -> Tensor:
         """A training call under ``torch.compile``: changes nothing but buffers.
 
         Raises:
@@ -321,11 +360,15 @@ class Norm(nn.Module):
             return _empty(x, affine)
         if self._calls.in_cycle is not None and self._is_cyclic():
             self._calls.in_cycle = 1
-        streams = self._streams(view, None, self.unit)
-        y = _op.normalize_traced(view, self.definition, streams).reshape(x.shape)
+        streams = self._streams(view, None, self.unit / self.loss_scale)
+        definition = self.definition
+        if mask is not None:
+            torch.ops.aten._assert_async.msg(mask.any(), "a mask that is false everywhere leaves a layer nothing")
+            view, definition = masked(view, mask, definition)
+        y = _op.normalize_traced(view, definition, streams).reshape(x.shape)
         return y if affine is None else trusting(affine, streams.trust)(y)
 
-    def _streams(self, view: Tensor, recall: tuple[Tensor, Tensor] | None, unit: int) -> _op.Streams:
+    def _streams(self, view: Tensor, recall: tuple[Tensor, Tensor] | None, unit: float) -> _op.Streams:
         """The stream's part in a call."""
         trust = self.policy.trust(view.shape[1])
         return _op.Streams(self.H1, self.H2, self.policy.uses_estimate, recall, self.reverse, unit, trust)
@@ -337,7 +380,7 @@ class Norm(nn.Module):
             for memory in (self.H1, self.H2):
                 if memory is not None:
                     memory.fold(happened)
-        self._calls.unfolded = 0
+        self._calls.follows.folded(self)
 
     def _view(self, x: Tensor, steps: int) -> Tensor:
         c = self.num_features
@@ -366,23 +409,26 @@ class Norm(nn.Module):
         return view
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        strange = {name for name in ("weight", "running_mean") if prefix + name in state_dict} - set(self.state_dict())
-        if strange:
-            gains = "have no place (affine=False)" if self.affine is None else "are affine.weight and affine.bias here"
-            statistics = (
-                ", and its running statistics have no place; streamnorm.recalibrate(model, data) takes them anew"
-                if "running_mean" in strange and self.H1 is not None
-                else ""
-            )
-            warnings.warn(
-                f"what is loaded into {prefix[:-1] or 'it'} ({type(self).__name__}) comes from a layer of torch: its "
-                f"weight and bias {gains}{statistics}",
-                stacklevel=2,
-            )
+        if any(prefix + name in state_dict for name in ("weight", "bias", "running_mean")):
+            gains = [name for name in ("weight", "bias") if getattr(self, name) is not None]
+            memories = self.H1, self.H2
+            homeless = translate(state_dict, prefix, set(self.state_dict()), gains, memories, self.definition)
+            if homeless:
+                warnings.warn(
+                    f"what is loaded into {prefix[:-1] or 'it'} ({type(self).__name__}) comes from a layer of torch: "
+                    f"{homeless}",
+                    stacklevel=2,
+                )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_calls": Calls(reference_size=self.reference_size)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        calls = Calls(reference_size=state["_calls"].reference_size)
+        super().__setstate__({"loss_scale": 1.0, **state, "_calls": calls})
+        if self.is_updated:
+            enlist(self)
 
     def __repr__(self) -> str:
         options = ", affine=True" if self.affine is not None else ""

@@ -69,7 +69,9 @@ class OnlineNorm(Norm):
         super().__init__(num_features, ref, Lp(2, "estimate", eps), policy, affine, None, device, dtype, place)
         self.bound, self.limit = bound, limit
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is not None:
+            raise ValueError("OnlineNorm takes no mask; crop or pack its input")
         y = super().forward(x)
         if self.bound == "clamp":
             return y.clamp(-self.limit, self.limit)
@@ -77,10 +79,10 @@ class OnlineNorm(Norm):
             return y * (y.square().mean(tuple(range(1, y.ndim)), keepdim=True) + self.moment.eps).rsqrt()
         return y
 
-    def _train(self, x: Tensor, affine: nn.Module | None) -> Tensor:
+    def _train(self, x: Tensor, affine: nn.Module | None, mask: Tensor | None = None) -> Tensor:
         steps, self.steps = self.steps, max(1, len(self._view(x, 1)[0]))
         try:
-            return super()._train(x, affine)
+            return super()._train(x, affine, mask)
         finally:
             self.steps = steps
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from streamnorm.checks import expect_whole
+from streamnorm.nn.freezable import Freezable
 from streamnorm.nn.norm import Norm
 from streamnorm.stream import TimedMemory, expect_replaceable
 from streamnorm.tracing import is_readable
@@ -23,7 +24,7 @@ Factory = Callable[[int], nn.Module]
 """A factory of normalizations of c features: a class, a ``functools.partial`` of one, a function."""
 
 
-class TimeSpecificNorm(nn.Module):
+class TimeSpecificNorm(Freezable):
     """A batch normalization with an H1 for each time step, made by ``TimeSpecific``.
 
     ``y_t = N(x_t, s_t)``; s_t is the mini-batch's in training, F's running estimate of time step t in testing.

@@ -48,7 +48,7 @@ class Streams:
     uses_estimate: bool
     recall: tuple[Tensor, Tensor] | None = None
     is_reversed: bool = False
-    unit: int = 1
+    unit: float = 1
     trust: float = 1.0
 
 
@@ -325,7 +325,8 @@ def normalize_fixed(x: Tensor, definition: Definition, estimate: Tensor, known: 
     """Testing: ``y = N(x, s_hat)`` with a constant ``estimate (2, ...)`` (Algorithms 3 and 5). Plain autograd.
 
     Args:
-        known: whether there is an estimate; if not, y is NaN. For tracing, where no branch may depend on a value.
+        known: whether there is an estimate; if not, mean 0 and sigma 1 stand in for it, as in batch normalization that
+            has seen nothing. A tensor, for no branch may depend on a value under tracing.
     """
     data = x.to(torch.promote_types(x.dtype, torch.float32))
     groups, features = x.shape[2], estimate.shape[1]
@@ -333,7 +334,8 @@ def normalize_fixed(x: Tensor, definition: Definition, estimate: Tensor, known: 
     # A copy: further training must not change what is saved for the backward pass.
     constant = estimate.to(data.dtype, copy=True)
     if known is not None:
-        constant = torch.where(known, constant, torch.nan)
+        nothing = torch.stack([torch.zeros_like(constant[0]), torch.ones_like(constant[1])])
+        constant = torch.where(known, constant, nothing)
     mu_hat, sigma_hat = constant.reshape(2, 1, 1, groups, features // groups, *place).unbind(0)
     kernel = choose(definition, None) if known is None else generic
     return kernel.apply(data, definition, mu_hat, sigma_hat).to(x.dtype)

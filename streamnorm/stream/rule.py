@@ -32,8 +32,13 @@ class Remembering(ABC):
         return self
 
     def fold(self, state: State) -> State:
-        """What a weight update does to the state."""
+        """What a weight update does to the state. A second one without an arrival in between changes nothing."""
         return state
+
+    @property
+    def folds(self) -> bool:
+        """Whether a weight update changes the state."""
+        return type(self).fold is not Remembering.fold
 
     def for_testing(self, state: State, latest: Tensor) -> Tensor:
         """What testing normalizes with after an arrival: the ``latest`` estimate (Algorithm 5)."""

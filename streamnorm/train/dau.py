@@ -1,243 +1,32 @@
-"""Decoupled accumulation and update (paper, section 2), and the notification of weight updates.
+"""Decoupled accumulation and update (paper, section 2). Imports the layers.
 
-Gradients accumulate over n mini-batches of m samples; the weights are updated once for all of them. ``attach`` notifies
-the layers of a model of an optimizer's updates in any training loop; ``DAU`` is such a loop. Imports the layers.
+Gradients accumulate over n mini-batches of m samples; the weights are updated once for all of them.
 
 Legend: m samples per batch (S/B), n batches per update (B/U); one cycle is n mini-batches and one weight update.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
-from types import TracebackType
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from streamnorm.checks import expect_whole, is_whole
-from streamnorm.nn.norm import Norm, norms
-from streamnorm.stream.policy import Streaming
-
-Warmup = int | Literal["auto"]
-AUTO_WARMUP = 4
-"""Warm-up cycles that ``"auto"`` uses for a model with tiny references."""
-TINY = 4
-"""A reference of fewer activations than this is tiny: its first sigma may be nearly 0 by chance."""
-
-
-def has_tiny_references(layers: Iterable[Norm]) -> bool:
-    """Whether a layer of the paper's rule was last called with fewer than ``TINY`` activations in a reference."""
-    sizes = (layer.reference_size for layer in layers if isinstance(layer.policy, Streaming))
-    return any(size is not None and size < TINY for size in sizes)
-
-
-class Attachment:
-    """The link between a model and its optimizer that ``attach`` returns; ``remove()`` it, or use it in a ``with``."""
-
-    def __init__(self, model: nn.Module, optimizer: Optimizer, warmup: Warmup) -> None:
-        if warmup != "auto" and not is_whole(warmup, least=0):
-            raise ValueError(f'warmup is a number of weight updates >= 0 or "auto", got {warmup!r}')
-        if not isinstance(model, nn.Module) or not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"attach(model, optimizer) takes a module and an optimizer, got {type(model).__name__} and "
-                f"{type(optimizer).__name__}"
-            )
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if (own := {id(p) for p in model.parameters()}) and not own & held:
-            raise ValueError(
-                "the optimizer holds none of the model's parameters, so that its steps are no weight updates of this "
-                "model; give attach the optimizer that trains it, again when you make another"
-            )
-        self.layers = [layer for layer in norms(model) if layer.H1 is not None or layer.H2 is not None]
-        self.warmup: Warmup = warmup
-        self._steps = 0
-        self._warm = False
-        self._skipped: Tensor | None = None
-        self.hooks = (
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        )
-
-    @property
-    def warming_up(self) -> bool:
-        """Whether the next weight update is part of the warm-up, which updates statistics but not weights."""
-        if self._warm:
-            return False
-        cycles = self._cycles()
-        self._warm = cycles > 0 and self._steps >= cycles and self.updates >= cycles
-        return cycles > 0 and not self._warm
-
-    @property
-    def updates(self) -> int:
-        """Number of weight updates, including those of the warm-up."""
-        return self._steps - (0 if self._skipped is None else int(self._skipped))
-
-    def _cycles(self) -> int:
-        if self.warmup != "auto":
-            return self.warmup
-        return AUTO_WARMUP if has_tiny_references(self.layers) else 0
-
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if not self.warming_up:
-            return None
-        _drop_gradients(optimizer)
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            return None
-
-        def without_gradients() -> Any:
-            loss = closure()
-            _drop_gradients(optimizer)
-            return loss
-
-        return args[:1], {**kwargs, "closure": without_gradients}
-
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # A fused optimizer under a gradient scaler runs step() and skips inside its kernel; found_inf says so.
-        overflow = vars(optimizer).get("found_inf")
-        happened = True if overflow is None else overflow == 0
-        warming = self.warming_up
-        for layer in self.layers:
-            layer.fold(happened)
-            if warming and layer.policy.uses_estimate and layer.H2 is not None:
-                layer.H2.clear()
-        self._steps += 1
-        if isinstance(happened, Tensor):
-            self._skipped = (~happened).sum() + (0 if self._skipped is None else self._skipped)
-
-    def remove(self) -> None:
-        """Undo ``attach``."""
-        for hook in self.hooks:
-            hook.remove()
-
-    def state_dict(self) -> dict[str, int]:
-        """For a checkpoint: the progress of the warm-up."""
-        return {"updates": self.updates}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Resume from a ``state_dict()``."""
-        self._steps, self._skipped, self._warm = state["updates"], None, False
-
-    def __enter__(self) -> Attachment:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.remove()
-
-
-def _drop_gradients(optimizer: Optimizer) -> None:
-    """Make the step a no-op: without gradients an optimizer changes neither weights nor its own averages."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = None
-
-
-def attach(model: nn.Module, optimizer: Optimizer, warmup: Warmup = 0) -> Attachment:
-    """Notify every layer of ``model`` that has a memory of the weight updates of ``optimizer``.
-
-    After each ``optimizer.step()`` the layers fold: ``long <- kappa1 long + kappa2 short`` and short is emptied
-    (sections 3.3.1, 3.3.2). A step that a gradient scaler skips does not fold. Nothing else in a training loop changes,
-    but note: H2 remembers gradients in the units of the loss, so a gradient scaler must keep one scale
-    (``growth_interval=10**9``); and every backward pass counts, also a second one through the same forward call.
-
-    Args:
-        model: contains the layers; layers added later need another ``attach``.
-        optimizer: updates the weights of ``model``.
-        warmup: so many first steps update the statistics but not the weights: their gradients are dropped. Only for the
-            paper's rule, where the first estimate of sigma from a single activation is nearly 0 and its gradient would
-            ruin the weights. ``"auto"``: 4 if a reference of such a layer holds fewer than 4 activations (one to three
-            samples per batch on a fully connected layer), otherwise 0.
-
-    Returns:
-        The link; save its ``state_dict()`` in checkpoints if there is a warm-up.
-
-    Raises:
-        ValueError: for a warmup that is not a number of steps, or an optimizer of another model.
-
-    >>> from streamnorm import StreamingNorm
-    >>> model = nn.Sequential(nn.Linear(4, 3, bias=False), StreamingNorm(3), nn.ReLU(), nn.Linear(3, 1))
-    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    >>> link = attach(model, optimizer)
-    >>> for sample in torch.randn(16, 1, 4):
-    ...     model(sample).pow(2).mean().backward()
-    ...     optimizer.step()
-    ...     optimizer.zero_grad()
-    >>> model[1].H1.held  # samples that long counts as
-    tensor(16)
-    """
-    return Attachment(model, optimizer, warmup)
-
-
-@contextmanager
-def vectorized(model: nn.Module, batches: int, averaged: bool = False) -> Iterator[None]:
-    """Inside, every training call of ``model`` treats its first axis as ``batches`` mini-batches in order.
-
-    The weights are constant inside a cycle, so all its mini-batches can be computed in one call: ``Norm`` layers take
-    statistics per mini-batch, and F and G see the mini-batches arrive one after another, forward and backward, exactly
-    as in a loop. The backward pass may come after the block. Needs memory for all mini-batches together.
-
-    Args:
-        model: contains the layers.
-        batches: mini-batches per call.
-        averaged: the loss is the mean over the mini-batches, not the sum of their losses as in a loop with a backward
-            pass each: H2 then still remembers gradients in the units of the loop.
-
-    Raises:
-        ValueError: for ``torch.nn`` batch normalization, which would mix the mini-batches; and for a layer at its
-            second call inside, where mini-batches would arrive in another order than in the loop.
-
-    >>> from streamnorm import StreamingNorm
-    >>> layer = StreamingNorm(3)
-    >>> with vectorized(layer, 16):
-    ...     y = layer(torch.randn(16, 3))
-    >>> layer.H1.count
-    tensor(16)
-    """
-    if batches < 1:
-        raise ValueError(f"batches is a number of mini-batches >= 1, got {batches!r}")
-    layers: list[Norm] = []
-    for module in model.modules():
-        if isinstance(module, Norm):
-            layers.append(module)
-        elif batches > 1 and isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            name = next(name for name, one in model.named_modules() if one is module)
-            raise ValueError(
-                f"{type(module).__name__} {name!r} would normalize {batches} mini-batches as one; use "
-                "streamnorm.BatchNorm in its place, or the loop over mini-batches (vectorize=False)"
-            )
-    before = [(layer.steps, layer.unit) for layer in layers]
-
-    def begin(*_: Any) -> None:
-        for layer in layers:
-            layer._calls.in_cycle = 0
-
-    begins = model.register_forward_pre_hook(begin)  # each call of the model is a cycle
-    try:
-        for layer in layers:
-            layer.steps, layer.unit = batches, batches if averaged else 1
-        begin()
-        yield
-    finally:
-        begins.remove()
-        for layer, (steps, unit) in zip(layers, before, strict=True):
-            layer.steps, layer.unit = steps, unit
-            layer._calls.in_cycle = None if steps == 1 else layer._calls.in_cycle
+from streamnorm.checks import expect_whole
+from streamnorm.nn.norm import norms
+from streamnorm.train.vectorized import vectorized
+from streamnorm.train.warmup import Updates, Warmup, has_tiny_references
 
 
 class DAU:
     """Decoupled accumulation and update: gradients over n mini-batches of m samples, then one update (section 2).
 
     The update uses the mean of the n mini-batch gradients; the gradients are cleared after it; n = 1 is conventional
-    training. Streaming layers are folded at every update (``attach``). Clip gradients in an
+    training. Clip gradients in an
     ``optimizer.register_step_pre_hook``: they are the mean by then. Step a scheduler after ``update``, or after
-    ``accumulate`` when ``accumulated`` is 0. For a gradient scaler, use ``attach`` and your own loop. To test with the
+    ``accumulate`` when ``accumulated`` is 0. For a gradient scaler, write your own loop. To test with the
     weights that the statistics were taken with (section 3.3.1), test between ``cycle`` and ``step``.
 
     Args:
@@ -247,7 +36,7 @@ class DAU:
         batches_per_update: n >= 1.
         vectorize: run a whole cycle in one call, equal to the loop and faster, but with memory for m n samples. The
             loop (False) needs memory for m samples.
-        warmup: as for ``attach``.
+        warmup: first updates that gather statistics and leave the weights alone, for the paper's rule (``Warmup``).
 
     >>> from streamnorm import StreamingNorm
     >>> model = nn.Sequential(nn.Linear(4, 8, bias=False), StreamingNorm(8), nn.ReLU(), nn.Linear(8, 3))
@@ -267,7 +56,7 @@ class DAU:
         samples_per_batch: int = 1,
         batches_per_update: int = 1,
         vectorize: bool = True,
-        warmup: Warmup = 0,
+        warmup: Updates = 0,
     ) -> None:
         for name, value in (("samples_per_batch", samples_per_batch), ("batches_per_update", batches_per_update)):
             expect_whole(name, value)
@@ -277,7 +66,7 @@ class DAU:
         self.m = samples_per_batch
         self.n = batches_per_update
         self.vectorize = vectorize
-        self.link = attach(model, optimizer, warmup)
+        self.warmup = Warmup(model, optimizer, warmup)
         self.accumulated = 0
         self._is_mean = False  # gradients are already the mean: a vectorized cycle uses the mean loss
 
@@ -356,7 +145,7 @@ class DAU:
                     self.model(part)
         finally:
             self.model.train(was_training)
-        for layer in self.link.layers:
+        for layer in norms(self.model):
             layer.fold()
 
     @torch.no_grad()

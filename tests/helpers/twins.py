@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from close import rounding
 from torch import Tensor, nn
 
-from streamnorm import Lp, Norm, OnlineTrainer, Streaming, StreamingNorm, attach
+from streamnorm import Lp, Norm, OnlineTrainer, Streaming, StreamingNorm, Warmup
 from streamnorm.definition.ref import BA1, SP1
 from streamnorm.ops import backends, library
 
@@ -89,7 +89,7 @@ class Pair:
         self.loss = loss
         self.trainer = online(model, rates, loss, warmup)
         self.optimizer = optimizer_of(self.twin, rates)
-        self.link = attach(self.twin, self.optimizer, warmup)
+        self.warmup = Warmup(self.twin, self.optimizer, warmup)
 
     def ordinary(self, x: Tensor, y: Tensor, bad: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         results = []
@@ -121,7 +121,7 @@ class Pair:
         close("outputs", outputs, want_outputs, terms)
         for name, value in self.twin.state_dict().items():
             close(name, self.trainer.model.state_dict()[name], value, terms)
-        assert self.trainer.link.state_dict() == self.link.state_dict()
+        assert self.trainer.warmup.state_dict() == self.warmup.state_dict()
         got, want = self.trainer.optimizer.state_dict()["state"], self.optimizer.state_dict()["state"]
         assert got.keys() == want.keys()
         for key, state in want.items():

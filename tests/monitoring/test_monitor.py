@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from watching import hooks, net, sgd, train, watch_one
 
 import streamnorm
-from streamnorm import BatchNorm, NormGRU, SampleNorm, StreamingNorm, attach
+from streamnorm import BatchNorm, NormGRU, SampleNorm, StreamingNorm
 from streamnorm.lab.runs.classifier.models import Convolutional
 from streamnorm.monitoring.monitor import Monitor, monitor, read
 
@@ -35,14 +35,12 @@ def test_training_is_the_same_bit_for_bit(norm: Any, watch: Any, tmp_path: Path)
         torch.manual_seed(1)
         model = net(norm)
         optimizer = sgd(model)
-        link = attach(model, optimizer)
         names = list(model.state_dict())
-        with link:
-            if watched:
-                with monitor(model, optimizer, tmp_path / "seen.jsonl", watch=watch, every=2):
-                    losses = train(model, optimizer, 5)
-            else:
+        if watched:
+            with monitor(model, optimizer, tmp_path / "seen.jsonl", watch=watch, every=2):
                 losses = train(model, optimizer, 5)
+        else:
+            losses = train(model, optimizer, 5)
         assert list(model.state_dict()) == names
         ends.append([losses, *everything(model, optimizer), torch.get_rng_state()])
     for plain, seen in zip(*ends, strict=True):
@@ -63,14 +61,14 @@ def test_a_recurrent_layer_keeps_its_compiled_pass(monkeypatch: pytest.MonkeyPat
 def test_hooks_are_there_while_a_record_is_made_and_at_no_other_time() -> None:
     model = net()
     optimizer = sgd(model)
-    attach(model, optimizer)
     with monitor(model, optimizer, every=3):
         for step in range(7):
             assert hooks(model) == (2 if step % 3 == 0 else 0)
             train(model, optimizer, 1)
-        assert len(optimizer._optimizer_step_pre_hooks) == 2
+        assert len(optimizer._optimizer_step_pre_hooks) == 1
     assert hooks(model) == 0
-    assert len(optimizer._optimizer_step_pre_hooks) == len(optimizer._optimizer_step_post_hooks) == 1, "attach's own"
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
     with pytest.raises(ZeroDivisionError), monitor(model, optimizer):
         raise ZeroDivisionError
     assert hooks(model) == 0
@@ -99,7 +97,6 @@ def test_nobody_watches_a_copy() -> None:
 def test_a_step_is_a_weight_update_however_many_mini_batches_it_takes(norm: Any) -> None:
     model = net(norm)
     optimizer = sgd(model)
-    attach(model, optimizer)
     with monitor(model, optimizer, every=2) as watching:
         train(model, optimizer, 5, batches=3)
         with pytest.raises(RuntimeError, match="the optimizer counts the steps"):
@@ -230,7 +227,6 @@ def test_other_bad_input_is_refused_and_leaves_no_hook() -> None:
 def test_a_watched_module_that_is_never_called_is_named() -> None:
     model = net()
     optimizer = sgd(model)
-    attach(model, optimizer)
     model.register_module("unused", nn.ReLU())
     model.forward = lambda x: nn.Sequential(*list(model)[:7])(x)  # type: ignore[method-assign]
     with pytest.warns(UserWarning, match="before update 0: 'unused'") as warned, monitor(model, optimizer, every=1):

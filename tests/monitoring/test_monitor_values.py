@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from watching import net, sgd, train, watch_one
 
-from streamnorm import StreamingNorm, attach, vectorized
+from streamnorm import StreamingNorm, vectorized
 from streamnorm.lab.runs.classifier.models import Convolutional
 from streamnorm.monitoring.monitor import monitor
 from streamnorm.monitoring.sites import CALLS, SATURATED, _positions, _spread
@@ -210,7 +210,6 @@ def test_a_vectorized_cycle_is_seen_as_its_mini_batches_are() -> None:
 def test_a_layer_of_ours_is_recorded_with_all_it_remembers(norm: Any, tables: Any, counted: dict[str, int]) -> None:
     model = net(norm)
     optimizer = sgd(model)
-    attach(model, optimizer)
     layer = model[1]
     assert isinstance(layer, StreamingNorm)
     with monitor(model, optimizer, every=1) as watching:

@@ -84,8 +84,6 @@ def test_whole_models_train_as_in_eager(name: str, sizes: tuple[int, ...]) -> No
     model, twin = twins(model_of(LAYERS[name]))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (model, twin)]
-    for m, optimizer in zip((model, twin), optimizers, strict=True):
-        sn.attach(m, optimizer)
     for step, samples in enumerate(sizes):
         x, losses = draw((samples, 3, 5, 5), step), []
         for function, optimizer in zip((compiled, twin), optimizers, strict=True):

@@ -224,7 +224,7 @@ def test_sequences_of_many_lengths(net: Any, norm: str, bad: int | None, taken: 
     first = taken[: 2 * runs]
     assert first[0] == first[runs] == (not pools(norm))
     assert all(first[1:runs] + first[runs + 1 :])
-    assert [norm._calls.unfolded for norm in fast.modules() if isinstance(norm, sn.Norm)] == [0] * (
+    assert [norm.follows.unfolded for norm in fast.modules() if isinstance(norm, sn.Norm)] == [0] * (
         4 * len(fast.cells["l0"].gates)
     )
 
@@ -238,7 +238,7 @@ def test_a_sequence_is_one_call_whatever_its_lengths() -> None:
             with using(backend):
                 net(x)
                 net(x)
-            unfolded = {norm._calls.unfolded for norm in net.modules() if isinstance(norm, sn.Norm) and norm.H1}
+            unfolded = {norm.follows.unfolded for norm in net.modules() if isinstance(norm, sn.Norm) and norm.H1}
             assert unfolded == {2}
 
 

@@ -93,14 +93,14 @@ def test_no_sequences_are_torchs(name: str, norm: str) -> None:
         theirs = getattr(nn, name)(4, 3, 2, bidirectional=True)
         if trained:
             net(torch.randn(6, 5, 4))
-        before, calls = state_of(net), [norm._calls.unfolded for norm in norms(net)]
+        before, calls = state_of(net), [norm.follows.unfolded for norm in norms(net)]
         x = torch.randn(6, 0, 4, requires_grad=True)
         (y, final), (want, want_final) = net(x), theirs(x)
         assert y.shape == want.shape
         assert [part.shape for part in flat(final)] == [part.shape for part in flat(want_final)]
         zeros(net, y, x)
         assert same_state(net, before)
-        assert calls == [norm._calls.unfolded for norm in norms(net)]
+        assert calls == [norm.follows.unfolded for norm in norms(net)]
 
 
 NO_TENSORS: dict[str, Any] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -91,13 +92,19 @@ def test_wrong_settings_are_shown(make, message: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["streaming", "batch", "place-wise"])
-def test_testing_before_training_says_what_to_do(name: str) -> None:
+def test_testing_before_training_is_batch_normalization_s_mean_0_and_sigma_1_and_warns_once(name: str) -> None:
     layer = LAYERS[name](4).eval()
-    with pytest.raises(RuntimeError, match="before it has seen any training data"):
-        layer(torch.randn(2, 4, 3, 3))
+    nn.init.uniform_(layer.weight)
+    x = torch.randn(2, 4, 3, 3, requires_grad=True)
+    gain = layer.weight.detach().reshape(-1, 1, 1)
+    with pytest.warns(UserWarning, match="before it has seen any training data: mean 0 and sigma 1"):
+        y = layer(x)
+    assert torch.equal(y, gain * x)
+    assert torch.equal(*torch.broadcast_tensors(torch.autograd.grad(y.sum(), x)[0], gain))
     layer.train()(torch.full((2, 4, 3, 3), float("nan")))
-    with pytest.raises(RuntimeError, match="before it has seen any training data"):
-        layer.eval()(torch.randn(2, 4, 3, 3))
+    with warnings.catch_warnings(action="error"):
+        assert torch.equal(layer.eval()(x), gain * x)
+    assert not layer.H1.seen
 
 
 def test_mini_batches_of_unequal_size_are_refused() -> None:

@@ -150,7 +150,7 @@ def test_clearing_forgets_that_there_was_an_estimate() -> None:
     layer = trained(sn.StreamingNorm(4), 3, 4).eval()
     layer(torch.randn(2, 4))
     layer.H1.clear()
-    with pytest.raises(RuntimeError, match="before it has seen"):
+    with pytest.warns(UserWarning, match="before it has seen"):
         layer(torch.randn(2, 4))
 
 
@@ -159,35 +159,6 @@ def test_a_layer_does_not_keep_activations_in_its_file() -> None:
     with sn.vectorized(layer, 32):
         layer(torch.randn(32, 4, 8, 8))
     assert len(pickle.dumps(layer)) < 3 * len(pickle.dumps(layer.state_dict()))
-
-
-@pytest.mark.parametrize("make", [sn.StreamingNorm, sn.BatchNorm])
-def test_the_state_of_a_batch_normalization_of_torch_is_recognized_and_what_is_said_of_it_works(make) -> None:
-    theirs = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
-    ours = nn.Sequential(nn.Linear(5, 4), make(4))
-    nn.init.uniform_(theirs[1].weight)
-    data = [draw((64, 5), i).float() for i in range(4)]
-    sn.recalibrate(theirs, data)
-    with pytest.warns(
-        UserWarning, match=r"into 1 \(.*Norm\) .* weight and bias are affine.weight and affine.bias here"
-    ):
-        keys = ours.load_state_dict(theirs.state_dict(), strict=False)
-    assert {"1.weight", "1.bias", "1.running_mean"} < set(keys.unexpected_keys)
-    assert {"1.affine.weight", "1.affine.bias", *(f"1.{name}" for name, _ in ours[1].named_buffers())} <= set(
-        keys.missing_keys
-    )
-    with (
-        pytest.warns(UserWarning, match="layer of torch"),
-        pytest.raises(RuntimeError, match="Missing key"),
-    ):
-        ours.load_state_dict(theirs.state_dict())
-    named = {name.replace("1.", "1.affine."): value for name, value in theirs.state_dict().items()}
-    keys = ours.load_state_dict(named, strict=False)
-    assert not any("affine" in name for name in keys.missing_keys)
-    sn.recalibrate(ours, data)
-    x = draw((8, 5), 9).float()
-    # torch's variance is unbiased, of 256 samples: sigma is 1/512 larger, and outputs are below 4.
-    assert (ours.eval()(x) - theirs.eval()(x)).abs().max() < 4 / 256
 
 
 # Devices and dtypes
@@ -265,10 +236,6 @@ def test_nothing_is_said_of_a_state_that_fits() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Watched(4).load_state_dict(Watched(4).state_dict())
-    with pytest.warns(UserWarning, match=r"into it \(SampleNorm\) .* are affine.weight and affine.bias here$"):
-        sn.SampleNorm(4).load_state_dict(nn.LayerNorm(4).state_dict(), strict=False)
-    with pytest.warns(UserWarning, match=r"have no place \(affine=False\), and its running statistics"):
-        sn.StreamingNorm(4, affine=False).load_state_dict(nn.BatchNorm1d(4).state_dict(), strict=False)
 
 
 @pytest.mark.parametrize("make", [sn.StreamingNorm, lambda c: sn.StreamingNorm(c, alpha=(0.7, 0.3)), sn.BatchNorm])
@@ -294,7 +261,7 @@ def test_what_is_called_running_is_enough_to_test() -> None:
             value.mul_(1 - 1.0)
             torch.add(value, trained.state_dict()[name], alpha=1.0, out=value)
     x = draw((3, 4), 9).float()
-    with pytest.raises(RuntimeError, match="before it has seen"):
+    with pytest.warns(UserWarning, match="before it has seen"):
         sn.StreamingNorm(4).eval()(x)
     assert torch.equal(target.eval()(x), trained.eval()(x))
 

@@ -29,15 +29,15 @@ def test_training_remembers_a_symbol(name: str, norm: str) -> None:
     model = nn.ModuleList([net, readout])
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     losses = []
-    with sn.attach(model, optimizer, warmup="auto"):
-        for _ in range(60):
-            symbols = torch.randint(4, (4, 32))
-            output, _ = net(nn.functional.one_hot(symbols, 4).float())
-            loss = nn.functional.cross_entropy(readout(output[-1]), symbols[0])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
+    sn.Warmup(model, optimizer)
+    for _ in range(60):
+        symbols = torch.randint(4, (4, 32))
+        output, _ = net(nn.functional.one_hot(symbols, 4).float())
+        loss = nn.functional.cross_entropy(readout(output[-1]), symbols[0])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
     assert sum(losses[-5:]) / 5 < 0.2 * losses[0]
 
 
@@ -47,10 +47,11 @@ def test_a_state_of_zeros_calls_for_a_warm_up(name: str) -> None:
 
     def warms_up(*starts: Any) -> bool:
         net = NETS[name](4, 3, norm=PAPER).double()
-        link = sn.attach(net, torch.optim.SGD(net.parameters(), lr=0.1), warmup="auto")
+        warmup = sn.Warmup(net, torch.optim.SGD(net.parameters(), lr=0.1))
         for start in starts:
             net(torch.randn(6, 5, 4, dtype=torch.float64), start)
-        return link.warming_up
+        warmup.decide()
+        return not warmup.is_over
 
     given = initial(NETS[name](4, 3), 1, 5)
     zeros = tuple(torch.zeros_like(part) for part in flat(given))
@@ -120,7 +121,7 @@ def test_a_long_sequence_is_one_call() -> None:
     net = sn.NormRNN(1, 1)
     net(torch.randn(1100, 2, 1))
     net(torch.randn(1100, 2, 1))
-    assert [norm._calls.unfolded for norm in norms(net)] == [2, 2]
+    assert [norm.follows.unfolded for norm in norms(net)] == [2, 2]
     for _ in range(997):
         net(torch.randn(3, 2, 1))
     with pytest.warns(UserWarning, match="1000 training calls and no weight update") as caught:

@@ -100,10 +100,7 @@ def test_layers_that_are_frozen_learn_and_change_no_statistics() -> None:
     )
     model(torch.randn(8, 4))
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.train()
-    for layer in model.modules():
-        if isinstance(layer, streamnorm.Norm):
-            layer.eval()
+    streamnorm.freeze(model).train()
     model(torch.randn(8, 4))[0].square().sum().backward()
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     assert all(parameter.grad is not None for parameter in model.parameters())

@@ -31,7 +31,8 @@ NAMES = {
         "Streaming",
     ),
     *("Evidence", "GradientRule", "Pooled", "Residual", "BatchRenorm", "OnlineNorm"),
-    *("StreamingNorm", "TimeSpecific", "attach", "monitor", "recalibrate", "vectorized"),
+    *("convert", "fold_into", "freeze", "to_torch", "torch_state_dict", "unfreeze"),
+    *("StreamingNorm", "TimeSpecific", "Warmup", "attach", "loss_scale", "monitor", "recalibrate", "vectorized"),
     *(f"SP{i}" for i in range(1, 6)),
     *(f"BA{i}" for i in range(1, 7)),
 }

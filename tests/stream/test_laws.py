@@ -104,7 +104,6 @@ def test_training_in_the_special_case_follows_batch_norm_for_100_steps() -> None
     ours = net(lambda c: sn.StreamingNorm(c, center="batch", alpha=(0, 1), beta=(0, 0, 1)))
     theirs = net(nn.BatchNorm1d)
     optimizers = [torch.optim.SGD(m.parameters(), 0.05, momentum=0.9) for m in (ours, theirs)]
-    sn.attach(ours, optimizers[0])
     generator = torch.Generator().manual_seed(2)
     for _ in range(100):
         x = torch.randn(32, 10, generator=generator)

@@ -29,7 +29,7 @@ from torch import nn
 
 import streamnorm as sn
 from streamnorm.nn.norm import Norm
-from streamnorm.train.dau import AUTO_WARMUP
+from streamnorm.train.warmup import AUTO_WARMUP
 
 
 def paper(c: int) -> Norm:
@@ -78,10 +78,10 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 def test_a_warm_up_folds_statistics_and_leaves_weights_and_gradient_memory_alone(steps: int, make: Any) -> None:
     model = net("FC", paper)
     optimizer = make(model)
-    link = sn.attach(model, optimizer, warmup=steps)
+    warmup = sn.Warmup(model, optimizer, steps)
     before = weights(model)
     for step in range(steps + 2):
-        assert link.warming_up == (step < steps)
+        assert warmup.is_over == (step >= steps)
         for part in range(2):
             x, y = batch("FC", 1, 2 * step + part)
             F.cross_entropy(model(x), y).backward()
@@ -105,7 +105,7 @@ def test_a_warm_up_folds_statistics_and_leaves_weights_and_gradient_memory_alone
 def test_a_warm_up_leaves_the_weights_alone_when_step_is_given_a_closure(norm: MakeNorm) -> None:
     model = net("FC", norm)
     optimizer = sgd(model)
-    sn.attach(model, optimizer, warmup=2)
+    sn.Warmup(model, optimizer, 2)
     before = weights(model)
     x, y = batch("FC", 1, 0)
 
@@ -136,7 +136,7 @@ def deep_convolutional() -> nn.Module:
 def test_auto_warms_up_for_one_sample_a_batch_of_a_connected_layer() -> None:
     model = net("FC", paper)
     optimizer = sgd(model)
-    sn.attach(model, optimizer, "auto")
+    sn.Warmup(model, optimizer)
     before = weights(model)
     take_steps(model, optimizer, "FC", 1, range(AUTO_WARMUP))
     assert not moved(before, model)
@@ -155,7 +155,7 @@ def test_auto_warms_up_for_one_sample_a_batch_of_a_connected_layer() -> None:
 def test_auto_does_not_warm_up_for_one_sample_a_batch(make: Callable[[], nn.Module], kind: str) -> None:
     model = make()
     optimizer = sgd(model)
-    sn.attach(model, optimizer, "auto")
+    sn.Warmup(model, optimizer)
     before = weights(model)
     take_steps(model, optimizer, kind, 1, range(1))
     assert moved(before, model)
@@ -165,11 +165,9 @@ def test_auto_does_not_warm_up_for_one_sample_a_batch(make: Callable[[], nn.Modu
 def test_nothing_warms_up_unasked(norm: MakeNorm) -> None:
     model = net("FC", norm)
     optimizer = sgd(model)
-    link = sn.attach(model, optimizer)
     before = weights(model)
     take_steps(model, optimizer, "FC", 1, range(1))
     assert moved(before, model)
-    assert not link.warming_up
 
 
 def test_dau_warms_up_by_itself_in_one_call_and_in_the_loop() -> None:
@@ -188,7 +186,7 @@ def test_dau_warms_up_by_itself_in_one_call_and_in_the_loop() -> None:
 def test_a_warmup_that_is_no_number_of_steps_is_refused(warmup: Any) -> None:
     model = net("FC")
     with pytest.raises(ValueError, match=f'>= 0 or "auto", got {warmup!r}'):
-        sn.attach(model, sgd(model), warmup)
+        sn.Warmup(model, sgd(model), warmup)
 
 
 @pytest.mark.parametrize("warmup", [3, "auto"])
@@ -197,20 +195,70 @@ def test_a_warmup_that_is_no_number_of_steps_is_refused(warmup: Any) -> None:
 def test_a_run_goes_on_in_the_middle_of_a_warm_up(stop: int, warmup: Any, norm: MakeNorm) -> None:
     through = net("FC", norm)
     optimizer = sgd(through)
-    sn.attach(through, optimizer, warmup)
+    sn.Warmup(through, optimizer, warmup)
     take_steps(through, optimizer, "FC", 1, range(7))
 
     stopped = net("FC", norm)
     optimizer = sgd(stopped)
-    link = sn.attach(stopped, optimizer, warmup)
+    kept_by = sn.Warmup(stopped, optimizer, warmup)
     take_steps(stopped, optimizer, "FC", 1, range(stop))
-    kept = pickle.dumps((stopped.state_dict(), optimizer.state_dict(), link.state_dict()))
+    kept = pickle.dumps((stopped.state_dict(), optimizer.state_dict(), kept_by.state_dict()))
 
     resumed = net("FC", norm, seed=1)
     optimizer = sgd(resumed)
-    link = sn.attach(resumed, optimizer, warmup)
+    renewed = sn.Warmup(resumed, optimizer, warmup)
     states = pickle.loads(kept)
-    for part, state in zip((resumed, optimizer, link), states, strict=True):
+    for part, state in zip((resumed, optimizer, renewed), states, strict=True):
         part.load_state_dict(state)
     take_steps(resumed, optimizer, "FC", 1, range(stop, 7))
     assert_equal(everything(resumed), everything(through))
+
+
+def closures(model: nn.Module, optimizer: torch.optim.Optimizer, samples: int, seed: int) -> Any:
+    x, y = batch("FC", samples, seed)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def test_auto_holds_back_the_very_first_update_by_a_closure() -> None:
+    """The layers are called for the first time inside ``step``."""
+    model = net("FC", paper)
+    optimizer = sgd(model)
+    sn.Warmup(model, optimizer)
+    before = weights(model)
+    for step in range(AUTO_WARMUP):
+        optimizer.step(closures(model, optimizer, 1, step))
+        assert not moved(before, model)
+    optimizer.step(closures(model, optimizer, 1, 9))
+    assert moved(before, model)
+
+
+def test_auto_decides_at_the_first_update_and_small_batches_later_lose_nothing() -> None:
+    model = net("FC", paper)
+    optimizer = sgd(model)
+    warmup = sn.Warmup(model, optimizer)
+    assert not warmup.is_over, "unknown yet"
+    for step, samples in enumerate((8, 1, 2)):
+        before = weights(model)
+        take_steps(model, optimizer, "FC", samples, range(step, step + 1))
+        assert moved(before, model)
+    assert warmup.is_over
+
+
+def test_a_removed_warm_up_drops_no_gradient() -> None:
+    model = net("FC")
+    optimizer = sgd(model)
+    warmup = sn.Warmup(model, optimizer, 5)
+    before = weights(model)
+    take_steps(model, optimizer, "FC", 1, range(2))
+    assert not moved(before, model)
+    warmup.remove()
+    take_steps(model, optimizer, "FC", 1, range(2, 4))
+    assert moved(before, model)
+    assert warmup.updates == 2

@@ -101,7 +101,7 @@ def test_warm_up(warmup: Any, rates: str, compiled_steps: None) -> None:
 def test_without_norms_there_is_no_warm_up(compiled_steps: None) -> None:
     pair = Pair(mlp(nn.LayerNorm).double(), RATES["plain"])
     pair.compare(*samples(3), TERMS)
-    assert not pair.trainer.link.warming_up
+    assert pair.trainer.warmup.is_over
 
 
 FRONTS = {

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from twins import NORMS, RATES, TERMS, Pair, compiled, mlp, online, samples
 
-from streamnorm import OnlineTrainer, attach
+from streamnorm import OnlineTrainer, Warmup
 from streamnorm.ops import backends, library
 
 
@@ -70,10 +70,10 @@ def test_hooks_of_all_modules_are_called() -> None:
     assert "Linear" in seen
 
 
-def test_without_its_link_an_optimizer_s_hooks_are_strangers() -> None:
+def test_without_its_warm_up_an_optimizer_s_hooks_are_strangers() -> None:
     seen = []
     trainer = Pair(mlp(NORMS["mixed"]).double(), RATES["plain"]).trainer
-    trainer.link.remove()
+    trainer.warmup.remove()
     trainer.optimizer.register_step_pre_hook(lambda *_: seen.append(0))
     trainer.optimizer.register_step_post_hook(lambda *_: seen.append(1))
     trainer.steps(*samples(2))
@@ -124,10 +124,10 @@ def test_groups_of_parameters(kind: Any) -> None:
         return kind(groups, lr=0.01)
 
     for left_out in ((), ("3.weight",)):
-        pair.trainer.link.remove(), pair.link.remove()
+        pair.trainer.warmup.remove(), pair.warmup.remove()
         pair.trainer = OnlineTrainer(model, grouped(model, left_out))
         pair.optimizer = grouped(twin, left_out)
-        pair.link = attach(twin, pair.optimizer)
+        pair.warmup = Warmup(twin, pair.optimizer, 0)
         pair.compare(*samples(), TERMS)
         twin.zero_grad(), model.zero_grad()
 
@@ -251,7 +251,8 @@ def test_an_adam_goes_on_from_its_state(options: dict[str, Any], compiled_steps:
     other = Pair(copy.deepcopy(pair.trainer.model), rates)
     other.trainer.optimizer.load_state_dict(copy.deepcopy(pair.optimizer.state_dict()))
     other.optimizer.load_state_dict(copy.deepcopy(pair.trainer.optimizer.state_dict()))
-    other.trainer.link.load_state_dict(pair.link.state_dict()), other.link.load_state_dict(pair.link.state_dict())
+    other.trainer.warmup.load_state_dict(pair.warmup.state_dict())
+    other.warmup.load_state_dict(pair.warmup.state_dict())
     other.compare(x[4:], y[4:], TERMS)
 
 

@@ -79,7 +79,7 @@ def test_a_sample_that_is_not_finite_is_skipped(what: str, norm: str, rates: str
         model[0].weight *= 4  # type: ignore[operator]
     pair = Pair(model, {**RATES[rates], "lr": 1e-3}, F.mse_loss)
     pair.compare(x, y, TERMS, BAD)
-    assert pair.trainer.link.updates == 12 - len(BAD)
+    assert pair.trainer.warmup.updates == 12 - len(BAD)
 
 
 @pytest.mark.parametrize("what", SPOILERS)
@@ -97,7 +97,7 @@ def test_or_it_is_refused(what: str, path: None) -> None:
     pair.ordinary(x[:7], y[:7])
     for name, value in pair.twin.state_dict().items():
         close(name, pair.trainer.model.state_dict()[name], value, TERMS)
-    assert pair.trainer.link.updates == 7
+    assert pair.trainer.warmup.updates == 7
     assert pair.trainer.skipped == 0
     pair.compare(x[8:], y[8:], TERMS)
 

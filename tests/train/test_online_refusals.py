@@ -72,7 +72,7 @@ def test_what_else_it_refuses() -> None:
     for loss in (F.l1_loss, nn.CrossEntropyLoss(label_smoothing=0.1), nn.CrossEntropyLoss(ignore_index=1)):
         with pytest.raises(ValueError, match="loss_fn is"):
             OnlineTrainer(model, sgd, loss)
-    with pytest.raises(ValueError, match="warmup"):
+    with pytest.raises(ValueError, match="a warm-up is"):
         OnlineTrainer(model, sgd, warmup=-1)
     model[2].weight = model[0].weight
     with pytest.raises(ValueError, match="share their memory"):

@@ -21,7 +21,7 @@ from streamnorm.lab.runs.classifier.models import Convolutional, FullyConnected
 from streamnorm.lab.runs.classifier.run import Run
 from streamnorm.monitoring.monitor import monitor
 from streamnorm.nn.layers import BatchNorm, StreamingNorm
-from streamnorm.train.dau import DAU, attach
+from streamnorm.train.dau import DAU
 from streamnorm.train.online.trainer import OnlineTrainer
 
 MakeNorm = Callable[[int], nn.Module]
@@ -60,7 +60,6 @@ class OnlineStep:
         self.pairs = list(zip(samples.x.split(size), samples.y.split(size), strict=True))
         self.at = 0
         self.optimizer = OPTIMIZERS[optimizer](model.parameters())
-        self.link = attach(model, self.optimizer)
 
     def step(self) -> None:
         x, y = self.pairs[self.at]
@@ -76,7 +75,6 @@ class FusedStep(OnlineStep):
 
     def __init__(self, model: nn.Module, samples: Samples, count: int = 1, optimizer: str = "SGD") -> None:
         super().__init__(model, samples, optimizer)
-        self.link.remove()
         self.trainer = OnlineTrainer(model, self.optimizer)
         self.count = count
         self.samples = samples

@@ -110,7 +110,6 @@ class Arm:
         return {
             "model": dict(self.network.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
-            "link": self.trainer.link.state_dict(),
             "track": self.track.state_dict(),
             "failed": self.failed,
             "seconds": self.seconds,
@@ -122,11 +121,9 @@ class Arm:
         Raises:
             CheckpointError: for a state of another shape.
         """
-        parts = {"optimizer": shape_of(self.optimizer), "link": shape_of(self.trainer.link)}
-        expect(state, {**parts, "failed": (str, None), "seconds": float})
+        expect(state, {"optimizer": shape_of(self.optimizer), "failed": (str, None), "seconds": float})
         load_model(self.network.model, state["model"])
         load_part(self.optimizer, state["optimizer"])
-        load_part(self.trainer.link, state["link"])
         self.track.load_state_dict(state["track"])
         self.failed, self.seconds = state["failed"], state["seconds"]
 

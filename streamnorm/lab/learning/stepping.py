@@ -1,6 +1,6 @@
 """One weight update a row: by compiled steps where they serve a network, by an ordinary loop where not.
 
-Imports the online trainer, and ``attach``.
+Imports the online trainer.
 """
 
 from __future__ import annotations
@@ -11,14 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from streamnorm.train.dau import attach
 from streamnorm.train.online.trainer import Loss, OnlineTrainer
 
 
 class Stepper(Protocol):
     """What learns from one row after the other."""
-
-    link: Any
 
     def steps(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Learn from the rows ``x (n, d)`` in their order, with an update for each.
@@ -34,7 +31,6 @@ class Loop:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, loss_fn: Loss) -> None:
         self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
-        self.link = attach(model, optimizer)
 
     @torch.enable_grad()
     def steps(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

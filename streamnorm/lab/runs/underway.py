@@ -96,6 +96,7 @@ class UnderWay:
         if differing := differences(there, {**self.run.to_json(), **self.identity()}):
             reason = self.WHY_EPOCHS if there["epochs"] != self.run.epochs else ""
             raise checkpoint.CheckpointError(f"the checkpoint is of another run: {differing}{reason}")
+        state = {"warmup": state.get("link"), **state}  # its name in older versions
         if missing := [name for name in (*self.PARTS, *self.KEPT) if name not in state]:
             raise checkpoint.CheckpointError(f"the checkpoint is of another kind of run: it lacks {', '.join(missing)}")
         self._expect(state)
@@ -196,7 +197,7 @@ def load_random(random: torch.Generator, state: Tensor) -> None:
 
 
 def shape_of(part: Any) -> Any:
-    """The shape of the state of a part: an optimizer, or the link of ``attach``."""
+    """The shape of the state of a part: an optimizer, or a warm-up."""
     if not isinstance(part, Optimizer):
         return {"updates": range(2**62)}
     groups = [{"lr": float} for _ in part.param_groups]

@@ -61,7 +61,7 @@ def run(cell: Cell, data: Tensor, steps: int, h0: Tensor, inputs: list[Tensor] |
         return None
     nothing = made[0][:0]
     for norm, *_ in calls:
-        norm._count(norm._calls, ((1, 1), nothing, nothing))  # cannot be recomputed
+        norm._count(norm._calls, ((1, 1), nothing, nothing), cell.weight_hh)  # cannot be recomputed
     return _Scan.apply(layer, made, h0, x, cell.weight_hh, *gains) if torch.is_grad_enabled() else made[0]
 
 
@@ -98,7 +98,7 @@ def _served(cell: Cell, data: Tensor, h0: Tensor, norms_ih: list[Any]) -> list[t
         if not isinstance(norm, Norm) or type(norm).forward is not Norm.forward or not norm.training:
             return None
         memories = {id(memory) for memory in (norm.H1, norm.H2) if memory is not None}
-        if norm.H1 is None or norm.steps != 1 or memories & seen:
+        if norm.H1 is None or norm.steps != 1 or norm.loss_scale != 1 or memories & seen:
             return None  # a shared memory depends on the loop's order of arrivals
         seen |= memories
         if is_hooked(norm) or (norm.affine is not None and gains_of(norm.affine) is None):

@@ -210,7 +210,7 @@ class Recurrent(nn.Module):
         Returns:
             For every norm in training its calls, and the smallest reference that they hold since the last weight
             update. If h_0 = 0, W_h h_0 is the same for all sequences and equivalent to a single activation: sigma is
-            sqrt(eps), H2 would remember a gradient divided by it, and ``attach`` needs to warm up.
+            sqrt(eps), H2 would remember a gradient divided by it, and training needs a ``Warmup``.
         """
         if not sequences.sizes[0]:
             return []
@@ -233,7 +233,7 @@ class Recurrent(nn.Module):
             if is_traced():
                 norm._check(smallest, 1)
                 continue
-            before = norm._calls.reference_size if norm._calls.unfolded else None
+            before = norm._calls.reference_size if norm.follows.unfolded else None
             norm._check(smallest, 1)
             sizes = [size for size in (1 if single else norm.reference_size, before) if size is not None]
             references.append((norm._calls, min(sizes) if sizes else None))

@@ -140,6 +140,6 @@ def _time_steps(norm: Norm, steps: int) -> Iterator[None]:
 
 
 def _count_as_one(norm: nn.Module, calls: int) -> None:
-    """Count the calls of a sequence as one, for the warning that ``attach`` may be missing."""
+    """Count the calls of a sequence as one, for the warning that weight updates are missing."""
     if isinstance(norm, Norm) and norm.training:
-        norm._calls.unfolded -= calls - 1
+        norm.follows.unfolded -= calls - 1

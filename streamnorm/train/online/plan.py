@@ -53,7 +53,7 @@ def _layers(model: nn.Module) -> list[_Layer]:
         last = layers[-1] if layers else None
         wrong = _why_not(module, last)
         if wrong is not None:
-            raise ValueError(f"module {name!r}, {module}, cannot be trained so: {wrong}. Use attach and a loop")
+            raise ValueError(f"module {name!r}, {module}, cannot be trained so: {wrong}. Use a loop")
         match module:
             case nn.Linear():
                 layers.append(_Layer(module))
@@ -67,9 +67,9 @@ def _layers(model: nn.Module) -> list[_Layer]:
                 last.norm = module
                 last.affine = module.affine if isinstance(module, Norm) else None
     if not layers or (last := layers[-1]) != _Layer(last.linear) or last.linear is None:
-        raise ValueError("the last module of the model has to be an nn.Linear. Use attach and a loop")
+        raise ValueError("the last module of the model has to be an nn.Linear. Use a loop")
     if len({id(layer.linear) for layer in layers}) < len(layers):
-        raise ValueError("a module stands twice in the model. Use attach and a loop")
+        raise ValueError("a module stands twice in the model. Use a loop")
     return layers
 
 
@@ -126,7 +126,7 @@ def _kind_of_loss(loss_fn: Any, classes: int) -> int:
             return CROSS_ENTROPY
     raise ValueError(
         "loss_fn is F.cross_entropy, F.mse_loss, nn.CrossEntropyLoss() or nn.MSELoss() without options, got "
-        f"{loss_fn!r}; for another loss use attach and a loop"
+        f"{loss_fn!r}; for another loss use a loop"
     )
 
 
@@ -192,7 +192,7 @@ class Plan:
         self._layers = torch.frombuffer(bytearray((Layer * len(told))(*told)), dtype=torch.uint8)
         self.params = self.rates.params
         if len({p.data_ptr() for p in self.params}) < len(self.params):
-            raise ValueError("parameters share their memory, and each would move them. Use attach and a loop")
+            raise ValueError("parameters share their memory, and each would move them. Use a loop")
         self._owned = [owned for owner in self._owners for owned in owner.values()]
         self.all_move = all(map(self.rates.moves, self.params))
         self._where = [*map(Tensor.data_ptr, self._tensors)]

@@ -40,10 +40,10 @@ class Rates:
     def __init__(self, optimizer: Served) -> None:
         if type(optimizer) not in (SGD, Adam, AdamW):
             kind = type(optimizer).__name__
-            raise TypeError(f"optimizer is a torch.optim.SGD, Adam or AdamW, got {kind}; use attach and a loop")
+            raise TypeError(f"optimizer is a torch.optim.SGD, Adam or AdamW, got {kind}; use a loop")
         for name in _REFUSED:
             if any(group.get(name) for group in optimizer.param_groups) and type(optimizer) is not SGD:
-                raise ValueError(f"{type(optimizer).__name__} with {name}=True is not served. Use attach and a loop")
+                raise ValueError(f"{type(optimizer).__name__} with {name}=True is not served. Use a loop")
         self.optimizer = optimizer
         self.of_adam = type(optimizer) is not SGD
         self._groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}

@@ -18,15 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from streamnorm.inputs import expect_floating, expect_tensor
+from streamnorm.nn.updates import hook_id
 from streamnorm.ops import library
 from streamnorm.ops.backends import may_use
 from streamnorm.stream import Pooled
 from streamnorm.tracing import is_traced
-from streamnorm.train.dau import Warmup, attach
 from streamnorm.train.online.plan import CROSS_ENTROPY, Plan
 from streamnorm.train.online.rates import Served
+from streamnorm.train.warmup import Updates, Warmup
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 MANY = 100
@@ -41,9 +43,9 @@ class OnlineTrainer:
     """Trains a multi-layer perceptron on one sample after another, with a weight update for each.
 
     A step is, up to rounding, ``loss_fn(model(x), target).backward(); optimizer.step(); optimizer.zero_grad()`` with
-    ``attach(model, optimizer, warmup)``, and takes a fraction of the time with the compiled kernels. It runs exactly
+    ``Warmup(model, optimizer, warmup)``, and takes a fraction of the time with the compiled kernels. It runs exactly
     this PyTorch code without kernels, in eval mode, with frozen parameters, and if modules have hooks or the optimizer
-    has any besides those of ``attach`` (clipping, for instance).
+    has any of its own (clipping, for instance).
 
     A sample is learned if it is finite: its input, its target, all activations, the loss, and all gradients as the
     optimizer uses them (times the learning rate for SGD, squared for Adam). Any other sample changes neither weights
@@ -57,12 +59,12 @@ class OnlineTrainer:
             call.
         loss_fn: ``F.cross_entropy`` for integer targets, ``F.mse_loss`` for targets of the shape of the output, or
             ``nn.CrossEntropyLoss()`` and ``nn.MSELoss()``.
-        warmup: as for ``attach``, which is called here: do not call it again for the model.
+        warmup: first updates that gather statistics and leave the weights alone, for the paper's rule (``Warmup``).
         on_nonfinite: for a sample that is not finite: ``"skip"``, its loss and output are NaN; or ``"raise"``, it ends
             the call with an error after the samples before it were learned. If many are skipped, there is one warning.
 
     Attributes:
-        link: what ``attach`` returned; save its ``state_dict()`` in checkpoints if there is a warm-up.
+        warmup: the ``Warmup``; save its ``state_dict()`` in checkpoints if there is one.
         skipped: number of samples that were not finite.
 
     Raises:
@@ -85,7 +87,7 @@ class OnlineTrainer:
         model: nn.Module,
         optimizer: Served,
         loss_fn: Loss = F.cross_entropy,
-        warmup: Warmup = 0,
+        warmup: Updates = 0,
         on_nonfinite: Literal["skip", "raise"] = "skip",
     ) -> None:
         if on_nonfinite not in ("skip", "raise"):
@@ -94,8 +96,9 @@ class OnlineTrainer:
         self.on_nonfinite, self.skipped = on_nonfinite, 0
         self._seen, self._has_warned = 0, False
         self._plan = Plan(model, optimizer, loss_fn)
-        self.link = attach(model, optimizer, warmup)
-        self._own = [hook.id for hook in self.link.hooks]
+        self._norms = self._plan.norms
+        self.warmup = Warmup(model, optimizer, warmup)
+        self._own = [hook.id for hook in self.warmup.hooks]
 
     def step(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Train on one sample ``x (d,)`` or ``(1, d)`` with its ``target``, a class ``()`` or ``(1,)``, or values
@@ -159,7 +162,7 @@ class OnlineTrainer:
         """The plan, made anew if it no longer holds."""
         if not self._plan.holds():
             plan = Plan(self.model, self.optimizer, self.loss_fn)
-            if plan.norms != self.link.layers:
+            if plan.norms != self._norms:
                 raise ValueError("the model has other norms than it had; make another OnlineTrainer for it")
             self._plan = plan
         return self._plan
@@ -207,7 +210,8 @@ class OnlineTrainer:
         return any(m is not None and isinstance(m.rule, Pooled) and m.rule.prior and not m.known for m in memories)
 
     def _is_warming(self) -> bool:
-        return not self.link._warm and self.link.warming_up
+        self.warmup.decide()
+        return not self.warmup.is_over
 
     def _is_served(self) -> bool:
         """Whether the next step may be a compiled one."""
@@ -221,10 +225,12 @@ class OnlineTrainer:
             or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in plan.params)
             or not plan.all_move
             or [*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks] != self._own
+            or _global_optimizer_pre_hooks
+            or [*_global_optimizer_post_hooks] not in ([], [hook_id()])
         ):
             return False
         for norm in plan.norms:
-            if not norm.training:
+            if not norm.training or norm.loss_scale != 1:
                 return False
             norm._calls.reference_size = 1
         return True
@@ -243,10 +249,8 @@ class OnlineTrainer:
         self.skipped += done.skipped
         if done.learned:
             for norm in plan.norms:
-                norm._calls.unfolded = 0
-                if warming and norm.H2 is not None:
-                    norm.H2.clear()
-            self.link._steps += done.learned
+                norm.follows.folded(norm)
+            self.warmup.count(done.learned)
             self.optimizer._opt_called = True  # type: ignore[union-attr]  # schedulers check whether it stepped
         if done.why == LOST:
             raise self._lost(start + done.latest if done.latest >= 0 else None)
@@ -275,7 +279,7 @@ class OnlineTrainer:
         if not target.isfinite().all():
             return "target", x, x
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        calls = [(norm._calls, norm._calls.unfolded) for norm in self._plan.norms]
+        follows = [(norm.follows, norm.follows.unfolded) for norm in self._plan.norms]
         refusals = self._refusals()
         self.optimizer.zero_grad()
         with _watching(self.model) as strange:
@@ -295,8 +299,8 @@ class OnlineTrainer:
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
-            for call, unfolded in calls:
-                call.unfolded = unfolded
+            for one, unfolded in follows:
+                one.unfolded = unfolded
         self.optimizer.zero_grad()
         return why, loss.detach(), output.detach()
 

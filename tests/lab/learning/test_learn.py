@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from close import same
 from rows_of import as_json, job, learned, mixed, state
 
-from streamnorm import attach
 from streamnorm.lab.cli import main
 from streamnorm.lab.learning import prequential, session
 from streamnorm.lab.learning.arms import ARMS
@@ -42,7 +41,6 @@ def test_it_is_a_loop_that_predicts_before_it_learns(arm: str, optimizer: str, t
     order = list(dict.fromkeys(int(y) for *_, y in rows))
     kind = torch.optim.SGD if optimizer == "sgd" else torch.optim.Adam
     optimize = kind(model.parameters(), lr=0.01)
-    attach(model, optimize)
     right: list[float] = []
     for i, (*x, y) in enumerate(rows):
         k, known = order.index(int(y)), len({row[-1] for row in rows[:i]})

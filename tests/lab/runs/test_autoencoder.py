@@ -28,8 +28,8 @@ from streamnorm.lab.runs.autoencoder.model import (
 )
 from streamnorm.lab.runs.autoencoder.run import AutoencoderRun
 from streamnorm.nn.layers import StreamingNorm
-from streamnorm.nn.norm import Norm
-from streamnorm.train.dau import attach
+from streamnorm.nn.norm import Norm, norms
+from streamnorm.train.warmup import Warmup
 
 
 def stepped(trainer: AutoencoderTrainer, updates: int) -> AutoencoderTrainer:
@@ -74,7 +74,7 @@ def test_training_is_a_plain_loop_of_dense_sgd(arm: str, m: int, n: int) -> None
             first.bias.zero_()
         last.load_state_dict(trainer.model.linears[0].state_dict())
     optimizer = torch.optim.SGD(plain.parameters(), lr=run.learning_rate)
-    link = attach(plain, optimizer, run.warmup or 0)
+    warmup = Warmup(plain, optimizer, run.warmup or 0)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))  # of seed 0, epoch 0
     x = documents.words.dense(torch.float64)[order]
     for update in range(updates):
@@ -90,7 +90,7 @@ def test_training_is_a_plain_loop_of_dense_sgd(arm: str, m: int, n: int) -> None
     torch.testing.assert_close(trainer.model.read.weight.T, first.weight, rtol=0, atol=1e-10)
     torch.testing.assert_close(trainer.model.linears[0].weight, last.weight, rtol=0, atol=1e-10)
     torch.testing.assert_close(trainer.model.linears[0].bias, last.bias, rtol=0, atol=1e-10)
-    assert link.updates == updates
+    assert warmup.updates == updates
 
 
 def test_words_that_do_not_occur_keep_their_weights() -> None:
@@ -235,7 +235,7 @@ def test_what_is_tested_are_the_weights_that_the_statistics_were_taken_with(arm:
             assert all(map(torch.equal, now, trained)), "the update comes after the test (section 3.3.1)"
         tested.clear()
     assert len(trainer.metrics) == 2
-    for layer in trainer.link.layers:
+    for layer in norms(trainer.model):
         assert layer.H1 is not None
         assert layer.H1.count > 0, "short is not cleared before testing"
 

@@ -74,7 +74,6 @@ def test_d_trains(norm: sn.TimeSpecific) -> None:
     torch.manual_seed(0)
     model = FullyRecurrent(3, 2, norm, 4, steps=3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    sn.attach(model, optimizer)
     x = image(16)
     y = (x.mean((1, 2, 3)) > 0).long()
     losses = []

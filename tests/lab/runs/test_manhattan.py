@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamnorm import StreamingNorm, attach
+from streamnorm import StreamingNorm, Warmup
 from streamnorm.lab.runs.language.manhattan import Manhattan
 
 
@@ -126,7 +126,7 @@ def test_state_dict_scheduler_copies_and_repr_are_those_of_torch() -> None:
 def test_layers_hear_of_its_updates() -> None:
     model = nn.Sequential(nn.Linear(3, 4, bias=False), StreamingNorm(4, alpha=(0.7, 0.3)))
     optimizer = Manhattan(model.parameters(), lr=0.01)
-    attach(model, optimizer, warmup=1)
+    Warmup(model, optimizer, 1)
     before = copy.deepcopy(dict(model.named_parameters()))
     counts: list[Any] = []
     for _ in range(2):

@@ -17,7 +17,7 @@ from streamnorm.lab.runs.classifier.loop import Trainer, learning_rate, order, t
 from streamnorm.lab.runs.classifier.models import build
 from streamnorm.lab.runs.classifier.run import Run
 from streamnorm.lab.runs.summary import summarize
-from streamnorm.nn.norm import Norm
+from streamnorm.nn.norm import Norm, norms
 
 # --- The order of the data
 
@@ -238,7 +238,7 @@ def test_a_run_warms_up_for_so_many_cycles_before_its_first_update(changes: dict
     steps(trainer, 1)
     assert weights == [True], "one update, and nothing moved the weights before it"
     assert sum(len(x) for x in calls) == 12 * (cycles + 1)
-    for layer in trainer.dau.link.layers:
+    for layer in norms(trainer.model):
         assert layer.H1.updates == cycles + 1
         assert layer.H2.updates == 1
     steps(trainer, 1)

@@ -23,13 +23,14 @@ from streamnorm.lab.runs.checkpoint import expect, said_of
 from streamnorm.lab.runs.classifier.loop import order
 from streamnorm.lab.runs.keeping import Tell, recorded, run_to_end, trained_state
 from streamnorm.lab.runs.underway import UnderWay, description, load_model
-from streamnorm.train.dau import attach, vectorized
+from streamnorm.train.vectorized import vectorized
+from streamnorm.train.warmup import Warmup
 
 
 class AutoencoderTrainer(UnderWay):
     """The run of an auto-encoder under way."""
 
-    PARTS = ("optimizer", "link")
+    PARTS = ("optimizer", "warmup")
     KEPT = ("sums",)
     SHAPES = {"sums": {"cost": float, "seconds": float}}  # noqa: RUF012
     LINE = {  # noqa: RUF012
@@ -54,7 +55,7 @@ class AutoencoderTrainer(UnderWay):
         self.per_epoch = documents.train // size
         super().__init__(run, documents, model, optimizer, self.per_epoch * run.epochs)
         self.documents = documents
-        self.link = attach(model, optimizer, "auto" if run.warmup is None else run.warmup)
+        self.warmup = Warmup(model, optimizer, "auto" if run.warmup is None else run.warmup)
         self.random = torch.Generator().manual_seed(run.seed)
         self.sums = {"cost": 0.0, "seconds": 0.0}
 

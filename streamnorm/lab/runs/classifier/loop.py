@@ -27,7 +27,8 @@ from streamnorm.lab.runs.keeping import Tell, recorded, run_to_end
 from streamnorm.lab.runs.underway import LATE, UnderWay, description, load_model
 from streamnorm.monitoring.monitor import monitor
 from streamnorm.ops.functional import latest_statistics
-from streamnorm.train.dau import AUTO_WARMUP, DAU
+from streamnorm.train.dau import DAU
+from streamnorm.train.warmup import AUTO_WARMUP
 
 Progress = Callable[[int, int], None]
 EVALUATION_BATCH = 1000

@@ -27,7 +27,8 @@ from streamnorm.lab.runs.language.manhattan import Manhattan
 from streamnorm.lab.runs.language.model import LanguageModel, State, bits, build, detached, validate
 from streamnorm.lab.runs.language.run import TextRun
 from streamnorm.lab.runs.underway import LATE, UnderWay, description, load_model
-from streamnorm.train.dau import attach, take_mean
+from streamnorm.train.dau import take_mean
+from streamnorm.train.warmup import Warmup
 
 SMOOTHED = 50
 """Mini-batches in the moving average of the training loss (section 7.6)."""
@@ -41,7 +42,7 @@ def learning_rate(run: TextRun, update: int, updates: int) -> float:
 class TextTrainer(UnderWay):
     """The run of a language model under way, with the states of all its streams."""
 
-    PARTS = ("optimizer", "link")
+    PARTS = ("optimizer", "warmup")
     KEPT = ("states", "losses", "seconds")
     SHAPES = {"losses": [float, ...], "seconds": float}  # noqa: RUF012
     LINE = {  # noqa: RUF012
@@ -68,7 +69,7 @@ class TextTrainer(UnderWay):
         optimizer = Manhattan(model.parameters(), lr=run.learning_rate)
         super().__init__(run, text, model, optimizer, self.per_epoch * run.epochs)
         self.text = text
-        self.link = attach(model, optimizer, "auto" if run.warmup is None else run.warmup)
+        self.warmup = Warmup(model, optimizer, "auto" if run.warmup is None else run.warmup)
         self.states: list[State] = [None] * run.batches_per_update
         self.losses: list[float] = []
         self.seconds = 0.0

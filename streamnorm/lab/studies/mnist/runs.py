@@ -138,6 +138,7 @@ def identity_error(arm: str) -> float:
     norm = norm_factory(SigmoidRun(arm=arm))(100).double()
     assert isinstance(norm, Norm)
     assert norm.affine is not None
+    assert norm.affine.bias is not None
     norm(x)
     assert norm.H1 is not None
     with torch.no_grad():

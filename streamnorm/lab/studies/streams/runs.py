@@ -35,7 +35,6 @@ from streamnorm.nn.norm import Norm
 from streamnorm.nn.rivals import OnlineNorm
 from streamnorm.reading import ReadError, parsed
 from streamnorm.stream.policy import Sample
-from streamnorm.train.dau import attach
 from streamnorm.train.online.trainer import OnlineTrainer
 
 UNITS = 64
@@ -145,7 +144,6 @@ def learn(run: StreamRun, stream: Stream) -> dict[str, Any]:
         online = OnlineTrainer(model, optimizer)  # type: ignore[arg-type]
         steps: Steps = lambda a, b: online.steps(a, b)[1]  # noqa: E731
     else:
-        attach(model, optimizer)
         steps = partial(_in_a_loop, model, optimizer)
     right, diverged, start = [], None, time.perf_counter()
     for first in range(0, len(x), STEP):

@@ -1,4 +1,4 @@
-"""``attach``: layers fold at each weight update that happened, and how long the link lasts."""
+"""Layers of whole models fold at each weight update that happened."""
 
 from __future__ import annotations
 
@@ -39,10 +39,9 @@ def paper(c: int) -> Norm:
 RULES = pytest.mark.parametrize("norm", [streaming, paper], ids=lambda f: f.__name__)
 
 
-def test_attached_layers_fold_once_at_every_step() -> None:
+def test_layers_fold_once_at_every_step() -> None:
     model = net("FC", paper)
     optimizer = sgd(model)
-    link = sn.attach(model, optimizer)
     for update in range(1, 4):
         for step in range(update):  # uneven cycles
             x, y = batch("FC", 2, 10 * update + step)
@@ -52,16 +51,14 @@ def test_attached_layers_fold_once_at_every_step() -> None:
                 assert (layer.H2.count, layer.H2.updates) == (step + 1, update - 1)
         optimizer.step()
         optimizer.zero_grad()
-        assert link.updates == update
         for layer in memories(model):
             assert (layer.H1.count, layer.H1.updates) == (0, update)
             assert (layer.H2.count, layer.H2.updates) == (0, update)
 
 
-def test_attached_layers_count_the_samples_before_every_step() -> None:
+def test_layers_count_the_samples_before_every_step() -> None:
     model = net("FC")
     optimizer = sgd(model)
-    sn.attach(model, optimizer)
     held = 0
     for update in range(1, 4):
         for step in range(update):  # uneven cycles
@@ -78,10 +75,9 @@ def test_attached_layers_count_the_samples_before_every_step() -> None:
 
 
 @RULES
-def test_attached_layers_end_as_if_folded_by_hand(norm: MakeNorm) -> None:
+def test_they_end_as_if_folded_by_hand(norm: MakeNorm) -> None:
     attached, by_hand = net("FC", norm), net("FC", norm)
     optimizers = sgd(attached), sgd(by_hand)
-    sn.attach(attached, optimizers[0], warmup=0)
     for step in range(5):
         x, y = batch("FC", 2, step)
         for model, optimizer in zip((attached, by_hand), optimizers, strict=True):
@@ -100,36 +96,14 @@ class Remembers(sn.Policy):
     G = sn.LongShort((0.5, 0.5, 0.0), (0.5, 0.5))
 
 
-def test_every_memory_of_an_attached_model_folds_whatever_training_normalizes_with() -> None:
+def test_every_memory_of_an_model_folds_whatever_training_normalizes_with() -> None:
     model = net("FC", lambda c: Norm(c, sn.BA1, sn.Lp(2, "batch"), Remembers(), affine=True))
     optimizer = sgd(model)
-    sn.attach(model, optimizer, warmup=0)
     x, y = batch("FC", 4, 0)
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
     assert (model[1].H1.updates, model[1].H1.count) == (1, 0)
     assert (model[1].H2.updates, model[1].H2.count) == (1, 0)
-
-
-def test_a_layer_that_stands_twice_in_a_model_folds_once() -> None:
-    model = net("FC")
-    model[4] = model[1]
-    assert len(sn.attach(model, sgd(model)).layers) == 1
-
-
-@RULES
-def test_two_links_to_one_optimizer_fold_like_one(norm: MakeNorm) -> None:
-    models = net("FC", norm), net("FC", norm)
-    for count, model in enumerate(models, 1):
-        optimizer = sgd(model)
-        for _ in range(count):
-            sn.attach(model, optimizer, warmup=0)
-        for step in range(3):
-            x, y = batch("FC", 2, step)
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    assert_equal(everything(models[1]), everything(models[0]))
 
 
 SKIPPED = {
@@ -145,7 +119,6 @@ def test_a_step_that_a_gradient_scaler_skips_folds_nothing(fused: bool, norm: Ma
     torch.manual_seed(0)
     model = connected(norm)
     optimizer = sgd(model, fused=fused)
-    link = sn.attach(model, optimizer, warmup=0)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     of_h1, of_h2, expected = SKIPPED[norm]
     counts = []
@@ -164,55 +137,19 @@ def test_a_step_that_a_gradient_scaler_skips_folds_nothing(fused: bool, norm: Ma
         told = [getattr(layer.H1, name) for name in of_h1] + [getattr(layer.H2, name) for name in of_h2]
         counts.append(tuple(counter.item() for counter in told))
     assert counts == expected
-    assert link.updates == 2
 
 
-# --- The link
-
-
-def test_a_removed_link_folds_nothing_and_drops_no_gradient() -> None:
-    model = net("FC")
-    optimizer = sgd(model)
-    link = sn.attach(model, optimizer, warmup=5)
-    before = weights(model)
-    take_steps(model, optimizer, "FC", 1, range(2))
-    assert not moved(before, model)
-    link.remove()
-    take_steps(model, optimizer, "FC", 1, range(2, 4))
-    assert moved(before, model)
-    assert link.updates == 2
-    for layer in memories(model):
-        assert (layer.H1.held, layer.H1.count) == (2, 2), "samples before the latest fold, and since"
-
-
-def test_a_link_can_be_a_context_and_is_removed_even_by_an_exception() -> None:
-    model = net("FC")
-    optimizer = sgd(model)
-    link = sn.attach(model, optimizer, warmup=0)
-
-    def fail_inside() -> None:
-        with link as same:
-            assert same is link
-            take_steps(model, optimizer, "FC", 1, range(2))
-            raise ArithmeticError
-
-    with pytest.raises(ArithmeticError):
-        fail_inside()
-    take_steps(model, optimizer, "FC", 1, range(2, 4))
-    assert link.updates == 2
-    assert memories(model)[0].H1.held == 2
+# --- Copies
 
 
 @pytest.mark.parametrize(
     "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
 )
 @RULES
-def test_a_copy_of_an_attached_model_goes_on_by_itself(
-    duplicate: Callable[[nn.Module], nn.Module], norm: MakeNorm
-) -> None:
+def test_a_copy_of_an_model_goes_on_by_itself(duplicate: Callable[[nn.Module], nn.Module], norm: MakeNorm) -> None:
     model = net("FC", norm)
     optimizer = sgd(model, momentum=0)
-    sn.attach(model, optimizer, warmup=1)
+    sn.Warmup(model, optimizer, 1)
     take_steps(model, optimizer, "FC", 2, range(3))
     x, y = batch("FC", 2, 3)
     F.cross_entropy(model(x), y).backward()  # in the middle of a cycle
@@ -224,7 +161,6 @@ def test_a_copy_of_an_attached_model_goes_on_by_itself(
     take_steps(model, optimizer, "FC", 2, range(4, 6))
     assert_equal(everything(twin), state)
     own = sgd(twin, momentum=0)
-    sn.attach(twin, own, warmup=0)
     take_steps(twin, own, "FC", 2, range(4, 6))
     assert_equal(everything(twin), everything(model))
     assert torch.equal(twin.eval()(x), model.eval()(x))
@@ -251,14 +187,13 @@ def test_a_plain_loop_over_single_samples_learns_digits(cycle: int) -> None:
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1 if cycle > 1 else 0.01)
     losses = []
-    with sn.attach(model, optimizer):
-        for step, (x, y) in enumerate(zip(digits.train_x.split(1), digits.train_y.split(1), strict=True), 1):
-            loss = F.cross_entropy(model(x), y)
-            (loss / cycle).backward()
-            losses.append(loss.item())
-            if step % cycle == 0:
-                optimizer.step()
-                optimizer.zero_grad()
+    for step, (x, y) in enumerate(zip(digits.train_x.split(1), digits.train_y.split(1), strict=True), 1):
+        loss = F.cross_entropy(model(x), y)
+        (loss / cycle).backward()
+        losses.append(loss.item())
+        if step % cycle == 0:
+            optimizer.step()
+            optimizer.zero_grad()
     assert all(v.isfinite().all() for v in everything(model).values())
     assert torch.tensor(losses).isfinite().all()
     start, end = sum(losses[:100]) / 100, sum(losses[-100:]) / 100
@@ -266,11 +201,3 @@ def test_a_plain_loop_over_single_samples_learns_digits(cycle: int) -> None:
     with torch.no_grad():
         wrong = (model.eval()(digits.test_x).argmax(1) != digits.test_y).float().mean()
     assert wrong < 0.5, "guessing errs in 0.9"
-
-
-def test_an_optimizer_of_another_model_is_refused() -> None:
-    model, other = nn.Sequential(nn.Linear(2, 3), sn.StreamingNorm(3)), nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="holds none of the model's parameters"):
-        sn.attach(model, torch.optim.SGD(other.parameters(), lr=0.1))
-    sn.attach(model, torch.optim.SGD([*other.parameters(), model[0].bias], lr=0.1))
-    sn.attach(sn.StreamingNorm(3, affine=False), torch.optim.SGD(other.parameters(), lr=0.1))

@@ -1,0 +1,200 @@
+"""Weight updates reach the layers: one hook for all optimizers of torch (paper, sections 3.3.1, 3.3.2). Imports torch.
+
+A layer that remembers has to know when weights are updated, whoever made the optimizer, and however often model and
+optimizer are copied, pickled, wrapped or replaced. So nothing links the two: after every ``optimizer.step()`` each
+living layer is asked whether this was its update.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+CHECK = 20
+"""Training calls without a weight update after which a layer looks for what is missing, and again each so many."""
+FORGOTTEN = 1000
+"""Training calls without a weight update that are reported whatever the reason may be."""
+NEAR = 256
+"""Operations before a layer's input that are searched for a parameter."""
+
+
+class Follows:
+    """Whose steps are a layer's weight updates: of the optimizer that holds its first parameter.
+
+    A layer without parameters follows the optimizer of the parameters nearest before its input. If there are none, as
+    for a layer that normalizes the data, it follows every optimizer. It is not saved, and a copy looks anew.
+
+    Attributes:
+        nearest: the parameters before the input; None: not looked for yet.
+        attached: whether ``attach`` names its optimizer.
+        unfolded: training calls since the latest weight update.
+        evaluated: calls in eval mode that may be differentiated, since then.
+        folds: weight updates so far.
+    """
+
+    __slots__ = (
+        *("_idle", "_latest", "_steps", "_version", "attached", "evaluated", "folds", "has_warned"),
+        *("nearest", "unfolded"),
+    )
+
+    def __init__(self) -> None:
+        self.nearest: Sequence[ref[Tensor]] | None = None
+        self.attached = self.has_warned = False
+        self.unfolded = self.evaluated = self.folds = 0
+        self._idle = self._version = 0
+        self._steps: int | None = None
+        self._latest: ref[Optimizer] | None = None
+
+    def is_updated_by(self, layer: nn.Module, optimizer: Optimizer, held: set[int]) -> bool:
+        """Whether a step of this optimizer, which holds the parameters of these ids, is a weight update."""
+        own = first_parameter(layer)
+        if own is not None:
+            return id(own) in held
+        if self.attached:
+            return False
+        nearest = [p for p in (found() for found in self.nearest or ()) if p is not None]
+        if nearest:
+            return any(id(p) in held for p in nearest)
+        self.nearest = None
+        if self.unfolded:
+            self._expect_one(layer, optimizer)
+        return True
+
+    def _expect_one(self, layer: nn.Module, optimizer: Optimizer) -> None:
+        """Warn if a layer that follows every optimizer meets a second one."""
+        before = None if self._latest is None else self._latest()
+        self._latest = ref(optimizer)
+        if before is not None and before is not optimizer:
+            self._warn(
+                layer,
+                "has no parameter, and none comes before it, so that the steps of every optimizer count as its weight "
+                "updates, and there are several: name one by streamnorm.attach(model, optimizer)",
+            )
+
+    def called(self, layer: nn.Module, x: Tensor) -> None:
+        """A training call."""
+        self.unfolded += 1
+        if self._steps is None:  # the first call since the latest weight update
+            own = first_parameter(layer)
+            self._steps, self._version = _updates.steps, 0 if own is None else own._version
+            if own is None and self.nearest is None and x.requires_grad:
+                self.nearest = [ref(p) for p in nearest_parameters(x)]
+        elif self.unfolded % CHECK == 0 and self.unfolded > 0:  # below 0 inside a sequence, which counts as one call
+            self._look_for_updates(layer)
+
+    def folded(self, layer: nn.Module) -> None:
+        """A weight update."""
+        self.folds += 1
+        if self.evaluated and not self.unfolded and not layer.frozen:
+            self._idle += 1
+            if self._idle == CHECK:
+                self._warn(
+                    layer,
+                    f"was in eval mode for {CHECK} weight updates, so that its statistics did not move; call "
+                    "model.train() before the forward pass, or streamnorm.freeze(model) if this is meant",
+                )
+        else:
+            self._idle = 0
+        self.unfolded = self.evaluated = 0
+        self._steps = None
+
+    def _look_for_updates(self, layer: nn.Module) -> None:
+        """Warn if weights were updated since the latest fold, and the layer was not told."""
+        if not layer.is_updated:
+            return
+        own = first_parameter(layer)
+        missed = _updates.steps - (self._steps or 0)
+        if own is not None and own._version - self._version > 1:
+            why = "its gain was changed, by no step of a torch.optim.Optimizer; call layer.fold() after each update"
+        elif missed and not self.folds:
+            why = (
+                f"no parameter of it is held by the optimizer of the {missed} steps since; name the one whose steps "
+                "are its weight updates: streamnorm.attach(model, optimizer)"
+            )
+        elif self.unfolded == FORGOTTEN:
+            why = "call optimizer.step() of a torch.optim.Optimizer, or layer.fold() after each update"
+        else:
+            return
+        self._warn(layer, f"has seen {self.unfolded} training calls and no weight update: {why}")
+
+    def _warn(self, layer: nn.Module, what: str) -> None:
+        if not self.has_warned:
+            self.has_warned = True
+            warnings.warn(f"{layer!r} {what}", stacklevel=6)
+
+
+class _Updates:
+    """The living layers, and the number of steps that any optimizer has made."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, ref[Any]] = {}
+        self.steps = 0
+        self.hook: Any = None
+
+    def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """The hook: fold every layer whose weight update this was."""
+        if is_dynamo_compiling():
+            torch._dynamo.graph_break()
+        self.steps += 1
+        layers = [layer for layer in (found() for found in list(self.layers.values())) if layer is not None]
+        if not layers:
+            return
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        happened = has_happened(optimizer)
+        for layer in layers:
+            if layer.follows.is_updated_by(layer, optimizer, held):
+                layer.fold(happened)
+
+
+_updates = _Updates()
+
+
+def enlist(layer: nn.Module) -> None:
+    """Let a layer hear of weight updates for as long as it lives."""
+    layers, key = _updates.layers, id(layer)
+    layers[key] = ref(layer, lambda _: layers.pop(key, None))
+    if _updates.hook is None:
+        _updates.hook = register_optimizer_step_post_hook(_updates.after_step)
+
+
+def hook_id() -> int | None:
+    """The key of the hook among those that torch calls for all optimizers; None: there is no layer yet."""
+    return None if _updates.hook is None else _updates.hook.id
+
+
+def has_happened(optimizer: Optimizer) -> Tensor | bool:
+    """Whether the latest ``optimizer.step()`` updated the weights. A fused optimizer under a gradient scaler skips
+    inside its kernel; then this is a tensor on its device."""
+    overflow = vars(optimizer).get("found_inf")
+    return True if overflow is None else overflow == 0
+
+
+def first_parameter(layer: nn.Module) -> Tensor | None:
+    """The gain; the first parameter of a layer that has another kind."""
+    affine = layer._modules.get("affine")
+    gain = None if affine is None else affine._parameters.get("weight")
+    return next(iter(layer.parameters()), None) if gain is None else gain
+
+
+def nearest_parameters(x: Tensor) -> list[Tensor]:
+    """The parameters that ``x`` was computed from, as few operations before it as there are any."""
+    if isinstance(x, nn.Parameter):
+        return [x]
+    level, seen = [x.grad_fn], 0
+    while level and seen < NEAR:
+        leaves = [getattr(node, "variable", None) for node in level]
+        found: list[Tensor] = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter)]
+        if found:
+            return found
+        seen += len(level)
+        below = (node for above in level if above is not None for node, _ in above.next_functions)
+        level = list(dict.fromkeys(node for node in below if node is not None))
+    return []
