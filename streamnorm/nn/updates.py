@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import ref
 
-import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -140,9 +140,14 @@ class _Updates:
         self.hook: Any = None
 
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """The hook: fold every layer whose weight update this was."""
+        """The hook: fold every layer whose weight update this was. Never compiled with the optimizer."""
         if is_dynamo_compiling():
-            torch._dynamo.graph_break()
+            self.tell_uncompiled(optimizer)
+        else:
+            self.tell(optimizer)
+
+    def tell(self, optimizer: Optimizer) -> None:
+        """A step of this optimizer took place."""
         self.steps += 1
         layers = [layer for layer in (found() for found in list(self.layers.values())) if layer is not None]
         if not layers:
@@ -152,6 +157,8 @@ class _Updates:
         for layer in layers:
             if layer.follows.is_updated_by(layer, optimizer, held):
                 layer.fold(happened)
+
+    tell_uncompiled = _disable_dynamo(tell)  # imports the compiler when it is called, not before
 
 
 _updates = _Updates()

@@ -33,6 +33,7 @@ def vectorized(model: nn.Module, batches: int, averaged: bool = False) -> Iterat
         ValueError: for ``torch.nn`` batch normalization, which would mix the mini-batches; and for a layer at its
             second call inside, where mini-batches would arrive in another order than in the loop.
 
+    >>> import torch
     >>> from streamnorm import StreamingNorm
     >>> layer = StreamingNorm(3)
     >>> with vectorized(layer, 16):

@@ -369,6 +369,7 @@ def test_an_empty_batch_may_come_first(norm: Callable[[int], nn.Module]) -> None
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
 def test_only_empty_batches_are_told(norm: Callable[[int], nn.Module]) -> None:
     net = deep(norm)
+    net(X)
     before = picture(net)
     for function in (recalibrate, gap):
         with pytest.raises(ValueError, match="the data yield only empty batches, 2 of them"):

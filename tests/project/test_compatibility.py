@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-ROWS = re.findall(r"^\| (\d+) \| (.+?) \| (.+?) \| (.*) \|$", (ROOT / "docs/compatibility.md").read_text(), re.MULTILINE)
+ROWS = re.findall(r"^\| (\d+) \| (.+?) \| (.+?) \|(.*)\|$", (ROOT / "docs/compatibility.md").read_text(), re.MULTILINE)
 
 
 def test_every_row_is_there_once() -> None:
