@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
+from torch.nn.modules import module
 
 
 def is_traced() -> bool:
@@ -27,6 +28,18 @@ def is_traced() -> bool:
 def is_readable(x: Tensor) -> bool:
     """Whether a branch may depend on values of ``x``: on a CPU, without a synchronization, and nothing is traced."""
     return x.is_cpu and not is_traced()
+
+
+def has_global_hook() -> bool:
+    """Whether hooks are registered for the forward or backward passes of all modules."""
+    return any(
+        (
+            module._global_forward_pre_hooks,
+            module._global_forward_hooks,
+            module._global_backward_pre_hooks,
+            module._global_backward_hooks,
+        )
+    )
 
 
 def refuse_recorded() -> None:

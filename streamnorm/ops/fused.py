@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from streamnorm.definition.layer import Definition, Statistics
 from streamnorm.ops import cpu, eager, library
@@ -28,7 +27,7 @@ from streamnorm.ops.functional import (
 )
 from streamnorm.stream import Exponential, LongShort, Memory, Pooled, Residual
 from streamnorm.stream.policy import Policy
-from streamnorm.tracing import is_traced
+from streamnorm.tracing import has_global_hook, is_traced
 
 TABLES = 5
 """What a kernel saves of each step for the backward pass: mu, sigma, their estimates, and the mean slope."""
@@ -279,7 +278,7 @@ def is_hooked(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or _has_any_global_hook()
+        or has_global_hook()
     )
 
 

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from streamnorm.inputs import expect_floating, expect_tensor
@@ -25,7 +24,7 @@ from streamnorm.nn.updates import hook_id
 from streamnorm.ops import library
 from streamnorm.ops.backends import may_use
 from streamnorm.stream import Pooled
-from streamnorm.tracing import is_traced
+from streamnorm.tracing import has_global_hook, is_traced
 from streamnorm.train.online.plan import CROSS_ENTROPY, Plan
 from streamnorm.train.online.rates import Served
 from streamnorm.train.warmup import Updates, Warmup
@@ -221,7 +220,7 @@ class OnlineTrainer:
             or not may_use("cpu")
             or is_traced()
             or any(plan.hooks)
-            or _has_any_global_hook()
+            or has_global_hook()
             or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in plan.params)
             or not plan.all_move
             or [*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks] != self._own
