@@ -14,7 +14,6 @@ from weakref import ref
 
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -139,15 +138,8 @@ class _Updates:
         self.steps = 0
         self.hook: Any = None
 
-    def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """The hook: fold every layer whose weight update this was. Never compiled with the optimizer."""
-        if is_dynamo_compiling():
-            self.tell_uncompiled(optimizer)
-        else:
-            self.tell(optimizer)
-
-    def tell(self, optimizer: Optimizer) -> None:
-        """A step of this optimizer took place."""
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Fold every layer whose weight update a step of this optimizer was."""
         self.steps += 1
         layers = [layer for layer in (found() for found in list(self.layers.values())) if layer is not None]
         if not layers:
@@ -158,10 +150,13 @@ class _Updates:
             if layer.follows.is_updated_by(layer, optimizer, held):
                 layer.fold(happened)
 
-    tell_uncompiled = _disable_dynamo(tell)  # imports the compiler when it is called, not before
-
 
 _updates = _Updates()
+
+
+@_disable_dynamo  # the layers of the whole process would be compiled with one optimizer
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    _updates.after_step(optimizer)
 
 
 def enlist(layer: nn.Module) -> None:
@@ -169,7 +164,7 @@ def enlist(layer: nn.Module) -> None:
     layers, key = _updates.layers, id(layer)
     layers[key] = ref(layer, lambda _: layers.pop(key, None))
     if _updates.hook is None:
-        _updates.hook = register_optimizer_step_post_hook(_updates.after_step)
+        _updates.hook = register_optimizer_step_post_hook(_after_step)
 
 
 def hook_id() -> int | None:
