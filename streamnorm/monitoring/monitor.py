@@ -34,6 +34,7 @@ from streamnorm.monitoring.sites import (
     percentiles_of_rows,
 )
 from streamnorm.nn.norm import Norm
+from streamnorm.nn.updates import has_happened
 from streamnorm.reading import read_lines
 from streamnorm.stream import Memory
 
@@ -181,9 +182,7 @@ class Monitor:
             self._norms = self._remembered()  # a streaming layer's short is emptied by the update
 
     def _after_update(self, optimizer: Optimizer, *_: Any) -> None:
-        # A fused optimizer under a gradient scaler runs step() and skips inside its kernel; found_inf says so.
-        overflow = vars(optimizer).get("found_inf")
-        if overflow is None or not bool(overflow):
+        if bool(has_happened(optimizer)):
             self._close_step()
 
     @property

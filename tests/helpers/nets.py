@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -65,6 +66,15 @@ def batch(kind: str, samples: int, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = 0.5 + torch.randn(samples, *NETS[kind][1], generator=generator, dtype=torch.float64)
     return x, torch.randint(CLASSES, (samples,), generator=generator)
+
+
+def paper(c: int) -> Norm:
+    """The paper's rule, whose memories count weight updates, and which may need a warm-up."""
+    return sn.StreamingNorm(c, alpha=(0.7, 0.3))
+
+
+RULES = pytest.mark.parametrize("norm", [streaming, paper], ids=lambda f: f.__name__)
+"""Both rules of a memory."""
 
 
 def sgd(model: nn.Module, **changes: Any) -> torch.optim.SGD:

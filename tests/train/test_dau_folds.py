@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import (
+    RULES,
     MakeNorm,
     assert_equal,
     batch,
@@ -18,6 +19,7 @@ from nets import (
     memories,
     moved,
     net,
+    paper,
     sgd,
     streaming,
     take_steps,
@@ -29,14 +31,6 @@ import streamnorm as sn
 from streamnorm.nn.norm import Norm
 
 # --- Folds
-
-
-def paper(c: int) -> Norm:
-    """The paper's rule, whose memories count weight updates."""
-    return sn.StreamingNorm(c, alpha=(0.7, 0.3))
-
-
-RULES = pytest.mark.parametrize("norm", [streaming, paper], ids=lambda f: f.__name__)
 
 
 def test_layers_fold_once_at_every_step() -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from nets import (
     CLASSES,
     FEATURES,
+    RULES,
     MakeNorm,
     assert_equal,
     batch,
@@ -20,24 +21,15 @@ from nets import (
     memories,
     moved,
     net,
+    paper,
     sgd,
-    streaming,
     take_steps,
     weights,
 )
 from torch import nn
 
 import streamnorm as sn
-from streamnorm.nn.norm import Norm
 from streamnorm.train.warmup import AUTO_WARMUP
-
-
-def paper(c: int) -> Norm:
-    """The paper's rule, which may need a warm-up."""
-    return sn.StreamingNorm(c, alpha=(0.7, 0.3))
-
-
-RULES = pytest.mark.parametrize("norm", [streaming, paper], ids=lambda f: f.__name__)
 
 
 @pytest.mark.parametrize("vectorize", [True, False])
