@@ -79,10 +79,10 @@ class OnlineNorm(Norm):
             return y * (y.square().mean(tuple(range(1, y.ndim)), keepdim=True) + self.moment.eps).rsqrt()
         return y
 
-    def _train(self, x: Tensor, affine: nn.Module | None, mask: Tensor | None = None) -> Tensor:
+    def _composed(self, x: Tensor, affine: nn.Module | None, mask: Tensor | None = None) -> Tensor:
         steps, self.steps = self.steps, max(1, len(self._view(x, 1)[0]))
         try:
-            return super()._train(x, affine, mask)
+            return super()._composed(x, affine, mask)
         finally:
             self.steps = steps
 
