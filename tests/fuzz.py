@@ -26,11 +26,11 @@ TOGETHER = {"layers": 50, "recurrent": 20}
 
 def one(kind: str, seed: int) -> str | None:
     """A history: what differed, or None."""
-    from histories import DifferenceError, History
+    from histories import DifferenceError, History, follow
     from recurrent_histories import RecurrentHistory
 
     try:
-        (History if kind == "layers" else RecurrentHistory)(seed).run()
+        follow(History if kind == "layers" else RecurrentHistory, seed)
     except DifferenceError as difference:
         return str(difference)
     return None

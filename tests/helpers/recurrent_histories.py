@@ -142,9 +142,10 @@ class Plain:
 
 @dataclass
 class RecurrentHistory:
-    """What happens to one network, drawn from ``seed``."""
+    """What happens to one network, drawn from ``seed``; ``noise``: which draw of errors its second account has."""
 
     seed: int
+    noise: int = 0
     told: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -157,7 +158,7 @@ class RecurrentHistory:
             nn.init.uniform_(parameter, -1.0, 1.0, generator=self._generator())
         policy = next(module.policy for module in self.net.modules() if isinstance(module, sn.Norm))
         self.plain = [Plain(self.net, self.kind, policy.trust) for _ in range(2)]
-        self.noise = torch.Generator().manual_seed(0)
+        self.draw = torch.Generator().manual_seed(self.noise)
         self.trained = False
         self.told.append(f"{make.__name__} {options}, {self.kind}")
 
@@ -168,7 +169,7 @@ class RecurrentHistory:
         return torch.randn(shape, generator=self._generator(), dtype=torch.float64)
 
     def _off(self, x: Tensor) -> Tensor:
-        return x + DISTURBED * EPS * x.abs().max() * (torch.rand(x.shape, generator=self.noise, dtype=x.dtype) * 2 - 1)
+        return x + DISTURBED * EPS * x.abs().max() * (torch.rand(x.shape, generator=self.draw, dtype=x.dtype) * 2 - 1)
 
     def run(self, events: int = 8) -> None:
         """
