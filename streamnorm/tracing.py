@@ -42,6 +42,11 @@ def has_global_hook() -> bool:
     )
 
 
+def has_autocast(device: str) -> bool:
+    """Whether autocast exists for this type of device."""
+    return torch.amp.is_autocast_available(device)
+
+
 def refuse_recorded() -> None:
     """Raise where a traced training call of a layer with a memory would be silently wrong.
 
@@ -49,19 +54,28 @@ def refuse_recorded() -> None:
         RuntimeError: for an export, which loses the gradient of G; and for compiled activation checkpointing, which
             recomputes a call with statistics that have changed since.
     """
+    _refuse_export()
+    if is_dynamo_compiling():
+        _refuse_checkpointing()
+
+
+def _refuse_export() -> None:
     if torch.compiler.is_exporting():
         raise RuntimeError(
             "a streamnorm layer that remembers cannot be exported in training: the exported graph would have no "
             "gradient for it; export model.eval()"
         )
-    if is_dynamo_compiling():
-        _refuse_checkpointing()
 
 
 def _refuse_checkpointing() -> None:
-    # Called while a compiler traces: an enclosing checkpoint is on the compiler's stack, or on the stack of hooks.
-    of: Any = torch._C
-    hooks = of._autograd._top_saved_tensors_default_hooks(True)
+    # An enclosing checkpoint is on the compiler's stack, or on the stack of hooks.
+    top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is None:
+        raise RuntimeError(
+            f"torch {torch.__version__} cannot tell whether a compiled streamnorm layer is inside activation "
+            "checkpointing, where its training would be wrong; compile in evaluation only, or use a newer torch"
+        )
+    hooks = top(True)
     where = "" if hooks is None else getattr(hooks[0], "__qualname__", "")
     tracer = sys.modules["torch._dynamo.symbolic_convert"].InstructionTranslator.current_tx().output.current_tracer
     while tracer is not None:
@@ -74,4 +88,5 @@ def _refuse_checkpointing() -> None:
         )
 
 
-_refuse_checkpointing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # run it while tracing, do not trace it
+for _asked in (has_autocast, _refuse_export, _refuse_checkpointing):
+    _asked._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a compiler runs them, and does not trace them

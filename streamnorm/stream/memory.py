@@ -16,7 +16,7 @@ from torch import Tensor
 
 from streamnorm.stream.buffers import Buffers, expect_replaceable
 from streamnorm.stream.rule import GradientRule, Remembering, Rule, State
-from streamnorm.tracing import is_readable
+from streamnorm.tracing import has_autocast, is_readable
 
 RUNNING, COUNTERS = "running_", "counter_"
 """Prefixes of the two buffers' names. Some tools pick the buffers that they copy and average by ``running_``, and
@@ -162,7 +162,7 @@ class Memory(Buffers):
         rule = self.rule.weighing(samples)
         # A rule's matrix products are statistics: autocast must not lower their precision.
         device = s.device.type
-        narrow = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        narrow = has_autocast(device) and torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if narrow else nullcontext():
             if isinstance(rule, Rule):
                 return rule.observe(state, s, ok)
