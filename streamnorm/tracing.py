@@ -69,7 +69,8 @@ def _refuse_export() -> None:
 
 def _refuse_checkpointing() -> None:
     # An enclosing checkpoint is on the compiler's stack, or on the stack of hooks.
-    top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    of: Any = torch._C
+    top = getattr(of._autograd, "_top_saved_tensors_default_hooks", None)
     if top is None:
         raise RuntimeError(
             f"torch {torch.__version__} cannot tell whether a compiled streamnorm layer is inside activation "

@@ -38,11 +38,32 @@ NAMES = {
 }
 
 
-def test_public_names_are_pinned() -> None:
+def seen_by_type_checkers() -> dict[str, str]:
+    """The public names and the modules that they are imported from."""
     tree = ast.parse(Path(streamnorm.__file__).read_text())
-    exported = [alias.asname for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names]
-    assert sorted(exported) == sorted(NAMES)
+    ours = (n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and str(n.module).startswith("streamnorm."))
+    return {str(alias.asname): str(node.module) for node in ours for alias in node.names}
+
+
+def test_public_names_are_pinned() -> None:
+    assert seen_by_type_checkers().keys() == NAMES == set(streamnorm.__all__)
+    assert set(dir(streamnorm)) >= NAMES
     assert len(set(map(id, (getattr(streamnorm, n) for n in NAMES)))) == len(NAMES), "a name stands for another"
+
+
+def test_names_are_loaded_from_where_a_type_checker_sees_them() -> None:
+    for name, module in seen_by_type_checkers().items():
+        assert f"streamnorm.{streamnorm._MODULE_OF[name]}" == module
+
+
+def test_the_import_loads_nothing_until_a_name_is_used() -> None:
+    code = (
+        "import sys, streamnorm\nassert 'torch' not in sys.modules\nassert streamnorm.calibration.gap\n"
+        "assert 'torch' in sys.modules\nfrom streamnorm import *\nassert StreamingNorm\n"
+        "try: streamnorm.StreamNorm\nexcept AttributeError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "no attribute 'StreamNorm'" in done.stdout
 
 
 def test_no_module_hides_behind_a_public_name() -> None:
