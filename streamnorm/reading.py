@@ -1,4 +1,5 @@
-"""Validation of data read from files against a schema, here called shape, so that users can rely on it. Imports torch.
+"""Validation of data read from files against a schema, here called shape, so that users can rely on it. Imports
+nothing, so that the command line starts fast.
 
 A shape is ``int``, ``float`` (a finite number), ``str``, ``bool``, ``None``, ``Tensor`` or ``object`` (anything); any
 other value: exactly that; ``range(5)``: a whole number in it; a tensor: one of its shape and dtype; a tuple: one of
@@ -9,14 +10,13 @@ maybe others; ``{str: shape}``: one with any keys of that type.
 from __future__ import annotations
 
 import json
+import sys
 import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from torch import Tensor
-
-WORDS = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false", Tensor: "a tensor"}
+WORDS = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
 LARGEST = 2.0**1023
 
 
@@ -61,8 +61,8 @@ def _is_any_length(shape: list[Any]) -> bool:
 
 
 def _is(value: Any, shape: Any) -> bool:
-    if isinstance(shape, Tensor):
-        return isinstance(value, Tensor) and value.shape == shape.shape and value.dtype == shape.dtype
+    if _is_tensor(shape):
+        return _is_tensor(value) and value.shape == shape.shape and value.dtype == shape.dtype
     if isinstance(value, bool) and shape in (int, float):
         return False
     if isinstance(shape, range):
@@ -82,7 +82,7 @@ def _to(at: str, key: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, Tensor):
+    if _is_tensor(value):
         return f"a tensor {tuple(value.shape)} of {value.dtype}"
     if isinstance(value, (list, dict)):
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
@@ -99,7 +99,14 @@ def _said(shape: Any) -> str:
         return "a list" if _is_any_length(shape) else f"a list of {len(shape)}"
     if isinstance(shape, range):
         return f"a whole number from {shape.start} to {shape.stop - 1}"
-    return "an object" if isinstance(shape, dict) else WORDS.get(shape) or _shown(shape)
+    if isinstance(shape, type):
+        return WORDS.get(shape) or f"a {shape.__name__.lower()}"
+    return "an object" if isinstance(shape, dict) else _shown(shape)
+
+
+def _is_tensor(value: Any) -> bool:
+    torch: Any = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def of_annotation(annotation: Any) -> Any:

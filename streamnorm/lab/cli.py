@@ -88,7 +88,8 @@ ARCHS = {"rnn": "language", "gru": "language", "lstm": "language", "autoencoder"
 
 
 def _routed(arguments: list[str]) -> list[str]:
-    """``train --arch gru ...`` is ``language --arch gru ...``, ``train --arch autoencoder ...`` is ``autoencoder ...``.
+    """``train --arch gru ...`` is ``language --arch gru ...``, ``train --arch autoencoder ...`` is ``autoencoder ...``,
+    and nothing at all asks for help.
 
     A classifier, a language model and an auto-encoder share few flags, and of those some defaults differ; joined in one
     dataclass, half of its fields would be refused for each. So they are three commands, and the flag chooses.
@@ -97,7 +98,7 @@ def _routed(arguments: list[str]) -> list[str]:
         ValueError: for an architecture that there is not.
     """
     if arguments[:1] != ["train"]:
-        return arguments
+        return arguments or ["--help"]
     given = [i for i, argument in enumerate(arguments) if argument.split("=", 1)[0] == "--arch"]
     if not given:
         return arguments
@@ -144,10 +145,9 @@ def _parse(arguments: list[str]) -> Any:
 
 def _refusal(arguments: list[str], said: str) -> str:
     """What is wrong with arguments about which tyro ``said`` something."""
-    if not arguments or arguments[0] not in NAMES:
-        got = f"unknown command {arguments[0]!r}{_near(arguments[0], NAMES)}" if arguments else "no command was given"
-        return f"{got}; the commands are {', '.join(NAMES)}"
     name = arguments[0]
+    if name not in NAMES:
+        return f"unknown command {name!r}{_near(name, NAMES)}; the commands are {', '.join(NAMES)}"
     known = _flags(name)
     words = arguments[: arguments.index("--")] if "--" in arguments else arguments
     for flag in (word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")):

@@ -74,6 +74,18 @@ def test_flags_are_pinned(command: str, capsys: pytest.CaptureFixture[str]) -> N
     assert sorted(found) == sorted([*FLAGS[command], "--help"])
 
 
+def test_nothing_asks_for_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 0
+    assert "Learn from a stream, row by row" in capsys.readouterr().out
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys, streamnorm.lab.cli; assert not {'torch', 'numpy', 'matplotlib'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_compare_reports_and_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["compare", "--out", str(tmp_path), "--seeds", "0", "1", "--arms", "none", "batch", "streaming", *QUICK]
     assert main(command) == 0
@@ -199,7 +211,6 @@ def test_an_arm_may_have_its_own_batch() -> None:
         (["compare", "--out", __file__], "test_cli.py is a file, and the run needs a folder"),
         (["train", "--out", __file__], "test_cli.py is a file, and the run needs a folder"),
         (["train", "--arm", "streming"], "unknown arm 'streming'"),
-        ([], "no command was given; the commands are learn, compare, train, "),
         (["trian"], "unknown command 'trian' (did you mean train?); the commands are learn, compare, train, "),
         (
             ["train", "--lerning-rate", "1"],

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from streamnorm.calibration.recalibrate import Choice, Progress
 from streamnorm.checks import expect_whole
 
 if TYPE_CHECKING:
+    from streamnorm.calibration.recalibrate import Progress
     from streamnorm.lab.runs.reopen import Reopened, Source
 
 
@@ -29,7 +29,7 @@ class Recalibrate:
 
     folder: Positional[Path]
     """Folder of a run that `streamnorm train` or `streamnorm compare` made, or its checkpoint file."""
-    estimator: Choice = "pooled"
+    estimator: Literal["pooled", "moving", "corrected"] = "pooled"
     """pooled: exactly those of all data. moving: a running average with decay 0.9 from mean 0 and sigma 1; corrected:
     the same without what the initial values weigh."""
     passes: int | None = None
