@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from streamnorm.train.dau import DAU as DAU
     from streamnorm.train.loss_scale import loss_scale as loss_scale
     from streamnorm.train.online.trainer import OnlineTrainer as OnlineTrainer
+    from streamnorm.train.synchronize import synchronize as synchronize
     from streamnorm.train.vectorized import vectorized as vectorized
     from streamnorm.train.warmup import Warmup as Warmup
 
@@ -147,6 +148,7 @@ _NAMES = {
     "train.dau": ("DAU",),
     "train.loss_scale": ("loss_scale",),
     "train.online.trainer": ("OnlineTrainer",),
+    "train.synchronize": ("synchronize",),
     "train.vectorized": ("vectorized",),
     "train.warmup": ("Warmup",),
 }

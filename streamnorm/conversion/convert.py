@@ -204,4 +204,5 @@ def _take_statistics(source: Source, norm: Norm) -> bool:
         )
     with torch.no_grad():
         memory.put_back(remembered(memory, *found, source.eps))
+        memory.merged = memory.counts.clone()
     return True

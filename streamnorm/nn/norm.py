@@ -23,6 +23,7 @@ from streamnorm.definition.ref import NormRef
 from streamnorm.definition.stats import Lp
 from streamnorm.nn.affine import Affine, Device
 from streamnorm.nn.checkpoints import translate
+from streamnorm.nn.replicas import merge, settled
 from streamnorm.nn.training import Calls, Trainable, empty
 from streamnorm.nn.updates import Follows, enlist
 from streamnorm.ops import backends
@@ -111,7 +112,7 @@ class Norm(Trainable):
         self._calls = Calls()
         if device is not None or dtype is not None:
             self.to(device=device, dtype=dtype)
-        if self.is_updated:
+        if self.H1 is not None:
             enlist(self)
 
     @property
@@ -152,6 +153,8 @@ class Norm(Trainable):
         """``forward`` where ``mask`` is true, and 0 elsewhere."""
         self._view(x, steps=1)
         expect_mask(mask, x, self.ref)
+        if self.training:
+            self._refuse_shared("with a mask")
         affine = self._modules.get("affine")
         if not self.training and self.H1 is not None:
             y = self._normalize(x, affine)
@@ -199,12 +202,23 @@ class Norm(Trainable):
         return _op.normalize_fixed(view, self.definition, s, s.new_zeros((), dtype=torch.bool)).reshape(x.shape)
 
     def fold(self, happened: Tensor | bool = True) -> None:
-        """A weight update took place: long <- kappa1 long + kappa2 short, short emptied (section 3.3.1, 3.3.2)."""
-        fused = self._calls.fused and self.compiled()
+        """A weight update took place: long <- kappa1 long + kappa2 short, short emptied (section 3.3.1, 3.3.2).
+
+        Several processes first merge what they have seen (``synchronize``), so all of them have to call it.
+        """
+        merge([self], happened)
+        self.fold_alone(happened)
+
+    def fold_alone(self, happened: Tensor | bool = True) -> None:
+        """``fold`` where several processes have merged already."""
+        alike = self.replicas is not None and self.replicas.merges  # digit by digit the same in all processes
+        fused = not alike and self._calls.fused and self.compiled()
         if happened is not True or not fused or not backends.may_use("cpu") or is_traced() or not fused.fold():
             for memory in (self.H1, self.H2):
                 if memory is not None:
                     memory.fold(happened)
+        if alike:
+            settled(self, happened)
         self._calls.follows.folded(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -226,7 +240,7 @@ class Norm(Trainable):
     def __setstate__(self, state: dict[str, Any]) -> None:
         calls = Calls(reference_size=state["_calls"].reference_size)
         super().__setstate__({"loss_scale": 1.0, **state, "_calls": calls})
-        if self.is_updated:
+        if self.H1 is not None:
             enlist(self)
 
     def __repr__(self) -> str:

@@ -19,9 +19,11 @@ from streamnorm.definition.stats import Lp
 from streamnorm.inputs import expect_floating, expect_tensor
 from streamnorm.nn.affine import gains_of, trusting, unwatched
 from streamnorm.nn.freezable import Freezable
+from streamnorm.nn.replicas import Replicas
 from streamnorm.nn.updates import Follows
 from streamnorm.ops import backends, cpu
 from streamnorm.ops import functional as _op
+from streamnorm.ops.across import Across
 from streamnorm.ops.fused import Fused, FusedCall
 from streamnorm.stream import Memory
 from streamnorm.stream.policy import Policy
@@ -65,6 +67,7 @@ class Trainable(Freezable):
         reverse: whether they arrive at G last to first, as through time.
         unit: gradients are multiplied by it before G.
         loss_scale: gradients are divided by it before G.
+        replicas: the processes that share its statistics; None: no others were named or found.
     """
 
     num_features: int
@@ -76,6 +79,7 @@ class Trainable(Freezable):
     reverse: bool
     unit: float
     loss_scale: float
+    replicas: Replicas | None = None
     _calls: Calls
 
     @property
@@ -117,6 +121,8 @@ class Trainable(Freezable):
     def compiled(self) -> Fused | Literal[False]:
         """The layer's compiled calls, or False if there are none for it; made anew if its definition, rules or memories
         have been replaced."""
+        if self.replicas is not None and self._is_shared_in_batches:
+            return False
         modules: Any = self._modules
         fused, H1, H2 = self._calls.fused, modules.get("H1"), modules.get("H2")
         if fused is None or (fused and not fused.is_of(self.definition, self.policy, H1, H2)):
@@ -166,7 +172,8 @@ class Trainable(Freezable):
         view = self._view(x, steps)
         if view.numel():
             count = self.ref.size(view.shape)
-            self.moment.check_size(self.ref, count)
+            if not self._is_shared_in_batches:  # the count of all is checked later
+                self.moment.check_size(self.ref, count)
             if not is_traced():
                 self._calls.reference_size = count
         return view
@@ -185,7 +192,7 @@ class Trainable(Freezable):
         # Without H1 samples are normalized separately, so steps do not matter; a recomputed call keeps its steps.
         steps, unit = again[0] if again else (self.steps, self.unit / self.loss_scale)
         view = self._check(x, 1 if self.H1 is None else steps)
-        if not view.numel():
+        if not view.numel() and not self._is_shared_in_batches:
             return empty(x, affine)
         recall = (again[1], again[2]) if again else None
         streams, definition = self._streams(view, recall, unit), self.definition
@@ -199,7 +206,8 @@ class Trainable(Freezable):
         y = torch.ops.aten._unsafe_view(y.reshape(x.shape), x.shape)
         if affine is None or joined:
             return y
-        return trusting(affine, streams.trust)(y)
+        samples = view.shape[1] if streams.across is None else streams.across.samples
+        return trusting(affine, streams.trust(samples))(y)
 
     def _traced(self, x: Tensor, affine: nn.Module | None, mask: Tensor | None = None) -> Tensor:
         """A training call under ``torch.compile``: changes nothing but buffers.
@@ -209,6 +217,8 @@ class Trainable(Freezable):
         """
         if self.policy.uses_estimate:
             refuse_recorded()
+        if self.replicas is not None:
+            self._refuse_shared("under a compiler, an export or torch.func")
         view = self._check(x, self.steps)
         if not view.numel():
             return empty(x, affine)
@@ -220,12 +230,27 @@ class Trainable(Freezable):
             torch.ops.aten._assert_async.msg(mask.any(), "a mask that is false everywhere leaves a layer nothing")
             view, definition = masked(view, mask, definition)
         y = _op.normalize_traced(view, definition, streams).reshape(x.shape)
-        return y if affine is None else trusting(affine, streams.trust)(y)
+        return y if affine is None else trusting(affine, streams.trust(view.shape[1]))(y)
 
     def _streams(self, view: Tensor, recall: tuple[Tensor, Tensor] | None, unit: float) -> _op.Streams:
         """The stream's part in a call."""
-        trust = self.policy.trust(view.shape[1])
-        return _op.Streams(self.H1, self.H2, self.policy.uses_estimate, recall, self.reverse, unit, trust)
+        across, policy = None, self.policy
+        if self.replicas is not None and self._is_shared_in_batches:
+            across = Across(self.replicas.group, self.replicas.size)
+        return _op.Streams(self.H1, self.H2, policy.uses_estimate, recall, self.reverse, unit, policy.trust, across)
+
+    @property
+    def _is_shared_in_batches(self) -> bool:
+        """Whether statistics are those of the batches of several processes together."""
+        replicas = self.replicas
+        return replicas is not None and replicas.sync == "batch" and self.H1 is not None and replicas.size > 1
+
+    def _refuse_shared(self, what: str) -> None:
+        if self._is_shared_in_batches:
+            raise RuntimeError(
+                f"statistics of the batches of several processes together cannot be taken {what}; merge them once a "
+                'weight update: streamnorm.synchronize(model, "update")'
+            )
 
     def _view(self, x: Tensor, steps: int) -> Tensor:
         c = self.num_features

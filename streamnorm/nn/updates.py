@@ -7,6 +7,7 @@ living layer is asked whether this was its update.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -17,10 +18,14 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from streamnorm.nn.replicas import has_processes, merge, watch
+
 CHECK = 20
 """Training calls without a weight update after which a layer looks for what is missing, and again each so many."""
 FORGOTTEN = 1000
 """Training calls without a weight update that are reported whatever the reason may be."""
+STEPS = Optimizer.profile_hook_step.__code__.co_filename
+"""Where torch keeps what runs around every step."""
 NEAR = 256
 """Operations before a layer's input that are searched for a parameter."""
 
@@ -131,24 +136,37 @@ class Follows:
 
 
 class _Updates:
-    """The living layers, and the number of steps that any optimizer has made."""
+    """The living layers that fold, those that several processes merge alone, and the number of steps that any optimizer
+    has made."""
 
     def __init__(self) -> None:
         self.layers: dict[int, ref[Any]] = {}
+        self.averaging: dict[int, ref[Any]] = {}
         self.steps = 0
+        self.inner: set[int] = set()  # what optimizers hold whose steps are part of a step that is still running
         self.hook: Any = None
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Fold every layer whose weight update a step of this optimizer was."""
         self.steps += 1
-        layers = [layer for layer in (found() for found in list(self.layers.values())) if layer is not None]
+        several = has_processes()
+        refs = [*self.layers.values(), *(self.averaging.values() if several else ())]
+        layers = [layer for layer in (found() for found in refs) if layer is not None]
         if not layers:
             return
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if several:
+            held |= self.inner
+            inside = is_inside_a_step(optimizer)
+            self.inner = held if inside else set()
+            if inside:
+                return
         happened = has_happened(optimizer)
-        for layer in layers:
-            if layer.follows.is_updated_by(layer, optimizer, held):
-                layer.fold(happened)
+        updated = [layer for layer in layers if layer.follows.is_updated_by(layer, optimizer, held)]
+        if several:
+            merge(updated, happened)
+        for layer in updated:
+            layer.fold_alone(happened)
 
 
 _updates = _Updates()
@@ -159,12 +177,13 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _updates.after_step(optimizer)
 
 
-def enlist(layer: nn.Module) -> None:
+def enlist(layer: Any) -> None:
     """Let a layer hear of weight updates for as long as it lives."""
-    layers, key = _updates.layers, id(layer)
+    layers, key = _updates.layers if layer.is_updated else _updates.averaging, id(layer)
     layers[key] = ref(layer, lambda _: layers.pop(key, None))
     if _updates.hook is None:
         _updates.hook = register_optimizer_step_post_hook(_after_step)
+        watch()
 
 
 def hook_id() -> int | None:
@@ -177,6 +196,19 @@ def has_happened(optimizer: Optimizer) -> Tensor | bool:
     inside its kernel; then this is a tensor on its device."""
     overflow = vars(optimizer).get("found_inf")
     return True if overflow is None else overflow == 0
+
+
+def is_inside_a_step(optimizer: Optimizer) -> bool:
+    """Whether the step of another optimizer, such as ``ZeroRedundancyOptimizer``, is running, of which this one's is a
+    part. Several processes merge at the outer one: each may hold other parameters in the inner."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "wrapper" and frame.f_code.co_filename == STEPS:
+            running = frame.f_locals.get("args", (None,))[:1]
+            if running and running[0] is not optimizer:
+                return True
+        frame = frame.f_back
+    return False
 
 
 def first_parameter(layer: nn.Module) -> Tensor | None:

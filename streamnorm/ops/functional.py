@@ -11,7 +11,7 @@ dE/ds, whatever the share of s in the estimate s_hat (Algorithm 6).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -23,9 +23,14 @@ from torch import Tensor
 from streamnorm.definition.layer import Definition, Statistics
 from streamnorm.definition.ref import NormRef, mean_over
 from streamnorm.ops import eager, generic
+from streamnorm.ops.across import Across
 from streamnorm.ops.backends import Backend, choose, may_use, using
 from streamnorm.stream import Memory, finite
 from streamnorm.tracing import is_traced
+
+
+def _full(samples: int) -> float:
+    return 1.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ class Streams:
         is_reversed: in the backward pass the g steps arrive at G last to first, as through time.
         unit: gradients are multiplied by it before G, and G's estimate divided by it: the number of steps if the loss
             is their mean and not their sum.
-        trust: factor on the gradients of gain and bias.
+        trust: factor on the gradients of gain and bias, of the number of samples in each step.
+        across: the processes whose batches are taken together; None: this one alone.
     """
 
     H1: Memory | None
@@ -49,7 +55,8 @@ class Streams:
     recall: tuple[Tensor, Tensor] | None = None
     is_reversed: bool = False
     unit: float = 1
-    trust: float = 1.0
+    trust: Callable[[int], float] = _full
+    across: Across | None = None
 
 
 def pack(mu: Tensor, sigma: Tensor, ref: NormRef) -> Tensor:
@@ -90,18 +97,18 @@ class _Normalize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, gain: Tensor | None, shift: Tensor | None, d: Definition, streams: Streams
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        kernel = choose(d, x)
+        kernel = streams.across or choose(d, x)
         data = x.to(torch.promote_types(x.dtype, torch.float32))
         mu = kernel.mean(data, d)
+        samples = streams.across.samples if streams.across else data.shape[1]
         ok = center = estimate = s = None
         if getattr(d.moment, "center", None) == "estimate":
-            center, sigma, ok = _about_the_estimate(kernel, data, mu, d, streams)
+            center, sigma, ok = _about_the_estimate(kernel, data, mu, d, streams, samples)
         else:
             sigma = kernel.sigma(data, d, mu, None)
         if streams.H1 is not None:
             s = pack(mu, sigma, d.ref)
             ok = finite(s, ok)
-            samples = data.shape[1]
             if streams.H2 is not None:
                 streams.H2.fit(s)
             estimate = streams.H1.take(s, ok, samples) if streams.recall is None else _recalled(s, streams.recall)
@@ -109,7 +116,7 @@ class _Normalize(torch.autograd.Function):
         if streams.uses_estimate:
             assert estimate is not None
             mu_hat, sigma_hat = unpack_row(estimate[:, 0], mu), unpack_row(estimate[:, 1], sigma)
-        ctx.kernel, ctx.definition, ctx.streams, ctx.ok = kernel, d, streams, ok
+        ctx.kernel, ctx.definition, ctx.streams, ctx.ok, ctx.samples = kernel, d, streams, ok, samples
         ctx.latest = streams.H1 if streams.uses_estimate and not is_traced() and _latest.get() else None
         ctx.save_for_backward(x, gain, mu, sigma, center, mu_hat, sigma_hat)
         joined = {} if gain is None else {"gain": gain.to(mu.dtype), "shift": shift.to(mu.dtype)}  # type: ignore[union-attr]
@@ -131,7 +138,9 @@ class _Normalize(torch.autograd.Function):
         joined = {}
         if gain is not None:
             # Each statistic belongs to one feature: its gradients contain the sums for gain and bias.
-            dgain, dshift = (-streams.trust * (g * sigma_hat).flatten().to(gain.dtype) for g in (g_sigma, g_mu))
+            dgain, dshift = (
+                -streams.trust(ctx.samples) * (g * sigma_hat).flatten().to(gain.dtype) for g in (g_sigma, g_mu)
+            )
         if ctx.latest is not None:
             now = ctx.latest.estimate.expand(len(data), *ctx.latest.estimate.shape)
             mu_hat, sigma_hat = unpack_row(now[:, 0], mu_hat), unpack_row(now[:, 1], sigma_hat)
@@ -141,10 +150,14 @@ class _Normalize(torch.autograd.Function):
             g_mu, g_sigma = (g * joined["gain"].reshape(g.shape) for g in (g_mu, g_sigma))
         if not ctx.needs_input_grad[0]:
             return None, dgain, dshift, None, None
+        unit = streams.unit
+        if streams.across is not None:
+            g_mu, g_sigma = (g.to(mu.dtype) for g in streams.across.sum(g_mu, g_sigma))
+            unit = unit / streams.across.size  # the loss of all is the mean of theirs
         if streams.H2 is not None:
-            g = pack(g_mu, g_sigma, d.ref) * streams.unit
+            g = pack(g_mu, g_sigma, d.ref) * unit
             call = pack(mu, sigma, d.ref), pack(mu_hat, sigma_hat, d.ref)
-            g_hat = observe_back(streams.H2, g, ctx.ok, streams.is_reversed, data.shape[1], call) / streams.unit
+            g_hat = observe_back(streams.H2, g, ctx.ok, streams.is_reversed, ctx.samples, call) / unit
             g_mu, g_sigma = unpack_row(g_hat[:, 0], g_mu), unpack_row(g_hat[:, 1], g_sigma)
         # Where F took the mean over the m' samples of s, each sample's own s has the weight 1 / m' in it.
         share = mu.shape[1] // g_mu.shape[1]
@@ -184,7 +197,7 @@ def normalize_traced(x: Tensor, definition: Definition, streams: Streams) -> Ten
     mu, ok, center = generic.mean(data, d), None, None
     if getattr(d.moment, "center", None) == "estimate":
         with torch.no_grad():
-            center, _, ok = _about_the_estimate(generic, data, mu, d, streams)
+            center, _, ok = _about_the_estimate(generic, data, mu, d, streams, samples)
     sigma = generic.sigma(data, d, mu, center)
     if streams.uses_estimate:
         s = pack(mu, sigma, d.ref)
@@ -237,7 +250,7 @@ def second_derivative(x: Tensor, dy: Tensor, d: Definition, H1: Memory | None) -
 
 
 def _about_the_estimate(
-    kernel: Backend, x: Tensor, mu: Tensor, d: Definition, streams: Streams
+    kernel: Backend | Across, x: Tensor, mu: Tensor, d: Definition, streams: Streams, samples: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Setting B: the center mu_hat, this call's mean included, sigma about it, and which of the g steps are finite.
 
@@ -254,7 +267,7 @@ def _about_the_estimate(
         return center, kernel.sigma(x, d, mu, center), None
     ok = finite(row)
     while True:
-        center = unpack_row(streams.H1.peek_mean(row, ok, x.shape[1]), mu)
+        center = unpack_row(streams.H1.peek_mean(row, ok, samples), mu)
         sigma = kernel.sigma(x, d, mu, center)
         if len(row) == 1:
             return center, sigma, ok

@@ -33,6 +33,7 @@ class Lagging(Rule):
         alpha: decay of the averages per arrival.
     """
 
+    collects = ("moments",)
     alpha: float = 0.999
 
     def __post_init__(self) -> None:
@@ -65,6 +66,9 @@ class Lagging(Rule):
         after = torch.addmm(old.flatten() * column(self.alpha**k, arrived), weight, arrived).reshape(values.shape)
         return torch.cat([old.unsqueeze(0), after[:-1]]), after[-1]
 
+    def settled(self, state: State) -> Tensor:
+        return self.for_testing(state, state["moments"])
+
     def for_testing(self, state: State, latest: Tensor) -> Tensor:
         mu, var = state["moments"]
         return torch.stack([mu, var.sqrt()])
@@ -90,6 +94,7 @@ class Controlled(GradientRule):
         alpha: ``1 - alpha`` is the share of the accumulated errors that is subtracted.
     """
 
+    collects = ("errors",)
     alpha: float = 0.99
 
     def __post_init__(self) -> None:

@@ -65,6 +65,8 @@ class Pooled(Rule):
     4.125
     """
 
+    collects = "short", "count"
+    weighs_by = "count"
     memory: float = 100.0
     prior: float = 10.0
     updates: float = 4.0
@@ -124,20 +126,36 @@ class Pooled(Rule):
         if not self.prior or len(long) < 2:
             return long
         first = s[0] if len(s) == 1 else s.index_select(0, arrived.int().argmax().reshape(1)).squeeze(0)
-        mu, sigma = first
+        begins = (state["count"] == 0) & (state["held"] == 0) & arrived.any()
+        return torch.where(begins, self._prior_of(first), long)
+
+    def _prior_of(self, s: Tensor) -> Tensor:
+        """What long begins with, from statistics ``s (2, ...)``: the mean, and the deviation of all features."""
+        mu, sigma = s
         # Relative to the largest value, so that squares and their sums do not overflow.
         unit = torch.maximum(mu.abs().amax(), sigma.abs().amax()).clamp_min(torch.finfo(s.dtype).tiny)
         mu_u, sigma_u = mu / unit, sigma / unit
         wide = unit * ((mu_u - mu_u.mean()).square() + sigma_u.square()).mean().sqrt()
-        begins = (state["count"] == 0) & (state["held"] == 0) & arrived.any()
-        return torch.where(begins, torch.stack([mu, wide.expand_as(sigma)]), long)
+        return torch.stack([mu, wide.expand_as(sigma)])
+
+    def settled(self, state: State) -> Tensor:
+        """``(M long + N short) / (M + N)``."""
+        short = state["short"]
+        weight = self._weight(state, state["count"].reshape(1), short.unsqueeze(0)).squeeze(0).to(short.dtype)
+        return torch.lerp(short, state["long"], weight)
+
+    def collected(self, state: State) -> State:
+        """In the first update the prior is that of all processes: of what they have seen until then."""
+        if not self.prior:
+            return state
+        begins = (state["count"] > 0) & (state["held"] == 0)
+        return {**state, "long": torch.where(begins, self._prior_of(state["short"]), state["long"])}
 
     def fold(self, state: State) -> State:
         short, count, held = state["short"], state["count"], state["held"]
-        weight = self._weight(state, count.reshape(1), short.unsqueeze(0)).squeeze(0).to(short.dtype)
         folds = count > 0
         return {
-            "long": torch.where(folds, torch.lerp(short, state["long"], weight), state["long"]),
+            "long": torch.where(folds, self.settled(state), state["long"]),
             "short": torch.zeros_like(short),
             "count": torch.zeros_like(count),
             "held": torch.where(folds, self._limited(held, count), held),
@@ -199,6 +217,8 @@ class Residual(GradientRule):
         samples: m, of an arrival.
     """
 
+    collects = "theta", "held"
+    weighs_by = "held"
     memory: float = 20.0
     samples: int = 1
 

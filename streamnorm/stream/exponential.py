@@ -18,6 +18,8 @@ class Exponential(Rule):
     Weight updates have no effect.
     """
 
+    collects = "long", "count"
+    weighs_by = "count"
     rate: float = 0.1
 
     def __post_init__(self) -> None:
@@ -31,6 +33,9 @@ class Exponential(Rule):
         weight = self.rate + (1 - self.rate) * (state["count"] == 0).to(s.dtype)
         long = torch.lerp(state["long"].to(s.dtype), s, weight)
         return {"long": long, "count": state["count"] + 1}, long
+
+    def settled(self, state: State) -> Tensor:
+        return state["long"]
 
     def observe(self, state: State, s: Tensor, ok: Tensor | None = None) -> tuple[State, Tensor]:
         if len(s) > CHUNK:

@@ -42,6 +42,8 @@ class LongShort(Rule):
     tensor([3.])
     """
 
+    collects = "short", "count"
+    weighs_by = "count"
     mix: tuple[float, float, float]
     keep: tuple[float, float]
 
@@ -106,6 +108,13 @@ class LongShort(Rule):
             "count": torch.zeros_like(count),
             "updates": updates + (count > 0).to(updates.dtype),
         }
+
+    def settled(self, state: State) -> Tensor:
+        """``mix_1 long + mix_2 short``, and short in the place of s."""
+        has_long, has_short = state["updates"] > 0, state["count"] > 0
+        long = torch.where(has_long, state["long"], state["short"])
+        short = torch.where(has_short, state["short"], long)
+        return self.mix[0] * long + (self.mix[1] + self.mix[2]) * short
 
     def merge(self, states: Sequence[State]) -> State:
         """Short terms weighted by their counts; long terms by the updates they have seen."""

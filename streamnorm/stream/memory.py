@@ -55,6 +55,10 @@ class Memory(Buffers):
     estimate: Tensor
     seen: Tensor
     skipped: Tensor
+    merged: Tensor | None = None
+    """``counts`` when several processes were last at one state; None: when they were 0."""
+    agreed: bool = False
+    """Whether several processes know the shape of the tables."""
 
     def __init__(self, rule: Remembering, shape: Sequence[int] | None) -> None:
         waits = shape is None
@@ -105,6 +109,10 @@ class Memory(Buffers):
         with torch.no_grad():
             member.copy_(value)
         return None
+
+    def before(self) -> Tensor:
+        """``counts`` when several processes were last at one state."""
+        return torch.zeros_like(self.counts) if self.merged is None else self.merged.to(self.counts.device)
 
     def state(self) -> State:
         """The members of H by name, views of the buffers."""
@@ -189,6 +197,7 @@ class Memory(Buffers):
             self._write(self.state(), self.rule.empty(tuple(self.estimate.shape)))
         for extra in EXTRAS:
             self._member(extra).zero_()
+        self.merged = None
 
     reset_parameters = clear
 
@@ -196,6 +205,8 @@ class Memory(Buffers):
     def restart(self, s: Tensor) -> None:
         """Reset the state to ``s (2, ...)`` as its first arrival; the latest estimate stays."""
         self._write(self.state(), self._observe(self.rule.empty(tuple(s.shape)), s.unsqueeze(0), None, 1)[0])
+        if self.merged is not None:
+            self.merged[[self.place(name) for name in self._members if name in self._places]] = 0
 
     @property
     def known(self) -> bool:
@@ -236,7 +247,7 @@ class Memory(Buffers):
         with self.tables.device:
             tables, _ = self._nothing(shape)
         self._buffers[self._names[0]] = tables.to(self.tables.dtype)
-        self.shaped = 0 not in shape
+        self.shaped, self.agreed = 0 not in shape, False
         self._mark()
 
     def snapshot(self) -> tuple[Tensor, Tensor]:
@@ -280,6 +291,7 @@ class Memory(Buffers):
         if self.waits and saved is not None and self.shaped == (saved.numel() == 0):
             self._resize(saved.shape[1:])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.merged = self.counts.clone()
 
 
 def _packed(state: State, where: dict[str, int], nothing: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ class Renorm(Rule):
         r_max, d_max: their final values, reached after ``r_end`` and ``d_end`` weight updates.
     """
 
+    collects = "long", "count", "arrived"
+    weighs_by = "count"
     rate: float = 0.01
     r_max: float = 3.0
     d_max: float = 5.0
@@ -73,6 +75,9 @@ class Renorm(Rule):
         happened = (state["arrived"] > 0).to(torch.int64)
         return {**state, "updates": state["updates"] + happened, "arrived": torch.zeros_like(state["arrived"])}
 
+    def settled(self, state: State) -> Tensor:
+        return state["long"]
+
     def for_testing(self, state: State, latest: Tensor) -> Tensor:
         return state["long"]
 
@@ -93,6 +98,8 @@ class RenormGradient(GradientRule):
 
     ``dE/dmu_B = g_mu``, ``dE/dsigma_B = (g_sigma - d g_mu) / r``. It has no state.
     """
+
+    collects = ()
 
     def empty(self, shape: Sequence[int]) -> State:
         return {}

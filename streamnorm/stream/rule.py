@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -21,7 +21,16 @@ State = dict[str, Tensor]
 
 
 class Remembering(ABC):
-    """What F and G have in common: a state, what a weight update does to it, and how states merge."""
+    """What F and G have in common: a state, what a weight update does to it, and how states merge.
+
+    Attributes:
+        collects: the members that arrivals change, for several processes that begin at one state: tables become the
+            means over the processes, weighted by ``weighs_by``, and counters are added. None: it is not known how.
+        weighs_by: the counter of what a process has seen: one of the members, or ``seen``, the number of arrivals.
+    """
+
+    collects: ClassVar[tuple[str, ...] | None] = None
+    weighs_by: ClassVar[str] = "seen"
 
     @abstractmethod
     def empty(self, shape: Sequence[int]) -> State:
@@ -43,6 +52,14 @@ class Remembering(ABC):
     def for_testing(self, state: State, latest: Tensor) -> Tensor:
         """What testing normalizes with after an arrival: the ``latest`` estimate (Algorithm 5)."""
         return latest
+
+    def settled(self, state: State) -> Tensor | None:
+        """The estimate that a state gives by itself, without a new arrival; None: there is none."""
+        return None
+
+    def collected(self, state: State) -> State:
+        """The state once its members in ``collects`` are those of all processes."""
+        return state
 
     def merge(self, states: Sequence[State]) -> State:
         """One state that combines what all of ``states`` have seen."""

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from streamnorm.nn.norm import Norm, norms
+from streamnorm.nn.replicas import merge
 from streamnorm.nn.updates import has_happened
 
 WRAPPED = "optimizer", "base_optimizer", "optim"
@@ -52,10 +53,14 @@ class Attachment:
         self.updates += 1
         happened = has_happened(optimizer)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for layer in self.layers:
+        layers = self.layers
+        for layer in layers:
             layer.follows.attached = True
-            if not layer.follows.is_updated_by(layer, optimizer, held):  # else it hears of the step by itself
-                layer.fold(happened)
+        # The others hear of the step by themselves.
+        told = [layer for layer in layers if not layer.follows.is_updated_by(layer, optimizer, held)]
+        merge(told, happened)
+        for layer in told:
+            layer.fold_alone(happened)
 
     def remove(self) -> None:
         """Undo ``attach``."""

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from streamnorm.checks import is_whole
 from streamnorm.nn.norm import Norm, norms
+from streamnorm.nn.replicas import has_processes, replicas_of
 from streamnorm.nn.updates import has_happened
 from streamnorm.stream.policy import Streaming
 from streamnorm.train.attach import innermost
@@ -96,15 +97,21 @@ class Warmup:
         if self._cycles is not None:
             return
         layers = [layer for layer in norms(self.model) if isinstance(layer.policy, Streaming)]
-        if layers and all(layer.reference_size is None for layer in layers):
-            return
+        called = not layers or any(layer.reference_size is not None for layer in layers)
         tiny = has_tiny_references(layers)
-        if dist.is_available() and dist.is_initialized():
+        if has_processes():  # a process without data takes part too
             device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-            any_tiny = torch.tensor(float(tiny), device=device)
-            dist.all_reduce(any_tiny, dist.ReduceOp.MAX)
-            tiny = bool(any_tiny)
-        self._cycles = AUTO_WARMUP if tiny else 0
+            found = torch.tensor([float(called), float(tiny)], device=device)
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self._group(layers))
+            called, tiny = map(bool, found.tolist())
+        if called:
+            self._cycles = AUTO_WARMUP if tiny else 0
+
+    @staticmethod
+    def _group(layers: list[Norm]) -> Any:
+        """The processes that decide together."""
+        found = (replicas_of(layer) for layer in layers)
+        return next((replicas.group for replicas in found if replicas is not None), None)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         self.decide()

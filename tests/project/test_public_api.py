@@ -32,7 +32,8 @@ NAMES = {
     ),
     *("Evidence", "GradientRule", "Pooled", "Residual", "BatchRenorm", "OnlineNorm"),
     *("convert", "fold_into", "freeze", "to_torch", "torch_state_dict", "unfreeze"),
-    *("StreamingNorm", "TimeSpecific", "Warmup", "attach", "loss_scale", "monitor", "recalibrate", "vectorized"),
+    *("StreamingNorm", "TimeSpecific", "Warmup", "attach", "loss_scale", "monitor", "recalibrate", "synchronize"),
+    "vectorized",
     *(f"SP{i}" for i in range(1, 6)),
     *(f"BA{i}" for i in range(1, 7)),
 }

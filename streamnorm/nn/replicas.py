@@ -1,0 +1,243 @@
+"""Replicas of a layer in several processes: which of them share its statistics, found by itself under
+DistributedDataParallel and ``fully_shard``, and the one collective at a weight update. Imports the stream.
+
+A collective is called by all processes of a group in the same order, so what is sent must not depend on what a process
+has seen: every layer that an optimizer updates takes part, with a weight of 0 where it was not called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary, ref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from streamnorm.ops.across import why_not
+from streamnorm.stream import Memory
+from streamnorm.stream.buffers import Buffers
+from streamnorm.stream.merging import expect_mergeable, receive, sent, settle
+
+Sync = Literal["update", "batch"] | None
+AXES = 8
+"""Axes of a table that processes can agree on."""
+UNKNOWN = -(2**62)
+
+
+@dataclass(frozen=True, eq=False)
+class Replicas:
+    """The processes that share the statistics of a layer.
+
+    A copy of the layer shares them with the same processes. A pickled one does, if these are all; otherwise they are
+    found anew.
+
+    Args:
+        sync: when they merge: ``"update"``, once a weight update; ``"batch"``, in every batch; None: never.
+        group: the process group; None: all.
+        wrapper: the ``DistributedDataParallel`` that the layer is in.
+    """
+
+    sync: Sync
+    group: Any = None
+    wrapper: ref[nn.Module] | None = None
+
+    def __post_init__(self) -> None:
+        if self.sync is not None and self.sync not in get_args(get_args(Sync)[0]):
+            raise ValueError(f'sync is "update", "batch" or None, got {self.sync!r}')
+
+    @property
+    def size(self) -> int:
+        """How many processes; 1 where ``torch.distributed`` is not initialized."""
+        return dist.get_world_size(self.group) if has_processes() else 1
+
+    @property
+    def merges(self) -> bool:
+        """Whether there are several processes that merge once a weight update."""
+        return self.sync == "update" and self.size > 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Replicas:
+        return self
+
+    def __reduce__(self) -> Any:
+        is_of_all = self.group is None or (has_processes() and self.size == dist.get_world_size())
+        return (Replicas, (self.sync,)) if is_of_all else (type(None), ())
+
+
+def expect_shareable(layer: Any, replicas: Replicas) -> None:
+    """Raise for a layer whose statistics several processes cannot share in this way.
+
+    Raises:
+        NotImplementedError, ValueError: as ``expect_mergeable``.
+    """
+    if replicas.sync == "batch" and layer.H1 is not None and (reason := why_not(layer.definition)) is not None:
+        raise ValueError(
+            f"{layer!r} cannot take the batches of several processes together: {reason}; merge statistics once a "
+            'weight update: streamnorm.synchronize(model, "update")'
+        )
+    for memory in memories(layer) if replicas.sync == "update" else ():
+        expect_mergeable(memory)
+
+
+def has_processes() -> bool:
+    """Whether ``torch.distributed`` is initialized."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def replicas_of(layer: Any) -> Replicas | None:
+    """The replicas of a layer; None: no others were named or found."""
+    if layer.replicas is None and (mesh := _mesh(layer)) is not None:
+        layer.replicas = Replicas("update", mesh)
+    return layer.replicas
+
+
+def _mesh(layer: nn.Module) -> Any:
+    """The process group over which ``fully_shard`` has split the first parameter of a layer; None: it has not."""
+    mesh = getattr(next(layer.parameters(), None), "device_mesh", None)
+    if mesh is None:
+        return None
+    if mesh.ndim > 1:
+        raise ValueError(
+            f"{layer!r} is sharded over a mesh of {mesh.ndim} axes, and which of them split the batch is not known; "
+            'name their process group: streamnorm.synchronize(model, "update", group=mesh["dp"].get_group())'
+        )
+    return mesh.get_group()
+
+
+def memories(layer: Any) -> list[Memory]:
+    """H1 and H2 of a layer, those that there are."""
+    return [memory for memory in (layer.H1, layer.H2) if memory is not None]
+
+
+def merge(layers: Iterable[Any], happened: Tensor | bool = True) -> None:
+    """Merge what the processes have seen of these layers since the latest weight update: one collective for all.
+
+    Raises:
+        NotImplementedError, ValueError: for memories that cannot be merged; none has changed then.
+    """
+    if happened is False or not has_processes():
+        return
+    found: dict[tuple[Any, torch.device], dict[int, Memory]] = {}
+    for layer in layers:
+        replicas = replicas_of(layer)
+        if replicas is None or not replicas.merges:
+            continue
+        _expect_all_present(replicas)
+        for memory in memories(layer):
+            expect_mergeable(memory)
+            found.setdefault((replicas.group, memory.tables.device), {})[id(memory)] = memory
+    for (group, _), members in found.items():
+        _merge(list(members.values()), group, happened)
+
+
+def _merge(found: Sequence[Memory], group: Any, happened: Tensor | bool) -> None:
+    _agree_on_shapes([memory for memory in found if memory.waits], group)
+    rows = [sent(memory) for memory in found]
+    total = torch.cat(rows)
+    dist.all_reduce(total, group=group)
+    for memory, part in zip(found, total.split([len(row) for row in rows]), strict=True):
+        if memory.shaped:
+            receive(memory, part, happened)
+
+
+def settled(layer: Any, happened: Tensor | bool = True) -> None:
+    """A weight update has changed the state of a layer; the processes begin to collect for the next one."""
+    for memory in memories(layer) if happened is not False else ():
+        settle(memory, happened)
+
+
+def _agree_on_shapes(found: Sequence[Memory], group: Any) -> None:
+    """Give memories whose shape comes from the first input that of the processes that had one."""
+    found = [memory for memory in found if not memory.agreed]
+    if not found:
+        return
+    rows = []
+    for memory in found:
+        shape = list(memory.tables.shape[1:]) if memory.shaped else []
+        size = [len(shape), *shape, *[0] * (AXES - len(shape))] if shape else [UNKNOWN] * (AXES + 1)
+        rows.append([size, [-n for n in size] if shape else size])
+    most = torch.tensor(rows, device=found[0].tables.device)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+    for memory, (largest, smallest) in zip(found, most.tolist(), strict=True):
+        if largest[0] == UNKNOWN:
+            continue
+        if largest != [-n for n in smallest]:
+            raise ValueError(
+                "processes keep statistics of different shapes for one layer, up to "
+                f"{tuple(largest[1 : 1 + largest[0]])}; give all maps of one size, or use a reference over all places "
+                "(BA1, BA2, SP1, SP2)"
+            )
+        if not memory.shaped:
+            memory._resize(largest[1 : 1 + largest[0]])
+        memory.agreed = True
+
+
+joining: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""For each wrapper what takes the part of processes without data in merging."""
+
+
+def _expect_all_present(replicas: Replicas) -> None:
+    """Raise inside a ``Join`` that does not know of the statistics: processes without data would be waited for."""
+    wrapper: Any = None if replicas.wrapper is None else replicas.wrapper()
+    if wrapper is None or not wrapper._join_config.enable:
+        return
+    handle = joining.get(wrapper)
+    if handle is None or not handle._join_config.enable:
+        raise RuntimeError(
+            "a process that has run out of data does not merge statistics by itself; name them to the context: "
+            "with Join([model, streamnorm.synchronize(model)])"
+        )
+
+
+# --- found by itself under DistributedDataParallel ---
+
+
+def is_shared(module: Any) -> bool:
+    """Whether a module has memories that processes can share."""
+    return hasattr(module, "replicas")
+
+
+def watch() -> None:
+    """Find the layers of every model that is wrapped from here on."""
+    if dist.is_available() and not _watched:
+        _watched.append(register_module_module_registration_hook(_wrapped))
+
+
+_watched: list[Any] = []
+
+
+def _wrapped(wrapper: nn.Module, name: str, module: Any) -> None:
+    if isinstance(wrapper, DistributedDataParallel) and name == "module":
+        adopt(wrapper, module)
+
+
+@torch.no_grad()
+def adopt(wrapper: Any, module: nn.Module) -> None:
+    """Let the layers in a model that is being wrapped share their statistics, begin as those of the first process, and
+    take their buffers out of what is broadcast before each forward pass.
+
+    Raises:
+        NotImplementedError, ValueError: for memories that cannot be merged.
+    """
+    layers: list[Any] = [layer for layer in module.modules() if is_shared(layer)]
+    found = Replicas("update", wrapper.process_group, ref(wrapper))
+    for layer in layers:
+        expect_shareable(layer, layer.replicas or found)
+    for layer in layers:
+        layer.replicas = layer.replicas or found
+    shared = [layer for layer in layers if layer.replicas.sync is not None]
+    alone = {id(memory) for layer in layers if layer.replicas.sync is None for memory in memories(layer)}
+    kept = {name: part for name, part in module.named_modules() if isinstance(part, Buffers) and id(part) not in alone}
+    for name, part in kept.items() if shared else ():
+        for buffer_name, buffer in part._buffers.items():
+            if buffer is not None and buffer.numel():
+                source = dist.get_global_rank(wrapper.process_group, 0)
+                dist.broadcast(buffer, source, group=wrapper.process_group)
+            wrapper.parameters_to_ignore.add(f"{name}.{buffer_name}" if name else buffer_name)
+    for layer in shared:
+        for memory in memories(layer):
+            memory.merged = memory.counts.clone()
