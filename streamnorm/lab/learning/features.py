@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from streamnorm.lab.learning.rows import Value
-from streamnorm.lab.learning.scaling import Standardizer
+from streamnorm.train.scaling import Standardizer
 
 MOST = 1e18
 """The largest number, up to its sign, that is fed to a network; its square still fits into float32."""

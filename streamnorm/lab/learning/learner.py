@@ -19,14 +19,12 @@ from streamnorm.lab.learning.features import MOST, Encoder
 from streamnorm.lab.learning.network import Drawn, Network
 from streamnorm.lab.learning.prequential import Baselines, Curve, Track
 from streamnorm.lab.learning.rows import Row
-from streamnorm.lab.learning.scaling import Standardizer
 from streamnorm.lab.learning.settings import Settings
-from streamnorm.lab.learning.stepping import stepper
 from streamnorm.lab.runs.checkpoint import CheckpointError, expect
 from streamnorm.lab.runs.underway import load_model, load_part, shape_of
-
-FARTHEST = 10.0
-"""Standard deviations from its mean at which a number to be learned is taken to be, if it is farther."""
+from streamnorm.train.growing import FARTHEST
+from streamnorm.train.scaling import Standardizer
+from streamnorm.train.stepping import stepper
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from streamnorm.lab.learning.arms import norm_of
+from streamnorm.train.growing import grow
 
 
 class Drawn:
@@ -72,8 +73,8 @@ class Network:
         """Outputs until there are ``to``, each with weights of its own; the others stay as they are."""
         new = range(self.readout.out_features, to)
         if new:
-            _grow(self.readout, "weight", torch.cat([self._output(k) for k in new]), 0, optimizer)
-            _grow(self.readout, "bias", torch.zeros(len(new)), 0, optimizer)
+            grow(self.readout, "weight", torch.cat([self._output(k) for k in new]), 0, optimizer)
+            grow(self.readout, "bias", torch.zeros(len(new)), 0, optimizer)
             self.readout.out_features = to
 
     def grow_inputs(self, to: int, optimizer: Optimizer | None = None) -> None:
@@ -83,22 +84,8 @@ class Network:
         more = to - self.first.in_features
         if more > 0:
             weights = self._drawn.weights("words", self._width, more, self._fan_in)
-            _grow(self.first, "weight", weights, 1, optimizer)
+            grow(self.first, "weight", weights, 1, optimizer)
             self.first.in_features = to
 
     def _output(self, k: int) -> Tensor:
         return self._drawn.weights(f"output {k}", 1, self._width, self._width)
-
-
-def _grow(linear: nn.Linear, name: str, more: Tensor, dim: int, optimizer: Optimizer | None) -> None:
-    """Put ``more`` behind a parameter, and 0 behind what the optimizer remembers of it."""
-    old = linear.get_parameter(name)
-    new = nn.Parameter(torch.cat([old.detach(), more], dim))
-    setattr(linear, name, new)
-    if optimizer is None:
-        return
-    for group in optimizer.param_groups:
-        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
-    for key, held in optimizer.state.pop(old, {}).items():
-        grows = isinstance(held, Tensor) and held.shape == old.shape
-        optimizer.state[new][key] = torch.cat([held, torch.zeros_like(more)], dim) if grows else held
