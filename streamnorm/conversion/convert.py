@@ -135,6 +135,7 @@ def _made(source: Source, to: Make, options: dict[str, Any], like: Tensor | None
     if weight is not None:
         norm.affine = Affine(c, device="meta", bias=bias is not None)
         norm.affine.weight, norm.affine.bias = weight, bias
+        norm.mark_gains()
     for memory in (norm.H1, norm.H2):
         if memory is not None and like is not None:
             memory.to(like.device, like.dtype)

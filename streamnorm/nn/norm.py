@@ -23,6 +23,7 @@ from streamnorm.definition.ref import NormRef
 from streamnorm.definition.stats import Lp
 from streamnorm.nn.affine import Affine, Device
 from streamnorm.nn.checkpoints import translate
+from streamnorm.nn.private import mark
 from streamnorm.nn.replicas import merge, settled
 from streamnorm.nn.training import Calls, Trainable, empty
 from streamnorm.nn.updates import Follows, enlist
@@ -109,11 +110,17 @@ class Norm(Trainable):
         self.H1 = None if policy.F is None else Memory(policy.F, shape)
         self.H2 = None if policy.G is None else Memory(policy.G, shape)
         self.affine = Affine(num_features) if affine else None
+        self.mark_gains()
         self._calls = Calls()
         if device is not None or dtype is not None:
             self.to(device=device, dtype=dtype)
         if self.H1 is not None:
             enlist(self)
+
+    def mark_gains(self) -> None:
+        """Say that gain and bias belong to a layer that mixes samples, if it does."""
+        if self.affine is not None and self.H1 is not None:
+            mark(self.affine)
 
     @property
     def is_updated(self) -> bool:
@@ -240,6 +247,7 @@ class Norm(Trainable):
     def __setstate__(self, state: dict[str, Any]) -> None:
         calls = Calls(reference_size=state["_calls"].reference_size)
         super().__setstate__({"loss_scale": 1.0, **state, "_calls": calls})
+        self.mark_gains()
         if self.H1 is not None:
             enlist(self)
 

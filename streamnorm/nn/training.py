@@ -6,6 +6,7 @@ Legend: ``n`` inputs along the first axis = ``g`` mini-batches (steps of the str
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,8 +20,9 @@ from streamnorm.definition.stats import Lp
 from streamnorm.inputs import expect_floating, expect_tensor
 from streamnorm.nn.affine import gains_of, trusting, unwatched
 from streamnorm.nn.freezable import Freezable
+from streamnorm.nn.private import refuse_private
 from streamnorm.nn.replicas import Replicas
-from streamnorm.nn.updates import Follows
+from streamnorm.nn.updates import Follows, first_parameter, nearest_parameters
 from streamnorm.ops import backends, cpu
 from streamnorm.ops import functional as _op
 from streamnorm.ops.across import Across
@@ -98,11 +100,18 @@ class Trainable(Freezable):
             self._expect_first_call()
         if is_traced():
             return self._traced(x, affine, mask)
+        if self.H1 is not None and "opacus" in sys.modules:
+            self._refuse_private(x)
         if mask is None and cpu.takes(x) and backends.may_use("cpu"):
             y = self._fused(x, affine)
             if y is not None:
                 return y
         return self._composed(x, affine, mask)
+
+    def _refuse_private(self, x: Tensor) -> None:
+        """Raise if gradients of single samples are recorded of the gain, or without one, of the nearest parameters."""
+        own = first_parameter(self)
+        refuse_private(self, nearest_parameters(x) if own is None else [own])
 
     def _expect_first_call(self) -> None:
         """Raise at a second call in a vectorized cycle: its mini-batches would arrive in another order than in the
