@@ -5,6 +5,8 @@
 # make build   compiles the kernels again if their sources changed; without a C++ compiler there are none
 # make bench   times the layers beside their peers, each way to keep memory; takes a while
 # make fuzz    random histories of layers against the oracle, for SECONDS=600
+# make clients  tests of other libraries that use the layers, in an environment of their own with the versions of
+#              tests/clients/requirements.txt; not in CI
 # make sanitize  tests the compiled kernels under address and undefined-behavior sanitizers; needs gcc
 # PYTHON is any Python >= 3.11; the environment is made once in .venv and reused.
 
@@ -12,7 +14,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test check setup build bench fuzz sanitize clean
+.PHONY: demo test check setup build bench fuzz clients sanitize clean
 .DEFAULT_GOAL := test
 
 setup: .venv/ready
@@ -41,6 +43,16 @@ fuzz: build
 
 bench: build
 	$(BIN)/streamnorm bench
+
+CLIENTS := build/clients
+clients: $(CLIENTS)/ready
+	$(CLIENTS)/bin/python -m pytest tests/clients
+
+$(CLIENTS)/ready: pyproject.toml constraints.txt tests/clients/requirements.txt
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -r tests/clients/requirements.txt -e '.[dev]'
+	touch $@
 
 # The sanitizers' own libraries have to be loaded before Python; what Python and torch leave to the exit is no leak.
 sanitize: .venv/ready
