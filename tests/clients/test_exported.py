@@ -51,7 +51,7 @@ def test_torchao_trains_with_quantized_weights() -> None:
     assert type(model[0]) is not nn.Linear
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     batches = [*loader(256)]
-    for x, y in batches:
+    for x, _ in batches:
         optimizer.zero_grad()
         F.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
         optimizer.step()

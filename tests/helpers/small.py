@@ -1,4 +1,4 @@
-"""A small network with streaming normalization, its data, and the plain loop that other libraries' loops are held to."""
+"""A small network with streaming normalization, its data, and the plain loop that other libraries are held to."""
 
 from __future__ import annotations
 
