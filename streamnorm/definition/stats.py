@@ -83,9 +83,9 @@ class Lp:
         """
         if self.center == "batch" and count == 1:
             raise DegenerateReferenceError(
-                f'center="batch" (Setting A) with one activation in each reference ({ref!r}) gives sigma = 0 for every '
-                'input; use center="estimate" (Setting B) or center="zero" (Setting C) with a Streaming policy, more '
-                "samples per batch, or a reference that holds more activations"
+                f"a single value in each reference ({ref!r}) has no spread: sigma about its own mean (Setting A, "
+                'center="batch") is 0 for every input; use center="estimate" (Setting B) or center="zero" (Setting C) '
+                "with a Streaming policy, more samples per batch, or a reference that holds more activations"
             )
 
     def mean(self, x: Tensor, ref: NormRef) -> Tensor:

@@ -82,6 +82,9 @@ GOING_ON = {
 """What is said of those that Ctrl-C stops and that keep what they have done."""
 
 
+READER_HAS_GONE = 141
+"""Exit status of a command whose output nobody reads any more: 128 + SIGPIPE, as of other programs."""
+
 NAMES = [command.__name__.lower() for command in COMMANDS]
 ARCHS = {"rnn": "language", "gru": "language", "lstm": "language", "autoencoder": "autoencoder"}
 """What ``train --arch`` takes, and the command that it is."""
@@ -130,7 +133,10 @@ def _parsed(arguments: list[str]) -> Any:
             cause = cause.__context__
         if stop.code:
             raise ValueError(_refusal(arguments, said.getvalue())) from None
-    return _parse(arguments)  # help once more, aloud
+    try:
+        return _parse(arguments)  # help once more, aloud
+    finally:
+        sys.stdout.flush()
 
 
 def _parse(arguments: list[str]) -> Any:
@@ -198,6 +204,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         command = _parsed(_routed(sys.argv[1:] if arguments is None else arguments))
         COMMANDS[type(command)](command)
+        sys.stdout.flush()
+    except BrokenPipeError:  # nothing here writes to another pipe than the output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python sends the rest at its exit
+        return READER_HAS_GONE
     except (ValueError, OSError, ImportError) as error:
         print(f"streamnorm: {error}", file=sys.stderr)
         return 2

@@ -56,10 +56,10 @@ def train_autoencoder(command: Autoencoder) -> None:
     out = command.out or Path("runs") / f"{Path(run.data).name.split('.')[0]}-autoencoder-{run.arm}-{run.seed}"
     documents = load_documents(run.data, command.data_root, vocabulary=run.vocabulary, train_limit=run.train_limit)
 
-    def begin() -> None:
+    def begin(finished: bool) -> None:
         said = f"{run.label} on {escape(documents.source)}, seed {run.seed}; kept in {escape(str(out))}"
         console.print(said, highlight=False, soft_wrap=True)
-        say_where(console, out)
+        say_where(console, out, finished)
 
     def tell(line: dict[str, Any]) -> None:
         console.print(

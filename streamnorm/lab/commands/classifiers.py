@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -112,11 +113,12 @@ def compare(command: Compare) -> None:
         report = write_report(records, out, title)
     rows = summarize(records)
     console.print(_table(rows, title))
-    for row in rows:
-        if row.failed:
-            console.print(f"{row.label}: {row.failed}", highlight=False)
     console.print(f"\n{sentence(rows)}\n", highlight=False, soft_wrap=True)
     console.print(f"Report: {report}", soft_wrap=True)
+
+
+QUIET = 10
+"""Seconds of a comparison after which an epoch is told; otherwise only what each run came to."""
 
 
 def _trained(runs: Sequence[Run], data: Data, out: Path, console: Console) -> list[dict[str, Any]]:
@@ -133,11 +135,19 @@ def _trained(runs: Sequence[Run], data: Data, out: Path, console: Console) -> li
             def show(done: int, total: int, said: str = said) -> None:
                 move(completed=done, total=total, description=said)
 
+            said_at = time.monotonic()
+
             def tell(line: dict[str, Any], name: str = name) -> None:
-                console.print(f"{name}, {_epoch(line)}", highlight=False, soft_wrap=True)
+                nonlocal said_at
+                if time.monotonic() - said_at > QUIET:
+                    said_at = time.monotonic()
+                    console.print(f"{name}, {_epoch(line)}", highlight=False, soft_wrap=True)
 
             folder = out / re.sub(r"[^\w.-]+", "-", run.label) / f"seed{run.seed}"
-            records.append(train(run, data, folder, show, tell=tell))
+            record = train(run, data, folder, show, tell=tell)
+            came_to = f"could not train: {record['failed']}" if record["failed"] else _epoch(record["metrics"][-1])
+            console.print(f"{name}, {came_to}", highlight=False, soft_wrap=True)
+            records.append(record)
     return records
 
 
@@ -183,12 +193,12 @@ def train_one(command: Train) -> None:
     out = command.out or Path("runs") / f"{run.data}-{run.arm}-{run.seed}"
     data = load(run.data, command.data_root, train_limit=run.train_limit, test_limit=run.test_limit)
 
-    def begin() -> None:
+    def begin(finished: bool) -> None:
         console.print(
             f"{run.label} on {data.name}, architecture {run.network}, seed {run.seed}; kept in {escape(str(out))}",
             soft_wrap=True,
         )
-        say_where(console, out)
+        say_where(console, out, finished)
 
     with progress(console, run.label) as move:
 

@@ -55,10 +55,10 @@ def train_language(command: Language) -> None:
     text = load_text(run.data, command.data_root, limit=run.limit)
     latest: list[dict[str, Any]] = []
 
-    def begin() -> None:
+    def begin(finished: bool) -> None:
         said = f"{run.label} on {escape(text.source)}, seed {run.seed}; kept in {escape(str(out))}"
         console.print(said, highlight=False, soft_wrap=True)
-        say_where(console, out)
+        say_where(console, out, finished)
 
     def tell(line: dict[str, Any]) -> None:
         if latest and math.ceil(line["epoch"]) > math.ceil(latest[-1]["epoch"]):

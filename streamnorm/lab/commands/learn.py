@@ -23,7 +23,7 @@ class Learn:
     The columns may hold numbers, booleans and words, and lack values. What is stopped goes on at the very next row."""
 
     file: Positional[str]
-    """CSV with a header or JSON lines, plain or gzip; - is standard input. drift is made here, to try it out."""
+    """CSV with a header or JSON lines, plain or gzip, or parquet; - is standard input. drift is made here, to try out."""
     target: str | None = None
     """The column that is to be predicted."""
     ignore: tuple[str, ...] = ()
@@ -34,7 +34,7 @@ class Learn:
     """Several of them, which learn the same rows from the same initial weights, side by side."""
     settings: Settings = field(default_factory=Settings)
     format: Literal["csv", "jsonl"] | None = None
-    """None: jsonl for names that end in .jsonl, .ndjson or .json, otherwise csv."""
+    """None: jsonl for names that end in .jsonl, .ndjson, .json or .parquet, otherwise csv."""
     limit: int | None = None
     """Learn so many rows at most, those learned before included."""
     checkpoint_every: int = 10_000
@@ -62,6 +62,8 @@ def job_of(command: Learn) -> Job:
     if target is None and is_made(command.file):
         target = MADE[command.file][1]
     suffix = Path(command.file.lower().removesuffix(".gz")).suffix
+    if suffix == ".parquet" and command.format is not None:
+        raise ValueError(f"--format is for text, and {command.file} is a parquet file; leave it out")
     return Job(
         name=command.file,
         format=command.format or EXTENSIONS.get(suffix, "csv"),

@@ -33,8 +33,11 @@ def progress(console: Console, text: str = "", unit: str = "update") -> Iterator
             ) from None
 
 
-def say_where(console: Console, folder: Path) -> None:
+def say_where(console: Console, folder: Path, finished: bool) -> None:
     """Tell how far a run that is kept in ``folder`` has come before; nothing if it begins."""
+    if finished:
+        console.print("It has finished: nothing is left to do. Give another --out to train anew.", soft_wrap=True)
+        return
     metrics, lines = folder / "metrics.jsonl", []
     with suppress(OSError, ReadError):  # they are for people, and are written anew from the checkpoint
         lines = [line for line, _ in read_lines(metrics, {"updates": int}, "it is made anew")]

@@ -21,7 +21,7 @@ MISSING = frozenset({"", "na", "n/a", "nan", "null"})
 """What stands for a missing value, in capitals or not; in JSON null does, and a key that is not there."""
 DELIMITERS = (",", ";", "\t", "|")
 """Between the fields of CSV: the first of these that the header has."""
-EXTENSIONS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}
+EXTENSIONS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "jsonl"}
 """Everything else is CSV."""
 LOOKED_AT = 100
 """Rows from which the columns of JSON lines are taken, and the task."""

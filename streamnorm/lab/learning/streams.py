@@ -1,4 +1,5 @@
-"""Where a stream comes from: a file, standard input, or one that is made here. The standard library alone."""
+"""Where a stream comes from: a file, standard input, or one that is made here. The standard library, and pyarrow for
+parquet files."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from streamnorm.lab.learning.parquet import SUFFIX, ParquetLines
 
 STDIN = "-"
 DRIFT_ROWS = 12_000
@@ -83,5 +86,5 @@ def opened(name: str) -> Iterator[BinaryIO]:
             raise FileNotFoundError(
                 f"no file {name}; - is standard input, and a stream made for trying this out: {made}"
             )
-        with path.open("rb") as file:
-            yield file
+        with ParquetLines(path) if path.suffix.lower() == SUFFIX else path.open("rb") as file:
+            yield file  # type: ignore[misc]

@@ -135,7 +135,7 @@ def run_to_end(
     described: dict[str, Any],
     progress: Callable[[], None] | None,
     within: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    begin: Callable[[], None] | None = None,
+    begin: Callable[[bool], None] | None = None,
     tell: Tell | None = None,
 ) -> None:
     """Step ``trainer`` until it is finished, from its last checkpoint if ``folder`` holds one.
@@ -145,7 +145,7 @@ def run_to_end(
         described: what ``run.json`` says of it.
         progress: called after each step.
         within: entered around all steps, once the trainer is where its checkpoint left it.
-        begin: called once nothing is refused any more, before anything is written.
+        begin: called once nothing is refused any more, before anything is written, with whether nothing is left to do.
         tell: called with each line of the metrics: first with those of the checkpoint, then with each as it comes.
 
     Raises:
@@ -160,7 +160,7 @@ def run_to_end(
             stack.enter_context(held(folder, f"{what}, seed {described.get('seed')}"))
             _go_on(trainer, folder)
         if begin:
-            begin()
+            begin(trainer.finished)
         if folder is not None:
             checkpoint.sweep(folder)
             describe(folder, RUN, described)

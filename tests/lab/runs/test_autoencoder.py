@@ -207,7 +207,7 @@ def _norm_of(run: AutoencoderRun, documents: Documents) -> float:
 
 def test_batch_normalization_refuses_one_document_at_a_time() -> None:
     record = train_autoencoder(small(arm="batch"), collection())
-    assert "one activation in each reference" in record["failed"]
+    assert "a single value in each reference" in record["failed"]
     assert record["metrics"] == []
 
 

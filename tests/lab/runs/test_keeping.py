@@ -114,8 +114,9 @@ def test_epochs_are_told_as_they_close_and_those_before_a_checkpoint_first(tmp_p
         if done == 6 and told[0] == "begin":
             raise StopError
 
-    def begin() -> None:
+    def begin(finished: bool) -> None:
         assert not tmp_path.joinpath("run.json").exists() or told == ["again"], "before anything is written"
+        assert not finished
         told.append("begin")
 
     def tell(line: dict[str, Any]) -> None:
@@ -128,6 +129,8 @@ def test_epochs_are_told_as_they_close_and_those_before_a_checkpoint_first(tmp_p
     record = train(small(), toy(), tmp_path, progress, None, begin, tell)
     assert told == ["again", "begin", "epoch 1", 5, 6, 7, 8, "epoch 2"]
     assert same(record["metrics"], train(small(), toy())["metrics"])
+    train(small(), toy(), tmp_path, begin=lambda finished: told.append(finished))
+    assert told[-1] is True, "nothing is left to do"
 
 
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:

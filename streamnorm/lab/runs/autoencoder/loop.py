@@ -129,7 +129,7 @@ def train_autoencoder(
     documents: Documents,
     folder: Path | None = None,
     progress: Callable[[AutoencoderTrainer], None] | None = None,
-    begin: Callable[[], None] | None = None,
+    begin: Callable[[bool], None] | None = None,
     tell: Tell | None = None,
 ) -> dict[str, Any]:
     """Train ``run`` to its end, from its last checkpoint if ``folder`` holds one.
@@ -137,7 +137,7 @@ def train_autoencoder(
     Args:
         folder: where the run is kept; None keeps nothing.
         progress: called with the trainer after each update.
-        begin: called once nothing is refused any more, before anything is written.
+        begin: called once nothing is refused any more, before anything is written, with whether nothing is left to do.
         tell: called with the metrics of each epoch: first of those before its checkpoint, then of each as it closes.
 
     Returns:

@@ -202,7 +202,7 @@ def train(
     folder: Path | None = None,
     progress: Progress | None = None,
     monitored: int | None = None,
-    begin: Callable[[], None] | None = None,
+    begin: Callable[[bool], None] | None = None,
     tell: Tell | None = None,
 ) -> dict[str, Any]:
     """Train ``run`` to its end, from its last checkpoint if ``folder`` holds one.
@@ -211,7 +211,7 @@ def train(
         folder: where the run is kept; None keeps nothing.
         progress: called with (updates done, updates in all).
         monitored: record pre-activations and memories every so many updates, in ``monitor.jsonl`` of the folder.
-        begin: called once nothing is refused any more, before anything is written.
+        begin: called once nothing is refused any more, before anything is written, with whether nothing is left to do.
         tell: called with the metrics of each epoch: first of those before its checkpoint, then of each as it closes.
 
     Returns:

@@ -196,7 +196,7 @@ def train_text(
     text: Text,
     folder: Path | None = None,
     progress: Callable[[TextTrainer], None] | None = None,
-    begin: Callable[[], None] | None = None,
+    begin: Callable[[bool], None] | None = None,
     tell: Tell | None = None,
 ) -> dict[str, Any]:
     """Train ``run`` to its end, from its last checkpoint if ``folder`` holds one.
@@ -204,7 +204,7 @@ def train_text(
     Args:
         folder: where the run is kept; None keeps nothing.
         progress: called with the trainer after each update.
-        begin: called once nothing is refused any more, before anything is written.
+        begin: called once nothing is refused any more, before anything is written, with whether nothing is left to do.
         tell: called with each line of metrics: first with those before its checkpoint, then with each as it comes.
 
     Returns:
