@@ -23,7 +23,7 @@ class Learn:
     The columns may hold numbers, booleans and words, and lack values. What is stopped goes on at the very next row."""
 
     file: Positional[str]
-    """CSV with a header or JSON lines, plain or gzip, or parquet; - is standard input. drift is made here, to try out."""
+    """CSV with a header or JSON lines, plain or gzip, or parquet; - is standard input. drift is made here, to try."""
     target: str | None = None
     """The column that is to be predicted."""
     ignore: tuple[str, ...] = ()
