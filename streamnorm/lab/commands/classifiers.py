@@ -95,7 +95,7 @@ def compare(command: Compare) -> None:
     _expect_images(command.settings.data)
     console = Console()
     settings = command.settings
-    out = command.out or Path("runs") / f"compare-{settings.data}"
+    out = command.out or Path("runs") / f"compare-{Path(settings.data).name}"
     expect_folder(out)
     data = load(settings.data, command.data_root, train_limit=settings.train_limit, test_limit=settings.test_limit)
     for run in runs:
@@ -190,7 +190,7 @@ def train_one(command: Train) -> None:
         raise ValueError(f"--monitor is a number of weight updates >= 1, got {every}")
     _expect_images(run.data)
     console = Console()
-    out = command.out or Path("runs") / f"{run.data}-{run.arm}-{run.seed}"
+    out = command.out or Path("runs") / f"{Path(run.data).name}-{run.arm}-{run.seed}"
     data = load(run.data, command.data_root, train_limit=run.train_limit, test_limit=run.test_limit)
 
     def begin(finished: bool) -> None:

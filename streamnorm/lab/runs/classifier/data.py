@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamnorm.lab.runs.classifier.folder import read_folder
 from streamnorm.lab.runs.hub import at_once_or_never
 
 ENVIRONMENT = "STREAMNORM_DATA"
@@ -87,7 +88,9 @@ class Raw:
 def load(
     name: str, data_root: str | Path | None = None, *, train_limit: int | None = None, test_limit: int | None = None
 ) -> Data:
-    """The data set ``name`` (a key of ``DATASETS``), scaled to 0..1, then standardized channel by channel.
+    """The data set ``name``, scaled to 0..1, then standardized channel by channel.
+
+    ``name`` is a key of ``DATASETS``, or a folder of one's own images, arranged as ``folder`` says.
 
     Mean and deviation (in units of the 0..1 scale) are those of the whole training split, so that ``train_limit`` and
     ``test_limit``, which keep the first so many images, do not change how an image is seen.
@@ -98,15 +101,19 @@ def load(
     >>> load("digits").train_x.shape
     torch.Size([1437, 1, 8, 8])
     """
-    if name not in DATASETS:
+    own = name not in DATASETS and Path(name).expanduser().is_dir()
+    if name not in DATASETS and not own:
         near = difflib.get_close_matches(str(name).lower(), DATASETS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown data set {name!r}; known are {', '.join(sorted(DATASETS))}.{hint}")
+        raise ValueError(
+            f"unknown data set {name!r}; known are {', '.join(sorted(DATASETS))} and folders of images.{hint}"
+        )
     for key, limit in (("train_limit", train_limit), ("test_limit", test_limit)):
         if limit is not None and (type(limit) is not int or limit < 1):
             raise ValueError(f"{key} must be a positive int or None for all images, got {limit!r}")
     root = data_root if data_root is not None else os.environ.get(ENVIRONMENT) or None
-    raw = DATASETS[name](None if root is None else Path(root).expanduser())
+    load_raw = _load_own if own else DATASETS[name]
+    raw = load_raw(Path(name).expanduser() if own else None if root is None else Path(root).expanduser())
     mean, std = _statistics(raw)
     train_x, train_y = _first(raw.train, train_limit, f"train_limit of {raw.name}")
     test_x, test_y = _first(raw.test, test_limit, f"test_limit of {raw.name}")
@@ -170,6 +177,12 @@ def load_cifar10(root: Path | None) -> Raw:
     base = "cifar10 (JPEG mirror)" if kept["jpeg"] else "cifar10"
     name = _title("cifar10", base, kept["train"], kept["test"])
     return Raw(name, _file_source(paths, digests, "sha256"), kept["train"], kept["test"])
+
+
+def _load_own(folder: Path) -> Raw:
+    """One's own images, called after their folder."""
+    source, train, test, classes = read_folder(folder)
+    return Raw(folder.resolve().name, source, train, test, classes=classes)
 
 
 DATASETS: dict[str, Callable[[Path | None], Raw]] = {

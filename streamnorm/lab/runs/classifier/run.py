@@ -59,7 +59,7 @@ class Settings(Described):
     """What the arms of a comparison have in common.
 
     Attributes:
-        data: digits, which needs no files, mnist or cifar10.
+        data: digits, which needs no files, mnist, cifar10, or a folder of images, FOLDER/CLASS/picture.png.
         architecture: A, fully connected; B, convolutional; C, the same with its blocks in loops; D, three states of
             maps, each renewed from all (paper, Figure 2; ours in every number).
         loops: of C, how often its two blocks are applied, k1 and k2; of D, the number of time steps, k. By default 5
