@@ -3,6 +3,8 @@ all state, over update cycles of mini-batches of different lengths."""
 
 from __future__ import annotations
 
+import copy
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import Tensor
 
 import streamnorm as sn
 from streamnorm.nn.timespecific import TimeSpecificNorm
-from streamnorm.ops.backends import using
+from streamnorm.ops.backends import BACKENDS, using
 from streamnorm.oracle import Oracle
 
 CYCLES = ((3, 5), (4,), (2, 6, 3))
@@ -86,9 +88,9 @@ class Loop:
             outputs.append(h)
         return torch.stack(outputs)
 
-    def compare(self, name: str) -> None:
+    def compare(self, net: Any, name: str) -> None:
         for (path, gate, t), oracle in self.oracles.items():
-            norm = getattr(self.net.cells["l0"], f"norm_{path}")[gate]
+            norm = getattr(net.cells["l0"], f"norm_{path}")[gate]
             norm = norm.times[t] if isinstance(norm, TimeSpecificNorm) else norm
             compare_state(f"{name} {self.kind} {path} {gate} {t}", norm, oracle)
 
@@ -103,7 +105,8 @@ def factory(kind: str, p: float) -> Any:
     }[kind]
 
 
-def follow(net: Any, loop: Loop) -> None:
+def follow(nets: dict[str, Any], loop: Loop) -> None:
+    """Networks, by the backend that they run on, beside one loop."""
     draw = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:
@@ -111,44 +114,53 @@ def follow(net: Any, loop: Loop) -> None:
 
     for cycle, lengths in enumerate(CYCLES):
         for T in lengths:
-            name = f"cycle {cycle}, length {T}:"
             data, start, dy, dh = random(T, 4, 2), random(1, 4, 3), random(T, 4, 3), random(1, 4, 3)
-            (x, h), (u, v) = ((data.clone().requires_grad_(), start.clone().requires_grad_()) for _ in range(2))
-            (y, h_n), z = net(x, h), loop.run(u, v[0], loop.norm)
-            assert_close(f"{name} output", y.detach(), z.detach(), TERMS)
-            assert_close(f"{name} state", h_n[0].detach(), z[-1].detach(), TERMS)
-            ((y * dy).sum() + (h_n * dh).sum()).backward()
+            u, v = data.clone().requires_grad_(), start.clone().requires_grad_()
+            z = loop.run(u, v[0], loop.norm)
             ((z * dy).sum() + (z[-1:] * dh).sum()).backward()
-            assert_close(f"{name} dx", x.grad, u.grad, TERMS)
-            assert_close(f"{name} dh", h.grad, v.grad, TERMS)
-            for which, q in net.cells["l0"].named_parameters():
-                assert_close(f"{name} {which}", q.grad, loop.parameters[which].grad, TERMS)
-            loop.compare(name)
+            for backend, net in nets.items():
+                name = f"{backend}, cycle {cycle}, length {T}:"
+                x, h = data.clone().requires_grad_(), start.clone().requires_grad_()
+                with using(backend):
+                    y, h_n = net(x, h)
+                    ((y * dy).sum() + (h_n * dh).sum()).backward()
+                assert_close(f"{name} output", y.detach(), z.detach(), TERMS)
+                assert_close(f"{name} state", h_n[0].detach(), z[-1].detach(), TERMS)
+                assert_close(f"{name} dx", x.grad, u.grad, TERMS)
+                assert_close(f"{name} dh", h.grad, v.grad, TERMS)
+                for which, q in net.cells["l0"].named_parameters():
+                    assert_close(f"{name} {which}", q.grad, loop.parameters[which].grad, TERMS)
+                loop.compare(net, name)
         with torch.no_grad():
-            for which, q in net.cells["l0"].named_parameters():
-                mine = loop.parameters[which]
-                q.sub_(q.grad, alpha=0.1), mine.sub_(mine.grad, alpha=0.1)
-                q.grad = mine.grad = None
-        for module in net.modules():
-            if isinstance(module, sn.Norm):
-                module.fold()
+            for parameters in (loop.parameters, *(dict(net.cells["l0"].named_parameters()) for net in nets.values())):
+                for q in parameters.values():
+                    q.sub_(q.grad, alpha=0.1)
+                    q.grad = None
         for oracle in loop.oracles.values():
             oracle.update()
-        loop.compare(f"fold {cycle}")
-    net.eval()
+        for backend, net in nets.items():
+            for module in net.modules():
+                if isinstance(module, sn.Norm):
+                    module.fold()
+            loop.compare(net, f"{backend}, fold {cycle}")
     x, h = random(8, 2, 2), random(1, 2, 3)  # longer than any sequence in training
-    assert_close("testing", net(x, h)[0].detach(), loop.run(x, h[0], loop.evaluated).detach(), TERMS)
+    want = loop.run(x, h[0], loop.evaluated).detach()
+    for backend, net in nets.items():
+        with using(backend):
+            assert_close(f"{backend}, testing", net.eval()(x, h)[0].detach(), want, TERMS)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "eager", "generic"])
-@pytest.mark.parametrize("p", [1, 2])
-@pytest.mark.parametrize("kind", POLICIES)
-@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
-@pytest.mark.parametrize("make", [sn.NormRNN, sn.NormGRU])
-def test_equals_a_loop_with_oracles(make: Any, nonlinearity: str, kind: str, p: int, backend: str) -> None:
+RNN_AND_GRU = itertools.product((sn.NormRNN, sn.NormGRU), POLICIES, (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "p", "nonlinearity"),
+    [(*case, ("tanh", "relu")[(i // 2 + i) % 2]) for i, case in enumerate(RNN_AND_GRU)],
+)
+def test_equals_a_loop_with_oracles(make: Any, kind: str, p: int, nonlinearity: str) -> None:
     net = make(2, 3, norm=factory(kind, p), nonlinearity=nonlinearity).double()
-    with using(backend):
-        follow(net, Loop(net, kind, p, latest=False))
+    nets = {backend: copy.deepcopy(net) for backend in BACKENDS}
+    follow(nets, Loop(net, kind, p, latest=False))
 
 
 @pytest.mark.parametrize("p", [1, 2])
@@ -156,7 +168,7 @@ def test_equals_a_loop_with_oracles(make: Any, nonlinearity: str, kind: str, p: 
 @pytest.mark.parametrize("make", [sn.NormRNN, sn.NormGRU])
 def test_going_back_with_the_latest_estimate(make: Any, kind: str, p: int) -> None:
     net = make(2, 3, norm=factory(kind, p), backward_stats="latest").double()
-    follow(net, Loop(net, kind, p, latest=True))
+    follow({"cpu": net}, Loop(net, kind, p, latest=True))
 
 
 @pytest.mark.parametrize("kind", STREAMS)

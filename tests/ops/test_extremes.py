@@ -6,6 +6,7 @@ What is expected is computed in float64 on values near 1, where nothing can over
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Iterator
@@ -140,7 +141,7 @@ def on(path: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(30))
 def test_any_scale(path: str, seed: int) -> None:
     """Values from 1e-35 to 1e37 and their like in float64 have the answer of values near 1."""
     draw = random.Random(seed)
@@ -154,40 +155,58 @@ def test_any_scale(path: str, seed: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_a_compiled_layer() -> None:
-    """What a compiler makes of the traced path, which ``test_any_scale`` is about."""
+    """What the traced path, which ``test_any_scale`` is about, is when it was traced by a compiler."""
     generator = torch.Generator().manual_seed(0)
     xs, dys = ([torch.randn(8, 6, generator=generator) for _ in range(2)] for _ in range(2))
     layer, twin = (sn.StreamingNorm(6, eps=eps) for eps in (1e-5, 1e-5 / 4.0**122))
     want = run(twin.double(), [x.double() for x in xs], [dy.double() for dy in dys], "dense")
-    got = run(layer, [x * 2.0**122 for x in xs], dys, "dense", torch.compile(layer))
+    got = run(layer, [x * 2.0**122 for x in xs], dys, "dense", torch.compile(layer, backend="aot_eager"))
     agree(got, want, 122, torch.float32, 8)
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("p", [1, 1.5, 2, 3, 4])
-@pytest.mark.parametrize("value", [1e20, -3e37])
-def test_one_outlier(path: str, p: float, value: float) -> None:
-    """One finite value whose square is no number: everything is what float64 makes of it, and the memory too."""
+OUTLIERS = 1e20, -3e37
+LAID = [((8, 6), "dense"), ((4, 6, 3, 3), "dense"), ((4, 6, 3, 3), "last")]
+LAYERS = [
+    lambda p: sn.SampleNorm(6, p=p),
+    lambda p: sn.BatchNorm(6, p=p),
+    lambda p: sn.StreamingNorm(6, p=p),
+    lambda p: sn.StreamingNorm(6, p=p, alpha=(0.7, 0.3)),
+]
+
+
+def with_outlier(shape: tuple[int, ...], value: float) -> tuple[list[Tensor], list[Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    for shape, layout in [((8, 6), "dense"), ((4, 6, 3, 3), "dense"), ((4, 6, 3, 3), "last")]:
-        xs, dys = ([torch.randn(shape, generator=generator) for _ in range(4)] for _ in range(2))
-        xs[1].view(-1)[7] = value
+    xs, dys = ([torch.randn(shape, generator=generator) for _ in range(4)] for _ in range(2))
+    xs[1].view(-1)[7] = value
+    return xs, dys
+
+
+@functools.cache
+def of_float64(of: int, p: float, shape: tuple[int, ...], value: float) -> dict[str, Tensor]:
+    """What every path is compared with."""
+    xs, dys = with_outlier(shape, value)
+    with backends.using("generic"):
+        return run(LAYERS[of](p).double(), [x.double() for x in xs], [dy.double() for dy in dys], "dense")
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("turn", "p"), [*enumerate((1, 1.5, 2, 3, 4))])
+def test_one_outlier(path: str, turn: int, p: float) -> None:
+    """One finite value whose square is no number: everything is what float64 makes of it, and the memory too."""
+    for i, (shape, layout) in enumerate(LAID):
         layout = "strided" if path == "strided" else layout
-        for of in (
-            lambda: sn.SampleNorm(6, p=p),
-            lambda: sn.BatchNorm(6, p=p),
-            lambda: sn.StreamingNorm(6, p=p),
-            lambda: sn.StreamingNorm(6, p=p, alpha=(0.7, 0.3)),
-        ):
-            with backends.using("generic"):
-                want = run(of().double(), [x.double() for x in xs], [dy.double() for dy in dys], "dense")
+        for k, of in enumerate(LAYERS):
+            value = OUTLIERS[(turn + i + k) % 2]
+            xs, dys = with_outlier(shape, value)
+            want = of_float64(k, p, shape, value)
+            layer = of(p)
             with on(path):
-                got = run(of(), xs, dys, layout)
+                got = run(layer, xs, dys, layout)
             for name, right in want.items():
                 by = right.abs().amax().clamp_min(1e-40)
                 worst = ((got[name].double() - right) / by).abs().max().item()
                 bound = rounding(torch.float32, math.prod(shape))
-                assert worst <= bound, f"{of()!r} {shape} {layout} {name}: off by {worst:.1e} of {bound:.1e}"
+                assert worst <= bound, f"{layer!r} {shape} {layout} {name}: off by {worst:.1e} of {bound:.1e}"
 
 
 @pytest.mark.parametrize("path", PATHS)
