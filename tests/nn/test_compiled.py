@@ -217,5 +217,3 @@ def test_inductor_trains_as_eager_does() -> None:
         assert p.grad is not None
         assert_close(f"gradient of {name}", p.grad, q.grad, 4096)
     assert_equal(model, twin)
-    huge = draw((4, 3, 5, 5), 4) * 2.0**600  # of which no square is a number
-    assert_close("of huge values", compiled(huge).detach(), twin(huge).detach(), 4096)
