@@ -6,7 +6,7 @@ import pytest
 from histories import History, follow
 from recurrent_histories import RecurrentHistory
 
-HISTORIES, RECURRENT, PARTS = 500, 40, 10
+HISTORIES, RECURRENT, PARTS = 1000, 60, 20
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -15,7 +15,7 @@ def test_histories_of_a_layer(part: int) -> None:
         follow(History, seed)
 
 
-@pytest.mark.parametrize("part", range(PARTS // 2))
+@pytest.mark.parametrize("part", range(PARTS // 5))
 def test_histories_of_a_recurrent_network(part: int) -> None:
-    for seed in range(part, RECURRENT, PARTS // 2):
+    for seed in range(part, RECURRENT, PARTS // 5):
         follow(RecurrentHistory, seed)
