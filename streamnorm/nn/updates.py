@@ -18,7 +18,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from streamnorm.nn.replicas import has_processes, merge, watch
+from streamnorm.nn.replicas import beside, has_processes, merge, watch
 
 CHECK = 20
 """Training calls without a weight update after which a layer looks for what is missing, and again each so many."""
@@ -34,7 +34,8 @@ class Follows:
     """Whose steps are a layer's weight updates: of the optimizer that holds its first parameter.
 
     A layer without parameters follows the optimizer of the parameters nearest before its input. If there are none, as
-    for a layer that normalizes the data, it follows every optimizer. It is not saved, and a copy looks anew.
+    for a layer that normalizes the data, it follows every optimizer. Processes that train together all decide alike: by
+    the parameters ``beside`` it. It is not saved, and a copy looks anew.
 
     Attributes:
         nearest: the parameters before the input; None: not looked for yet.
@@ -64,7 +65,8 @@ class Follows:
             return id(own) in held
         if self.attached:
             return False
-        nearest = [p for p in (found() for found in self.nearest or ()) if p is not None]
+        near: Sequence[Tensor | None] = beside(layer, optimizer) or [found() for found in self.nearest or ()]
+        nearest = [p for p in near if p is not None]
         if nearest:
             return any(id(p) in held for p in nearest)
         self.nearest = None
@@ -163,10 +165,8 @@ class _Updates:
                 return
         happened = has_happened(optimizer)
         updated = [layer for layer in layers if layer.follows.is_updated_by(layer, optimizer, held)]
-        if several:
-            merge(updated, happened)
-        for layer in updated:
-            layer.fold_alone(happened)
+        for layer, has_stepped in merge(updated, happened):
+            layer.fold_alone(has_stepped)
 
 
 _updates = _Updates()
