@@ -82,6 +82,22 @@ GOING_ON = {
 """What is said of those that Ctrl-C stops and that keep what they have done."""
 
 
+WHY_ALONE = {
+    Learn: "each row is predicted by the network that has learned every row before it, which leaves nothing to do side "
+    "by side",
+}
+"""Why a command does not run in the several processes of torchrun, where there is more to say than that."""
+
+
+def _expect_alone(command: Any) -> None:
+    """Refuse several processes of torchrun for all but the training of a classifier."""
+    several = os.environ.get("WORLD_SIZE", "1") if "TORCHELASTIC_RUN_ID" in os.environ else "1"
+    if several != "1" and not isinstance(command, Train):
+        name, why = type(command).__name__.lower(), WHY_ALONE.get(type(command))
+        said = f"{name} runs in one process, and torchrun has started {several}" + (f": {why}" if why else "")
+        raise ValueError(f"{said}; run it without torchrun. Classifiers are trained by several: streamnorm train")
+
+
 NAMES = [command.__name__.lower() for command in COMMANDS]
 ARCHS = {"rnn": "language", "gru": "language", "lstm": "language", "autoencoder": "autoencoder"}
 """What ``train --arch`` takes, and the command that it is."""
@@ -197,9 +213,11 @@ def main(arguments: list[str] | None = None) -> int:
     command: Any = None
     try:
         command = _parsed(_routed(sys.argv[1:] if arguments is None else arguments))
+        _expect_alone(command)
         COMMANDS[type(command)](command)
     except (ValueError, OSError, ImportError) as error:
-        print(f"streamnorm: {error}", file=sys.stderr)
+        process = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
+        print(f"streamnorm{'' if process == '0' else f', process {process}'}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         reached = f" at {stop}" if str(stop) else ""
