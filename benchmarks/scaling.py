@@ -46,6 +46,9 @@ REPLICAS = tuple(2**k for k in range(3, 15))
 PAYLOADS = tuple(8**k for k in range(1, 8))
 """Bytes of the collectives from which alpha and beta are taken."""
 IMAGES, SIDE, CLASSES = 8, 64, 1000
+CPU = ", CPU"
+ONCE, LAYERS = "once an update", "in every layer"
+EVERYWHERE = "nn.BatchNorm2d, collectives in every layer"
 Times = dict[str, list[float]]
 
 
@@ -55,8 +58,8 @@ def plan() -> dict[str, list[int]]:
     rows = [sent(memory) for layer in norms(streaming) for memory in memories(layer)]
     widths = [layer.num_features for layer in plain.modules() if isinstance(layer, nn.BatchNorm2d)]
     return {
-        "once an update": [8 * (sum(map(len, rows)) + 1)],
-        "in every layer": [4 * n for c in widths for n in (2 * c + 1, 2 * c)],
+        ONCE: [8 * (sum(map(len, rows)) + 1)],
+        LAYERS: [4 * n for c in widths for n in (2 * c + 1, 2 * c)],
     }
 
 
@@ -80,19 +83,19 @@ def fitted(size: int, times: Times) -> tuple[float, float]:
 
 
 def timed(subjects: dict[str, Callable[[], Any]], rounds: int) -> Times:
-    """Seconds of each subject in each round, all in turn, in an order that is drawn; the first round is left out. Every
-    process begins together and waits for the last."""
-    times: Times = {name: [] for name in subjects}
+    """Seconds of each subject in each round, and, under its name and ``CPU``, those that the busiest process computed;
+    all in turn, in an order that is drawn; the first round is left out. All begin together and wait for the last."""
+    times: Times = {name + clock: [] for name in subjects for clock in ("", CPU)}
     order = random.Random(0)
     for number in range(rounds + 1):
         for name in order.sample(list(subjects), len(subjects)):
             dist.barrier()
-            start = time.perf_counter()
+            start, computed = time.perf_counter(), time.process_time()
             subjects[name]()
-            last = torch.tensor([time.perf_counter() - start])
-            dist.all_reduce(last, dist.ReduceOp.MAX)
-            if number:
-                times[name].append(last.item())
+            most = torch.tensor([time.perf_counter() - start, time.process_time() - computed], dtype=torch.float64)
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+            for clock, value in zip(("", CPU), most.tolist(), strict=True) if number else ():
+                times[name + clock].append(value)
     return times
 
 
@@ -142,7 +145,7 @@ def training(rank: int, size: int, rounds: int) -> Times:
         {
             "nn.BatchNorm2d": step_of(nn.BatchNorm2d),
             "StreamingNorm": step_of(sn.StreamingNorm),
-            "nn.BatchNorm2d, collectives in every layer": step_of(InEveryLayer),
+            EVERYWHERE: step_of(InEveryLayer),
             'BatchNorm, sync="batch"': step_of(sn.BatchNorm, "batch"),
         },
         rounds,
@@ -187,11 +190,11 @@ def spoken(t: float) -> str:
 
 def written(record: dict[str, Any]) -> str:
     """The record in words."""
-    alpha, beta, times = record["alpha"], record["beta"], record["collectives"]
-    ways: dict[str, list[int]] = record["plan"]
+    times, ways = record["collectives"], record["plan"]
+    constants = {size: fitted(size, times[str(size)]) for size in SIZES}
 
-    def model(size: int, way: str) -> float:
-        return sum(seconds(size, payload, alpha, beta) for payload in ways[way])
+    def model(size: int, way: str, of: int) -> float:
+        return sum(seconds(size, payload, *constants[of]) for payload in ways[way])
 
     lines = [f"# Shared statistics, {record['date']}", ""]
     load = " and ".join(f"{value:.1f}" for value in record["load"])
@@ -203,29 +206,42 @@ def written(record: dict[str, Any]) -> str:
     ]
     lines += ["| per weight update | collectives | bytes |", "|---|---|---|"]
     lines += [f"| {way} | {len(payloads)} | {sum(payloads):,} |" for way, payloads in ways.items()]
-    lines += ["", f"alpha = {spoken(alpha)}, beta = {1e9 * beta:.3f} ns per byte, from single collectives of "
-              f"{PAYLOADS[0]} to {PAYLOADS[-1]:,} bytes in two processes.", ""]  # fmt: skip
-    lines += ["| processes | way | measured | model | measured / model |", "|---|---|---|---|---|"]
+    lines += [
+        "",
+        f"Constants, from single collectives of {PAYLOADS[0]} to {PAYLOADS[-1]:,} bytes, and the time of each way:",
+    ]
+    lines += ["", "| processes | alpha | beta, ns per byte | way | measured | model | measured / model |"]
+    lines += ["|---|---|---|---|---|---|---|"]
     for size in SIZES:
+        alpha, beta = constants[size]
         for way in ways:
-            t = statistics.median(times[str(size)][way])
-            there = model(size, way)
-            lines.append(f"| {size} | {way} | {spoken(t)} | {spoken(there)} | {t / there:.2f} |")
-        faster = ratio(times[str(size)], "once an update", "in every layer")
-        lines.append(f"| {size} | the first, of the second | {faster} | "
-                     f"{model(size, 'once an update') / model(size, 'in every layer'):.2f} | |")  # fmt: skip
-    lines += ["", "Extrapolated with these two constants, not measured:", ""]
-    lines += ["| processes | once an update | in every layer | of it |", "|---|---|---|---|"]
+            t, told = statistics.median(times[str(size)][way]), model(size, way, size)
+            cells = size, spoken(alpha), f"{1e9 * beta:.2f}", way, spoken(t), spoken(told), f"{t / told:.2f}"
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines += ["", "| processes | once an update, of in every layer: measured | model |", "|---|---|---|"]
+    for size in SIZES:
+        share = ratio(times[str(size)], *ways)
+        lines.append(f"| {size} | {share} | {model(size, ONCE, size) / model(size, LAYERS, size):.3f} |")
+    lines += ["", "Extrapolated with the constants of two processes, which have a core each; not measured:", ""]
+    lines += ["| processes | bytes sent by each | once an update | in every layer | of it |", "|---|---|---|---|---|"]
     for size in REPLICAS:
-        one, other = (model(size, way) for way in ways)
-        lines.append(f"| {size:,} | {spoken(one)} | {spoken(other)} | {one / other:.3f} |")
+        one, other = (model(size, way, 2) for way in ways)
+        sent_ = " and ".join(f"{2 * (size - 1) / size * sum(ways[way]):,.0f}" for way in ways)
+        lines.append(f"| {size:,} | {sent_} | {spoken(one)} | {spoken(other)} | {one / other:.3f} |")
     step = record["training"]
-    lines += ["", f"A step of training under DistributedDataParallel, 2 processes, {IMAGES} images of {SIDE} x {SIDE} "
-              "each:", "", "| layers | median | of nn.BatchNorm2d | of collectives in every layer |",
-              "|---|---|---|---|"]  # fmt: skip
-    for name, of in step.items():
-        pair = [ratio(step, name, other) for other in ("nn.BatchNorm2d", "nn.BatchNorm2d, collectives in every layer")]
-        lines.append(f"| {name} | {spoken(statistics.median(of))} | {' | '.join(pair)} |")
+    lines += [
+        "",
+        f"A step of training under DistributedDataParallel, 2 processes, {IMAGES} images of {SIDE} x {SIDE} each:",
+    ]
+    lines += [
+        "",
+        "| layers | median | of nn.BatchNorm2d | of collectives in every layer | CPU time of nn.BatchNorm2d's |",
+    ]
+    lines += ["|---|---|---|---|---|"]
+    for name in (name for name in step if not name.endswith(CPU)):
+        ratios = [ratio(step, name, "nn.BatchNorm2d"), ratio(step, name, EVERYWHERE)]
+        ratios.append(ratio(step, name + CPU, "nn.BatchNorm2d" + CPU))
+        lines.append(f"| {name} | {spoken(statistics.median(step[name]))} | {' | '.join(ratios)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -237,10 +253,11 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
     figure = Figure((6, 3.6), layout="constrained")
     panel = figure.subplots()
+    constants = fitted(2, record["collectives"]["2"])
     many = [2**k for k in range(1, int(math.log2(REPLICAS[-1])) + 1)]
     for (way, payloads), color in zip(record["plan"].items(), (COLORS["streaming"], COLORS["batch"]), strict=True):
-        model = [sum(seconds(p, b, record["alpha"], record["beta"]) for b in payloads) for p in many]
-        panel.plot(many, model, color=color, label=f"{way}: model")
+        model = [sum(seconds(p, b, *constants) for b in payloads) for p in many]
+        panel.plot(many, model, color=color, label=f"{way}: model of 2 processes")
         found = [statistics.median(record["collectives"][str(p)][way]) for p in SIZES]
         panel.plot(SIZES, found, "o", color=color, label=f"{way}: measured")
     panel.set_xscale("log", base=2)
@@ -263,7 +280,6 @@ def main() -> None:
     wanted = parser.parse_args()
     before = os.getloadavg()[0]
     times = {str(size): measured(size, collectives, wanted.rounds) for size in SIZES}
-    alpha, beta = fitted(2, times["2"])
     step = measured(2, training, wanted.steps)
     record = {
         "date": str(date.today()),
@@ -274,8 +290,6 @@ def main() -> None:
         "rounds": wanted.rounds,
         "steps": wanted.steps,
         "plan": plan(),
-        "alpha": alpha,
-        "beta": beta,
         "collectives": times,
         "training": step,
     }

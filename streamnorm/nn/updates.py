@@ -200,7 +200,12 @@ def has_happened(optimizer: Optimizer) -> Tensor | bool:
 
 def is_inside_a_step(optimizer: Optimizer) -> bool:
     """Whether the step of another optimizer, such as ``ZeroRedundancyOptimizer``, is running, of which this one's is a
-    part. Several processes merge at the outer one: each may hold other parameters in the inner."""
+    part. Several processes merge at the outer one: each may hold other parameters in the inner.
+
+    It reads the stack, as only the stack forgets a step that has raised: torch calls no hook then, so that a mark left
+    by a hook before the step would stay, and the next step would be taken for an inner one. What runs around each step
+    is one function of torch, whose first argument is the optimizer.
+    """
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "wrapper" and frame.f_code.co_filename == STEPS:
