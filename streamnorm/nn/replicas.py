@@ -1,5 +1,5 @@
 """Replicas of a layer in several processes: which of them share its statistics, found by itself under
-DistributedDataParallel and ``fully_shard``, and the one collective at a weight update. Imports the stream.
+``fully_shard``, and the one collective at a weight update. Imports the stream.
 
 A collective is called by all processes of a group in the same order, so what is sent must not depend on what a process
 has seen: every layer that an optimizer updates takes part, with a weight of 0 where it was not called.
@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from streamnorm.ops.across import why_not
 from streamnorm.stream import Memory
-from streamnorm.stream.buffers import Buffers
 from streamnorm.stream.merging import expect_mergeable, receive, sent, settle
 
 Sync = Literal["update", "batch"] | None
@@ -251,59 +248,3 @@ def _expect_all_present(replicas: Replicas) -> None:
             "a process that has run out of data does not merge statistics by itself; name them to the context: "
             "with Join([model, streamnorm.synchronize(model)])"
         )
-
-
-# --- found by itself under DistributedDataParallel ---
-
-
-def is_shared(module: Any) -> bool:
-    """Whether a module has memories that processes can share."""
-    return hasattr(module, "replicas")
-
-
-def watch() -> None:
-    """Find the layers of every model that is wrapped from here on."""
-    if dist.is_available() and not _watched:
-        _watched.append(register_module_module_registration_hook(_wrapped))
-
-
-_watched: list[Any] = []
-
-
-def _wrapped(wrapper: nn.Module, name: str, module: Any) -> None:
-    if isinstance(wrapper, DistributedDataParallel) and name == "module":
-        adopt(wrapper, module)
-
-
-def _in_wrapper(named: Replicas | None, found: Replicas) -> Replicas:
-    """The replicas of a layer in a wrapper, for which some may be ``named``, or found in an earlier wrapper."""
-    if named is None or named.is_copy:
-        return found
-    return replace(found, sync=named.sync, group=found.group if named.wrapper is not None else named.group)
-
-
-@torch.no_grad()
-def adopt(wrapper: Any, module: nn.Module) -> None:
-    """Let the layers in a model that is being wrapped share their statistics, begin as those of the first process, and
-    take their buffers out of what is broadcast before each forward pass.
-
-    Raises:
-        NotImplementedError, ValueError: for memories that cannot be merged.
-    """
-    layers: list[Any] = [layer for layer in module.modules() if is_shared(layer)]
-    found = Replicas("update", wrapper.process_group, ref(wrapper))
-    sharing = [_in_wrapper(layer.replicas, found) for layer in layers]
-    for layer, replicas in zip(layers, sharing, strict=True):
-        expect_shareable(layer, replicas)
-    for layer, replicas in zip(layers, sharing, strict=True):
-        layer.replicas = replicas
-    kept = {name: part for name, part in module.named_modules() if isinstance(part, Buffers)}
-    for name, part in kept.items() if layers else ():
-        for buffer_name, buffer in part._buffers.items():
-            if buffer is not None and buffer.numel():
-                source = dist.get_global_rank(wrapper.process_group, 0)
-                dist.broadcast(buffer, source, group=wrapper.process_group)
-            wrapper.parameters_to_ignore.add(f"{name}.{buffer_name}" if name else buffer_name)
-    for layer in layers:
-        for memory in memories(layer):
-            memory.merged = memory.counts.clone()

@@ -18,7 +18,8 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from streamnorm.nn.replicas import beside, has_processes, merge, watch
+from streamnorm.nn.replicas import beside, has_processes, merge
+from streamnorm.nn.wrapped import watch
 
 CHECK = 20
 """Training calls without a weight update after which a layer looks for what is missing, and again each so many."""
