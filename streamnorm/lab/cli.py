@@ -84,6 +84,21 @@ GOING_ON = {
 
 READER_HAS_GONE = 141
 """Exit status of a command whose output nobody reads any more: 128 + SIGPIPE, as of other programs."""
+WHY_ALONE = {
+    Learn: "each row is predicted by the network that has learned every row before it, which leaves nothing to do side "
+    "by side",
+}
+"""Why a command does not run in the several processes of torchrun, where there is more to say than that."""
+
+
+def _expect_alone(command: Any) -> None:
+    """Refuse several processes of torchrun for all but the training of a classifier."""
+    several = os.environ.get("WORLD_SIZE", "1") if "TORCHELASTIC_RUN_ID" in os.environ else "1"
+    if several != "1" and not isinstance(command, Train):
+        name, why = type(command).__name__.lower(), WHY_ALONE.get(type(command))
+        said = f"{name} runs in one process, and torchrun has started {several}" + (f": {why}" if why else "")
+        raise ValueError(f"{said}; run it without torchrun. Classifiers are trained by several: streamnorm train")
+
 
 NAMES = [command.__name__.lower() for command in COMMANDS]
 ARCHS = {"rnn": "language", "gru": "language", "lstm": "language", "autoencoder": "autoencoder"}
@@ -203,13 +218,15 @@ def main(arguments: list[str] | None = None) -> int:
     command: Any = None
     try:
         command = _parsed(_routed(sys.argv[1:] if arguments is None else arguments))
+        _expect_alone(command)
         COMMANDS[type(command)](command)
         sys.stdout.flush()
     except BrokenPipeError:  # nothing here writes to another pipe than the output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python sends the rest at its exit
         return READER_HAS_GONE
     except (ValueError, OSError, ImportError) as error:
-        print(f"streamnorm: {error}", file=sys.stderr)
+        process = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
+        print(f"streamnorm{'' if process == '0' else f', process {process}'}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         reached = f" at {stop}" if str(stop) else ""

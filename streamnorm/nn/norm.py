@@ -213,8 +213,8 @@ class Norm(Trainable):
 
         Several processes first merge what they have seen (``synchronize``), so all of them have to call it.
         """
-        merge([self], happened)
-        self.fold_alone(happened)
+        for layer, has_stepped in merge([self], happened):
+            layer.fold_alone(has_stepped)
 
     def fold_alone(self, happened: Tensor | bool = True) -> None:
         """``fold`` where several processes have merged already."""

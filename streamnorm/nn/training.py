@@ -209,6 +209,8 @@ class Trainable(Freezable):
             view, definition = masked(view, mask, definition)
         joined = gains is not None and not x.is_inference() and _op.joins(view, definition)
         y, estimates, s = _op.normalize(view, definition, streams, *(gains if joined and gains else ()))
+        if streams.across is not None:
+            self._calls.reference_size = streams.across.count
         if estimates is not None and s is not None and not again:
             self._count(self._calls, ((steps, unit), s, estimates), x)
         # Later layers may change y in place (a ReLU), which autograd forbids for a view of a Function's output.

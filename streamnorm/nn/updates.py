@@ -18,7 +18,8 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from streamnorm.nn.replicas import has_processes, merge, watch
+from streamnorm.nn.replicas import beside, has_processes, merge
+from streamnorm.nn.wrapped import watch
 
 CHECK = 20
 """Training calls without a weight update after which a layer looks for what is missing, and again each so many."""
@@ -34,7 +35,8 @@ class Follows:
     """Whose steps are a layer's weight updates: of the optimizer that holds its first parameter.
 
     A layer without parameters follows the optimizer of the parameters nearest before its input. If there are none, as
-    for a layer that normalizes the data, it follows every optimizer. It is not saved, and a copy looks anew.
+    for a layer that normalizes the data, it follows every optimizer. Processes that train together all decide alike: by
+    the parameters ``beside`` it. It is not saved, and a copy looks anew.
 
     Attributes:
         nearest: the parameters before the input; None: not looked for yet.
@@ -64,7 +66,8 @@ class Follows:
             return id(own) in held
         if self.attached:
             return False
-        nearest = [p for p in (found() for found in self.nearest or ()) if p is not None]
+        near: Sequence[Tensor | None] = beside(layer, optimizer) or [found() for found in self.nearest or ()]
+        nearest = [p for p in near if p is not None]
         if nearest:
             return any(id(p) in held for p in nearest)
         self.nearest = None
@@ -163,10 +166,8 @@ class _Updates:
                 return
         happened = has_happened(optimizer)
         updated = [layer for layer in layers if layer.follows.is_updated_by(layer, optimizer, held)]
-        if several:
-            merge(updated, happened)
-        for layer in updated:
-            layer.fold_alone(happened)
+        for layer, has_stepped in merge(updated, happened):
+            layer.fold_alone(has_stepped)
 
 
 _updates = _Updates()
@@ -200,7 +201,12 @@ def has_happened(optimizer: Optimizer) -> Tensor | bool:
 
 def is_inside_a_step(optimizer: Optimizer) -> bool:
     """Whether the step of another optimizer, such as ``ZeroRedundancyOptimizer``, is running, of which this one's is a
-    part. Several processes merge at the outer one: each may hold other parameters in the inner."""
+    part. Several processes merge at the outer one: each may hold other parameters in the inner.
+
+    It reads the stack, as only the stack forgets a step that has raised: torch calls no hook then, so that a mark left
+    by a hook before the step would stay, and the next step would be taken for an inner one. What runs around each step
+    is one function of torch, whose first argument is the optimizer.
+    """
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "wrapper" and frame.f_code.co_filename == STEPS:

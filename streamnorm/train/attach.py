@@ -58,9 +58,8 @@ class Attachment:
             layer.follows.attached = True
         # The others hear of the step by themselves.
         told = [layer for layer in layers if not layer.follows.is_updated_by(layer, optimizer, held)]
-        merge(told, happened)
-        for layer in told:
-            layer.fold_alone(happened)
+        for layer, has_stepped in merge(told, happened):
+            layer.fold_alone(has_stepped)
 
     def remove(self) -> None:
         """Undo ``attach``."""

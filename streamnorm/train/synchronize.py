@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.algorithms.join import Joinable, JoinHook
 
 from streamnorm.nn.norm import Norm, norms
-from streamnorm.nn.replicas import Replicas, Sync, expect_shareable, joining, merge
+from streamnorm.nn.replicas import Replicas, Sync, expect_shareable, joining, merge, settled
 
 
 class Synchronized(Joinable):
@@ -52,10 +52,8 @@ class _Shadow(JoinHook):
         self.of = of
 
     def main_hook(self) -> None:
-        layers = self.of.layers
-        merge(layers)
-        for layer in layers:
-            layer.fold_alone()
+        for layer, happened in merge(self.of.layers):
+            layer.fold_alone(happened)
 
 
 def synchronize(model: nn.Module, sync: Sync = "update", group: Any = None) -> Synchronized:
@@ -71,7 +69,7 @@ def synchronize(model: nn.Module, sync: Sync = "update", group: Any = None) -> S
         None        each process for itself
 
     What is merged are means weighted by samples (by arrivals for the paper's rule), so batches may be of different
-    sizes, and a process may have none.
+    sizes, and a process may have none. What a layer has seen before is taken to be the same in all.
 
     Args:
         model: contains the layers, the same in all processes.
@@ -98,7 +96,9 @@ def synchronize(model: nn.Module, sync: Sync = "update", group: Any = None) -> S
     for layer in layers:
         expect_shareable(layer, replicas)
     for layer in layers:
-        if layer.replicas is None or group is not None or layer.replicas.sync != sync:
-            found = None if layer.replicas is None else layer.replicas
-            layer.replicas = replicas if found is None or group is not None else replace(found, sync=sync)
+        found = layer.replicas
+        is_known = found is not None and not found.is_copy and group is None
+        layer.replicas = replace(found, sync=sync) if found is not None and is_known else replicas
+        if found is None or found.sync != "update":
+            settled(layer)
     return Synchronized(model)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from processes import Job, results_by_job
-from replicas import LAYERS, in_batches, inputs, whole
+from replicas import LAYERS, inputs
+from wholebatch import in_batches, whole
 
 BY = 1e-11
 """float64: sums of at most 60 numbers in another order, twice through a network whose sigma is down to 0.01 of mu."""

@@ -23,6 +23,7 @@ CASES: dict[tuple[int, str], tuple[str, Any, str, dict[str, Any]]] = {
     (2, "accumulation"): ("samples", inputs(2, 3, calls=3), "no_sync", {}),
     (2, "accumulation, paper"): ("paper", inputs(2, 3, calls=3), "no_sync", {}),
     (2, "accumulation that communicates"): ("samples", inputs(2, 3, calls=2), "", {}),
+    (2, "batches of another number"): ("samples", [[a, b[:1]] for a, b in inputs(2, 3, calls=3)], "no_sync", {}),
     (2, "two forwards"): ("samples", inputs(2, 3, calls=2), "two forwards", {}),
     (2, "static graph"): ("samples", inputs(2, 4), "", {"static_graph": True}),
     (2, "unused parameters"): ("samples", inputs(2, 3), "", {"find_unused_parameters": True}),

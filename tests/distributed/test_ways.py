@@ -1,4 +1,4 @@
-"""Ways to train in several processes: wrappers, optimizers, processes without data, checkpoints, what is refused."""
+"""Ways to train in several processes: wrappers, optimizers, processes without data, copies, what is refused."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-import replicas
 import torch
+import unshared
+import ways
 from processes import Job, results_by_job
-from replicas import accumulating, inputs, network, together
+from replicas import inputs, loss_of, network, together
 
 BY = 1e-12
 """float64, as in ``test_update.py``."""
@@ -17,20 +18,20 @@ DATA = inputs(2, 3)
 CYCLES = torch.randn(4, 2, 5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 JOBS: dict[str, Job] = {
-    "accumulated": (replicas.accumulated, CYCLES),
-    "alike": (replicas.alike, inputs(2, 1, calls=3)),
-    "copied": (replicas.copied, DATA),
-    "joined": (replicas.joined, "samples", DATA),
-    "joined alone": (replicas.joined_alone,),
-    "partitioned": (replicas.partitioned, "samples", DATA),
-    "refused": (replicas.refused,),
-    "restarted": (replicas.restarted, DATA),
-    "sharded": (replicas.sharded, "samples", DATA),
-    "sharded, paper": (replicas.sharded, "paper", DATA),
-    "in bfloat16": (replicas.sharded_in_bfloat16, DATA),
-    "shapes": (replicas.shapes_from_the_first_input,),
-    "two sizes": (replicas.maps_of_two_sizes,),
-    "warmed": (replicas.warmed,),
+    "accumulated": (ways.accumulated, CYCLES),
+    "alike": (ways.alike, inputs(2, 1, calls=3)),
+    "copied": (unshared.copied, DATA),
+    "joined": (ways.joined, "samples", DATA),
+    "joined alone": (ways.joined_alone,),
+    "partitioned": (ways.partitioned, "samples", DATA),
+    "refused": (unshared.refused,),
+    "sharded": (ways.sharded, "samples", DATA),
+    "sharded, no gain": (ways.sharded, "no gain", DATA),
+    "sharded, paper": (ways.sharded, "paper", DATA),
+    "in bfloat16": (ways.sharded_in_bfloat16, DATA),
+    "shapes": (ways.shapes_from_the_first_input,),
+    "two sizes": (ways.maps_of_two_sizes,),
+    "warmed": (ways.warmed,),
 }
 
 
@@ -40,7 +41,7 @@ def found() -> dict[str, list[Any]]:
 
 
 def test_the_state_is_that_of_one_process_that_accumulates_the_batches_of_all(found: dict[str, list[Any]]) -> None:
-    layer = accumulating()
+    layer = ways.accumulating()
     optimizer = torch.optim.SGD(layer.parameters(), 0.0)
     for update, cycle in enumerate(CYCLES):
         for batch in cycle:
@@ -53,7 +54,7 @@ def test_the_state_is_that_of_one_process_that_accumulates_the_batches_of_all(fo
 
 @pytest.mark.parametrize(
     ("way", "kind"),
-    [("partitioned", "samples"), ("sharded", "samples"), ("sharded, paper", "paper")],
+    [("partitioned", "samples"), ("sharded", "samples"), ("sharded, paper", "paper"), ("sharded, no gain", "no gain")],
 )
 def test_other_wrappers_and_optimizers_merge_as_well(way: str, kind: str, found: dict[str, list[Any]]) -> None:
     for update, by_process in enumerate(together(2, kind, DATA)):
@@ -96,22 +97,13 @@ def test_what_is_broadcast_before_a_forward_pass_leaves_collected_statistics_alo
     alone = network()
     for call, x in enumerate(inputs(2, 1, calls=3)[0][1]):
         y = alone(x)
-        replicas.loss_of(torch.nn.functional.batch_norm(y, None, None, training=True)).backward()
+        loss_of(torch.nn.functional.batch_norm(y, None, None, training=True)).backward()
         for name, value in alone.named_buffers():
             torch.testing.assert_close(found["alike"][1][call]["0." + name], value, rtol=BY, atol=BY)
 
 
-def test_copies_and_pickled_models_merge_until_they_are_told_not_to(found: dict[str, list[Any]]) -> None:
-    assert found["copied"] == [[True, True, False]] * 2
-
-
-def test_a_checkpoint_goes_on_with_another_number_of_processes(found: dict[str, list[Any]]) -> None:
-    """Four updates: one alone with the batches of three processes, then two processes."""
-    wanted = together(2, "samples", DATA, start=replicas.checkpoint())
-    for rank, seen in enumerate(found["restarted"]):
-        for update, want in enumerate(wanted):
-            for name, value in want[rank]["buffers"].items():
-                torch.testing.assert_close(seen[update]["buffers"][name], value, rtol=BY, atol=BY)
+def test_copies_and_pickled_models_merge_if_they_are_told_to(found: dict[str, list[Any]]) -> None:
+    assert found["copied"] == [[False, False, True]] * 2
 
 
 def test_shapes_come_from_the_process_that_has_data(found: dict[str, list[Any]]) -> None:

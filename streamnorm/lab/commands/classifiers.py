@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from streamnorm.lab.runs.classifier.data import Data
+    from streamnorm.lab.runs.processes import Share
 
 ARMS = ("none", "layer", "batch", "streaming")
 
@@ -174,7 +175,14 @@ def _keep_report(out: Path, runs: Sequence[Run]) -> None:
 
 
 def train_one(command: Train) -> None:
-    """Train one run and show its epochs."""
+    """Train one run, in all processes that torchrun has started, and show its epochs."""
+    from streamnorm.lab.runs.processes import joined
+
+    with joined() as share:
+        _train(command, share)
+
+
+def _train(command: Train, share: Share) -> None:
     from rich.console import Console
     from rich.markup import escape
 
@@ -188,10 +196,13 @@ def train_one(command: Train) -> None:
     run, every = command.run, command.monitor
     if every is not None and every < 1:
         raise ValueError(f"--monitor is a number of weight updates >= 1, got {every}")
+    if every is not None and share.size > 1:
+        raise ValueError(f"--monitor sees the share of one process alone, and there are {share.size}; leave it out")
     _expect_images(run.data)
-    console = Console()
+    console = Console(quiet=not share.is_first)
     out = command.out or Path("runs") / f"{Path(run.data).name}-{run.arm}-{run.seed}"
-    data = load(run.data, command.data_root, train_limit=run.train_limit, test_limit=run.test_limit)
+    with share.after_the_first():
+        data = load(run.data, command.data_root, train_limit=run.train_limit, test_limit=run.test_limit)
 
     def begin(finished: bool) -> None:
         console.print(
@@ -209,7 +220,7 @@ def train_one(command: Train) -> None:
         def tell(line: dict[str, Any]) -> None:
             console.print(_epoch(line), highlight=False, soft_wrap=True)
 
-        record = train(run, data, out, show, every, begin, tell)
+        record = train(run, data, out, show, every, begin, tell, share)
     if every is not None:
         seen = read(out / MONITOR) if (out / MONITOR).is_file() else []
         if seen:

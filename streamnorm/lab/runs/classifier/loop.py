@@ -24,6 +24,7 @@ from streamnorm.lab.runs.classifier.data import Data
 from streamnorm.lab.runs.classifier.models import build
 from streamnorm.lab.runs.classifier.run import Run
 from streamnorm.lab.runs.keeping import Tell, recorded, run_to_end
+from streamnorm.lab.runs.processes import ALONE, Share
 from streamnorm.lab.runs.underway import LATE, UnderWay, description, load_model
 from streamnorm.monitoring.monitor import monitor
 from streamnorm.ops.functional import latest_statistics
@@ -90,9 +91,11 @@ class Trainer(UnderWay):
     run: Run
     data: Data
 
-    def __init__(self, run: Run, data: Data) -> None:
+    def __init__(self, run: Run, data: Data, share: Share = ALONE) -> None:
         expect_enough(run, data)
+        samples = share.samples(run.samples_per_batch)
         model = self.network(run, data)
+        share.synchronize(model)
         optimizer = torch.optim.SGD(
             model.parameters(), lr=run.learning_rate, momentum=run.momentum, weight_decay=run.weight_decay
         )
@@ -102,11 +105,12 @@ class Trainer(UnderWay):
             self.model,
             self.optimizer,
             F.cross_entropy,
-            samples_per_batch=run.samples_per_batch,
+            samples_per_batch=samples,
             batches_per_update=run.batches_per_update,
             vectorize=not run.loops,  # in a loop mini-batches take turns at a layer
             warmup=0,
         )
+        self.share = share
         self.sums = {"loss": 0.0, "wrong": 0, "seconds": 0.0}
 
     def network(self, run: Run, data: Data) -> nn.Module:
@@ -139,24 +143,28 @@ class Trainer(UnderWay):
         except DegenerateReferenceError as error:
             self.failed = str(error).split(";")[0]
             return
-        if not torch.isfinite(loss):
-            self.failed = f"diverged: the loss became {loss.item()} at update {self.done + 1}"
+        total, wrong = self.share.sum(loss.item(), int((output.argmax(1) != y).sum()))
+        if not math.isfinite(total):
+            self.failed = f"diverged: the loss became {total / self.share.size} at update {self.done + 1}"
             return
         self.done += 1
-        self.sums["loss"] += loss.item()
-        self.sums["wrong"] += int((output.argmax(1) != y).sum())
+        self.sums["loss"] += total / self.share.size
+        self.sums["wrong"] += int(wrong)
         self.sums["seconds"] += time.perf_counter() - start
         if self.done % self.per_epoch == 0:
             self._close_epoch()
         if not self.finished:
             start = time.perf_counter()
+            self.share.average(self.model.parameters())
             self.dau.step()
             self.sums["seconds"] += time.perf_counter() - start
 
     def _warm_up(self) -> None:
         cycles = self.run.warmup
         if cycles is None:
-            cycles = AUTO_WARMUP if self.dau.needs_warmup(self.data.train_x[: self.run.samples_per_batch]) else 0
+            m = self.run.samples_per_batch
+            mine = self.share.of(torch.arange(m), m)
+            cycles = AUTO_WARMUP if self.dau.needs_warmup(self.data.train_x[mine]) else 0
         for cycle in range(cycles):
             self.dau.warm_up(self._cycle(cycle % self.per_epoch)[0])
 
@@ -164,6 +172,7 @@ class Trainer(UnderWay):
         epoch, step = divmod(update, self.per_epoch)
         size = self.run.samples_per_update
         index = order(self.run.seed, epoch, len(self.data.train_x))[step * size : (step + 1) * size]
+        index = self.share.of(index, self.run.samples_per_batch)
         return self.data.train_x[index], self.data.train_y[index]
 
     def _close_epoch(self) -> None:
@@ -204,6 +213,7 @@ def train(
     monitored: int | None = None,
     begin: Callable[[bool], None] | None = None,
     tell: Tell | None = None,
+    share: Share = ALONE,
 ) -> dict[str, Any]:
     """Train ``run`` to its end, from its last checkpoint if ``folder`` holds one.
 
@@ -213,6 +223,7 @@ def train(
         monitored: record pre-activations and memories every so many updates, in ``monitor.jsonl`` of the folder.
         begin: called once nothing is refused any more, before anything is written, with whether nothing is left to do.
         tell: called with the metrics of each epoch: first of those before its checkpoint, then of each as it closes.
+        share: of this process, where several train it together; the first alone has the folder.
 
     Returns:
         The record: what was run, on what, and the metrics of every epoch. ``failed`` says in a sentence why a run
@@ -221,7 +232,7 @@ def train(
     Raises:
         CheckpointError: if the folder holds another run, or a damaged checkpoint.
     """
-    trainer = Trainer(run, data)
+    trainer = Trainer(run, data, share)
     show = (lambda: progress(trainer.done, trainer.updates)) if progress else None
 
     def within() -> AbstractContextManager[Any]:
@@ -229,5 +240,11 @@ def train(
             return nullcontext()
         return monitor(trainer.model, trainer.optimizer, folder / MONITOR, every=monitored, start=trainer.done)
 
-    run_to_end(trainer, folder, description(run, data), show, within, begin, tell)
+    def begin_alike() -> None:
+        share.begin_alike(trainer)
+        if begin:
+            begin()
+
+    described = description(run, data) | ({} if share.size == 1 else {"processes": share.size})
+    run_to_end(trainer, folder if share.is_first else None, described, show, within, begin_alike, tell)
     return trainer.record()
