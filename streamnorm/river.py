@@ -164,8 +164,8 @@ class StreamingClassifier(_Rows, base.MiniBatchClassifier):
             learner.learn(self._read(x), [k])
 
     def learn_many(self, X: pd.DataFrame, y: pd.Series) -> None:
-        """Learn from rows in their order: the same as ``learn_one`` for each, and faster. A number that is missing is NaN
-        in a column of numbers, and its row is skipped."""
+        """Learn from rows in their order: the same as ``learn_one`` for each, and faster. A missing number is NaN in a
+        column of numbers, and its row is skipped."""
         X, labels = self._numbers(X, y), list(y)
         finite = self._finite(X)
         known = [label in self.classes or _is_label(label) for label in labels]
@@ -240,8 +240,8 @@ class StreamingRegressor(_Rows, base.MiniBatchRegressor):
             learner.learn(self._read(x), [y])
 
     def learn_many(self, X: pd.DataFrame, y: pd.Series) -> None:
-        """Learn from rows in their order: the same as ``learn_one`` for each, and faster. A number that is missing is NaN
-        in a column of numbers, and its row is skipped."""
+        """Learn from rows in their order: the same as ``learn_one`` for each, and faster. A missing number is NaN in a
+        column of numbers, and its row is skipped."""
         X, targets = self._numbers(X, y), [_number("y", target) for target in y]
         usable = [i for i, fine in enumerate(self._finite(X)) if fine and abs(targets[i]) <= MOST]
         self._refused += len(targets) - len(usable)
