@@ -6,14 +6,14 @@ Imports river, and the network that grows.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Hashable, Iterable, Mapping
-from math import isfinite
+from collections.abc import Collection, Hashable, Iterable, Mapping
+from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from streamnorm.train.growing import Learner, MakeModule, MakeOptimizer
+from streamnorm.train.growing import MOST, Learner, MakeModule, MakeOptimizer
 
 try:
     from river import base
@@ -60,9 +60,10 @@ class _Rows:
     def _ready(self, x: Row, outputs: int) -> Learner | None:
         """The network, with room for the features of a row and so many outputs; None if the row cannot be learned."""
         learner = self._learner
+        _expect_row(x)
         if learner is not None and learner.k >= outputs and x.keys() <= self.features.keys():
             return learner
-        if not (x or self.features) or not all(isfinite(_number(name, value)) for name, value in x.items()):
+        if not (x or self.features) or not all(abs(_feature(name, value)) <= MOST for name, value in x.items()):
             self._refused += 1
             return None
         return self._room(x, outputs)
@@ -81,19 +82,31 @@ class _Rows:
 
     def _read(self, x: Row) -> Tensor:
         """The known features of a row, ``(1, d)``; 0 for those that it lacks."""
+        _expect_row(x)
         try:
             numbers = array("f", map(x.get, self.features))  # type: ignore[arg-type]
-        except TypeError:  # something is missing, or no number
-            numbers = array("f", [_number(name, x.get(name)) for name in self.features])
+        except (TypeError, ValueError, OverflowError):  # something is missing, or no number, or a large one
+            numbers = array("f", [_feature(name, x.get(name)) for name in self.features])
         return torch.frombuffer(numbers, dtype=torch.float32).unsqueeze(0)
 
     def _table(self, X: pd.DataFrame, names: Iterable[Hashable]) -> Tensor:
         """Those features of many rows, ``(n, d)``; 0 for columns that they lack."""
-        return torch.from_numpy(X.reindex(columns=[*names], fill_value=0.0).to_numpy("float32", copy=True))
+        return torch.from_numpy(X.reindex(columns=[*names], fill_value=0.0).to_numpy("float64", copy=True)).float()
 
-    def _finite(self, X: pd.DataFrame) -> Tensor:
+    def _numbers(self, X: pd.DataFrame, y: Collection[Any] | None = None) -> pd.DataFrame:
+        """The same rows with numbers only, read as those of ``learn_one`` are."""
+        if not hasattr(X, "columns"):
+            raise TypeError(f"many rows are a pandas.DataFrame with a column for each feature, got {type(X).__name__}")
+        if y is not None and len(y) != len(X):
+            raise ValueError(f"each row has a y, got {len(X)} rows and {len(y)} of y")
+        X = X.copy(deep=False)
+        for name in [name for name, kind in X.dtypes.items() if kind.kind not in "biuf"]:
+            X[name] = [_feature(name, value) for value in X[name]]
+        return X
+
+    def _finite(self, X: pd.DataFrame) -> list[bool]:
         """Which rows are finite."""
-        return self._table(X, X.columns).isfinite().all(1)
+        return self._table(X, X.columns).isfinite().all(1).tolist()
 
 
 class StreamingClassifier(_Rows, base.MiniBatchClassifier):
@@ -136,9 +149,13 @@ class StreamingClassifier(_Rows, base.MiniBatchClassifier):
 
     def learn_one(self, x: Row, y: Any) -> None:
         """Learn from a row with its label; NaN is no label, and the row is skipped."""
-        k = self.classes.get(y)
+        try:
+            k = self.classes.get(y)
+        except TypeError:
+            raise TypeError(f"a label is a word, a number or another constant, got {y!r}") from None
         if k is None:
-            if not self._is_label(y):
+            if not _is_label(y):
+                self._refused += 1
                 return
             k = len(self.classes)
         learner = self._ready(x, k + 1)
@@ -147,12 +164,14 @@ class StreamingClassifier(_Rows, base.MiniBatchClassifier):
             learner.learn(self._read(x), [k])
 
     def learn_many(self, X: pd.DataFrame, y: pd.Series) -> None:
-        """Learn from rows in their order: the same as ``learn_one`` for each, and faster."""
-        finite = self._finite(X).tolist()
-        usable = [i for i, label in enumerate(y) if finite[i] and (label in self.classes or self._is_label(label))]
-        self._refused += finite.count(False)
-        labels, start = [y.iloc[i] for i in usable], 0
-        X = X.iloc[usable]
+        """Learn from rows in their order: the same as ``learn_one`` for each, and faster. A missing number is NaN in a
+        column of numbers, and its row is skipped."""
+        X, labels = self._numbers(X, y), list(y)
+        finite = self._finite(X)
+        known = [label in self.classes or _is_label(label) for label in labels]
+        usable = [i for i, fine in enumerate(finite) if fine and known[i]]
+        self._refused += len(labels) - len(usable)
+        X, labels, start = X.iloc[usable], [labels[i] for i in usable], 0
         while start < len(labels):
             self.classes.setdefault(labels[start], len(self.classes))
             end = next((i for i in range(start, len(labels)) if labels[i] not in self.classes), len(labels))
@@ -162,13 +181,6 @@ class StreamingClassifier(_Rows, base.MiniBatchClassifier):
             )
             start = end
 
-    def _is_label(self, y: Any) -> bool:
-        if y is None:
-            raise ValueError("a row is learned with its label, got None; leave out rows without one")
-        is_label = y == y
-        self._refused += not is_label
-        return is_label
-
     def predict_proba_one(self, x: Row, **kwargs: Any) -> dict[Any, float]:
         """The probability of each class so far; empty before the first, and if the row is not finite."""
         return {} if self._learner is None else self._probabilities(self._learner, self._read(x))[0]
@@ -177,8 +189,19 @@ class StreamingClassifier(_Rows, base.MiniBatchClassifier):
         """The probabilities of many rows; NaN for those that are not finite."""
         import pandas as pd
 
-        rows = [] if self._learner is None else self._probabilities(self._learner, self._table(X, self.features))
-        return pd.DataFrame(rows, index=X.index, columns=[*self.classes])
+        return pd.DataFrame(self._rows(X), index=X.index, columns=[*self.classes])
+
+    def predict_many(self, X: pd.DataFrame) -> pd.Series:
+        """The most probable class of many rows; None for those that are not finite."""
+        import pandas as pd
+
+        best = [max(p, key=lambda label: p[label]) if p else None for p in self._rows(X)]
+        return pd.Series(best, index=X.index, dtype=None if best and None not in best else object)
+
+    def _rows(self, X: pd.DataFrame) -> list[dict[Any, float]]:
+        """The probabilities of many rows, each empty if there are none."""
+        X, learner = self._numbers(X), self._learner
+        return [{}] * len(X) if learner is None else self._probabilities(learner, self._table(X, self.features))
 
     def _probabilities(self, learner: Learner, x: Tensor) -> list[dict[Any, float]]:
         said = learner.outputs(x).softmax(1)
@@ -210,18 +233,18 @@ class StreamingRegressor(_Rows, base.MiniBatchRegressor):
 
     def learn_one(self, x: Row, y: float) -> None:
         """Learn from a row with its target."""
-        y = float(y)
-        if not isfinite(y):
+        y = _number("y", y)
+        if not abs(y) <= MOST:
             self._refused += 1
         elif (learner := self._ready(x, 1)) is not None:
             learner.learn(self._read(x), [y])
 
     def learn_many(self, X: pd.DataFrame, y: pd.Series) -> None:
-        """Learn from rows in their order: the same as ``learn_one`` for each, and faster."""
-        targets = [float(target) for target in y]
-        finite = [*map(all, zip(map(isfinite, targets), self._finite(X).tolist(), strict=True))]
-        usable = [i for i, fine in enumerate(finite) if fine]
-        self._refused += finite.count(False)
+        """Learn from rows in their order: the same as ``learn_one`` for each, and faster. A missing number is NaN in a
+        column of numbers, and its row is skipped."""
+        X, targets = self._numbers(X, y), [_number("y", target) for target in y]
+        usable = [i for i, fine in enumerate(self._finite(X)) if fine and abs(targets[i]) <= MOST]
+        self._refused += len(targets) - len(usable)
         if usable:
             learner = self._room(X.columns, 1)
             learner.learn(self._table(X.iloc[usable], self.features), [targets[i] for i in usable])
@@ -239,15 +262,36 @@ class StreamingRegressor(_Rows, base.MiniBatchRegressor):
 
         if self._learner is None:
             return pd.Series(0.0, index=X.index)
-        said = self._learner.outputs(self._table(X, self.features))[:, 0]
+        said = self._learner.outputs(self._table(self._numbers(X), self.features))[:, 0]
         return pd.Series(said.where(said.isfinite(), torch.nan).numpy(), index=X.index)
 
 
-def _number(name: Hashable, value: Any) -> float:
+def _expect_row(x: Any) -> None:
+    if not isinstance(x, Mapping):
+        raise TypeError(f"a row is a dict of features, got {type(x).__name__}")
+
+
+def _is_label(y: Any) -> bool:
+    """Whether a label that is not known is one; NaN is none."""
+    if y is None:
+        raise ValueError("a row is learned with its label, got None; leave out rows without one")
+    if isinstance(y, Tensor):
+        raise TypeError(f"a label is a word, a number or another constant, got {y!r}; use its item()")
     try:
-        return 0.0 if value is None else float(value)
+        return bool(y == y)
+    except TypeError:  # pandas.NA
+        return False
+
+
+def _feature(name: Hashable, value: Any) -> float:
+    how = "; encode words before, for instance with river.preprocessing.OneHotEncoder"
+    return 0.0 if value is None else _number(f"feature {name!r}", value, how)
+
+
+def _number(what: str, value: Any, how: str = "") -> float:
+    try:
+        return float(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        return inf
     except (TypeError, ValueError):
-        raise TypeError(
-            f"feature {name!r} is a number, got {value!r}; encode words before, for instance with "
-            "river.preprocessing.OneHotEncoder"
-        ) from None
+        raise TypeError(f"{what} is a number, got {value!r}{how}") from None

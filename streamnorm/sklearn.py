@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from streamnorm.checks import expect_whole
-from streamnorm.train.growing import Learner, MakeModule, MakeOptimizer
+from streamnorm.train.growing import MOST, Learner, MakeModule, MakeOptimizer
 
 try:
     import numpy as np
@@ -194,7 +194,12 @@ class StreamingRegressor(RegressorMixin, _Samples):
 
     def _checked(self, X: Any, y: Any, reset: bool) -> tuple[Tensor, Any]:
         X, y = validate_data(self, X, y, dtype=np.float32, y_numeric=True, reset=reset)
-        return _tensor(X), column_or_1d(y, warn=True).astype(float)
+        y = column_or_1d(y, warn=True).astype(float)
+        if not (np.abs(y) <= MOST).all():
+            raise ValueError(
+                f"y has numbers up to {MOST:.1e}, got {float(y[np.abs(y).argmax()])!r}; learn them in another unit"
+            )
+        return _tensor(X), y
 
 
 def _tensor(X: Any) -> Tensor:

@@ -142,13 +142,13 @@ def test_predicting_changes_nothing(kind: type) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1e60])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1e60, pytest.param(10**400, id="10**400")])
 def test_a_row_that_is_not_finite_changes_nothing(kind: type, wrong: float) -> None:
     model = learned(kind)
     before, x = pickle.dumps(model), rows(1)[0]
     state = {name: value.clone() for name, value in model.network.state_dict().items()}
     model.learn_one({**x, "a": wrong}, target(kind, x))
-    model.learn_one({**x, "unknown": wrong if wrong < 1e60 else float("inf")}, target(kind, x))
+    model.learn_one({**x, "unknown": wrong}, target(kind, x))
     if kind is StreamingRegressor:
         model.learn_one(x, wrong)
     assert model.skipped == 2 + (kind is StreamingRegressor)
@@ -167,7 +167,9 @@ def test_a_row_before_the_first_finite_one_leaves_it_empty() -> None:
     model.learn_one({}, 1)
     model.learn_one({"a": float("nan")}, 1)
     model.learn_one({"a": 1.0}, float("nan"))
-    assert model.skipped == 3
+    model.learn_one({"a": 1e39}, 1)
+    model.learn_one({"a": 1.0}, pd.NA)
+    assert model.skipped == 5
     assert model.network is None
     assert not model.classes
     assert model.predict_one({"a": 1.0}) is None
@@ -195,14 +197,22 @@ def test_what_is_missing_is_0() -> None:
         assert said(model, {**x, "b": None}) == said(other, {**x, "b": 0})
 
 
-def test_words_are_refused_by_name() -> None:
+def test_what_is_no_number_label_or_row_is_refused() -> None:
     model = learned(StreamingClassifier)
     before = pickle.dumps(model)
     for x in ({"a": "red", "b": 1.0, "c": 1.0, "d": 1.0}, {"color": "red"}):
         with pytest.raises(TypeError, match="is a number, got 'red'; encode"):
             model.learn_one(x, "low")
-    with pytest.raises(ValueError, match="got None"):
-        model.learn_one(rows(1)[0], None)
+    for label, error in ((None, "got None"), ([1], r"got \[1\]"), (torch.tensor(1), "use its item")):
+        with pytest.raises((TypeError, ValueError), match=error):
+            model.learn_one(rows(1)[0], label)
+    for x in ([1.0], None, pd.Series(rows(1)[0])):
+        with pytest.raises(TypeError, match="a row is a dict of features, got"):
+            model.learn_one(x, "low")
+        with pytest.raises(TypeError, match="a row is a dict of features, got"):
+            model.predict_one(x)
+    with pytest.raises(TypeError, match="y is a number, got None"):
+        StreamingRegressor().learn_one(rows(1)[0], None)
     assert pickle.dumps(model) == before
 
 
@@ -226,6 +236,34 @@ def test_many_rows_are_one_after_the_other(kind: type) -> None:
     else:
         rest = pd.Series([one.predict_one(x) for x in rows(5, seed=1)])
         pd.testing.assert_series_equal(many.predict_many(table), rest, rtol=1e-4)
+
+
+@BOTH
+def test_tables_that_rows_would_not_be_are_refused_before_anything_changes(kind: type) -> None:
+    model = learned(kind)
+    table, y = pd.DataFrame(rows(4)), pd.Series([1.0, 2.0, 1.0, 2.0])
+    before = pickle.dumps(model)
+    for X, targets, error in (
+        (table.assign(a=pd.date_range("2026", periods=4)), y, "feature 'a' is a number, got Timestamp"),
+        (table.assign(a=["red"] * 4), y, "feature 'a' is a number, got 'red'"),
+        (table, y[:3], "each row has a y, got 4 rows and 3 of y"),
+        (table.to_numpy(), y, "pandas.DataFrame with a column for each feature, got ndarray"),
+        (table, [1.0, 2.0, 1.0, None], "got None"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=error):
+            model.learn_many(X, targets)
+    assert pickle.dumps(model) == before
+
+
+@BOTH
+def test_many_rows_that_are_not_finite_have_no_prediction(kind: type) -> None:
+    model = learned(kind)
+    table = pd.DataFrame(rows(4)).assign(a=[1.0, float("nan"), 1e39, 2.0])
+    said = model.predict_many(table)
+    assert said.isna().tolist() == [False, True, True, False]
+    one = model.predict_one({**rows(1)[0], "a": 1.0})
+    assert said.iloc[0] == (one if kind is StreamingClassifier else pytest.approx(one, rel=1e-5))
+    assert len(model.predict_many(table[:0])) == 0
 
 
 def tanh(d: int, k: int) -> nn.Module:

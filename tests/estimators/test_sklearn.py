@@ -50,3 +50,10 @@ def test_classes_are_those_of_the_first_part() -> None:
         model.partial_fit(X, y + 1)
     with pytest.raises(ValueError, match="and are"):
         model.partial_fit(X, y, classes=[0, 1, 2])
+
+
+def test_numbers_that_float32_cannot_hold_are_refused() -> None:
+    X = np.zeros((4, 2))
+    with pytest.raises(ValueError, match=r"up to 3.4e\+38, got -1e\+39; learn them in another unit"):
+        StreamingRegressor().fit(X, [1.0, 2.0, -1e39, 3.0])
+    assert StreamingRegressor(epochs=1).fit(X, [1.0, 2.0, -1e38, 3.0])._learner.skipped == 0
