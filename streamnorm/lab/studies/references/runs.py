@@ -5,8 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from streamnorm.definition.ref import REFS
+from streamnorm.definition.stats import Lp
 from streamnorm.lab.runs.classifier.run import Run
+from streamnorm.nn.norm import Norm
+from streamnorm.stream.policy import Streaming
 
 SAMPLE = ("SP1", "SP2", "SP3", "SP4", "SP5")
 BATCH = ("BA1", "BA2", "BA3", "BA4", "BA5", "BA6")
@@ -65,3 +71,31 @@ def looped(tier: Tier) -> dict[str, Run]:
 def runs(tier: Tier) -> dict[str, Run]:
     """Every run of the study by name."""
     return {**plain(tier), **streamed(tier), **looped(tier)}
+
+
+def locality(name: str, updates: int = 3) -> bool:
+    """Whether anything that one neuron keeps or hands on moves when all other neurons' activations and gradients do:
+    its H1, H2, output and gradient, in float64, over several weight updates."""
+    one, other = (_seen(name, updates, others) for others in (0, 1))
+    return any(not torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _seen(name: str, updates: int, others: int) -> list[Tensor]:
+    """What the neuron of feature 1 at the place (1, 2) keeps and hands on, with the others drawn from a seed."""
+    layer = Norm(3, REFS[name], Lp(2, "estimate"), Streaming(beta=(0.5, 0.2, 0.3))).double()
+    seen: list[Tensor] = []
+    for update in range(updates):
+        own = torch.Generator().manual_seed(update)
+        rest = torch.Generator().manual_seed(1000 + 100 * others + update)
+        x, dy = (torch.randn(4, 3, 4, 4, generator=rest, dtype=torch.float64) for _ in range(2))
+        for of in (x, dy):
+            of[:, 1, 1, 2] = torch.randn(4, generator=own, dtype=torch.float64)
+        y = layer(x.requires_grad_())
+        y.backward(dy)
+        layer.fold()
+        assert x.grad is not None
+        seen += [y.detach()[:, 1, 1, 2], x.grad[:, 1, 1, 2]]
+        for H in (layer.H1, layer.H2):
+            assert H is not None
+            seen += [of[..., 1, 1, 2] if of.ndim >= 3 else of[..., 1] for of in H.state().values() if of.ndim]
+    return seen
