@@ -71,23 +71,25 @@ def _along(mean: Tensor, square: Tensor | None, dim: int, window: int) -> tuple[
 def input_grad(dy: Tensor, x: Tensor, d: Definition, s: Statistics, g_mu: Tensor, g_sigma: Tensor) -> Tensor:
     """``dx = (dN/dx)' dy + (dS/dx)' g_hat``; the center of Setting B is a constant."""
     center = {"batch": s.mu, "estimate": s.center, "zero": None}[d.moment.center]
+    about = None if center is None else center[(..., *[slice(1)] * (x.ndim - 4))]
+    away = None if center is None or about is None else center - about
+    if not _is_moderate(away, s.sigma):
+        return generic.input_grad(dy, x, d, s, g_mu, g_sigma)
     share = x.shape[3] * (x.shape[1] if d.ref.samples == "batch" else 1) * window_size(x, d.ref.window)
     slope, level = g_sigma / (s.sigma * share), g_mu / share
-    moved = x
-    if center is not None:
-        about = center[(..., *[slice(1)] * (x.ndim - 4))]
-        away = center - about
-        if not _is_near(away, s.sigma):
-            return generic.input_grad(dy, x, d, s, g_mu, g_sigma)
-        level, moved = torch.addcmul(level, away, slope, value=-1), x - about
+    if away is not None:
+        level = torch.addcmul(level, away, slope, value=-1)
     dx = dy / s.sigma_hat
-    return dx.addcmul_(moved, window_sum(slope, d.ref.window)).add_(window_sum(level, d.ref.window))
+    dx.addcmul_(x if about is None else x - about, window_sum(slope, d.ref.window))
+    return dx.add_(window_sum(level, d.ref.window))
 
 
-def _is_near(away: Tensor, sigma: Tensor) -> bool:
-    """Whether the sliding sums lose no more than ``DIGITS``, and nothing overflows; False for NaN."""
-    if not (away.numel() and is_readable(away) and all_squarable(sigma)):
+def _is_moderate(away: Tensor | None, sigma: Tensor) -> bool:
+    """Whether nothing overflows or vanishes, and the sliding sums lose no more than ``DIGITS``; False for NaN."""
+    if not (sigma.numel() and is_readable(sigma) and all_squarable(sigma)):
         return False
+    if away is None:
+        return True
     low, high = torch.aminmax(away)
     far = torch.maximum(-low, high) * torch.finfo(away.dtype).eps
     return bool(far <= DIGITS * sigma.min())

@@ -40,9 +40,10 @@ def _row(panels: Sequence[Any], title: str, named: Mapping[str, Sequence[Record]
         able = whole(records)
         style = {"color": color, "linestyle": dash, "label": with_failures(name, records)}
         at = [line[x] * unit for line in able[0]["metrics"]] if able else []
+        scale = 1 if speaks else 100
         for panel, key in zip(panels, shown, strict=True):
-            scale = 1 if speaks else 100
-            draw(panel, at, [[None if line[key] is None else scale * line[key] for line in r["metrics"]] for r in able], style)
+            seeds = [[None if line[key] is None else scale * line[key] for line in r["metrics"]] for r in able]
+            draw(panel, at, seeds, style)
     for panel, what in zip(panels, shown.values(), strict=True):
         if not speaks:
             whole_numbers(panel)

@@ -50,7 +50,7 @@ ARMS: dict[str, NormRef | None] = {
 ``streaming`` and ``paper`` are the paper's rule with alpha, beta and kappa, ``default`` the one of ``Evidence``, whose
 memory counts samples. ``-B`` is the batch (or sample) form of a reference, ``-S`` its streaming one. Where a layer is
 called at several time steps, ``batch`` is the paper's original BN, whose running estimate all steps share, and ``tsbn``
-keeps an estimate for each step under a shared gain and bias (section 4.2); ``-T`` is the same with another reference."""
+keeps an estimate for each step under a shared gain and bias (section 4.2); ``-T`` does so with any reference."""
 
 
 def norm_factory(run: Run) -> NormFactory:

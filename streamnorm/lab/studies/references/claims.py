@@ -72,7 +72,9 @@ def _c31(records: Records) -> tuple[Verdict, str]:
 def _c60(records: Records) -> tuple[Verdict, str]:
     moved = {name: locality(name) for name in ("BA6", "BA1")}
     figures = ", ".join(f"{name} {'moves' if of else 'does not move'}" for name, of in moved.items())
-    return ("contradicted" if moved["BA6"] else "reproduced"), f"with all other neurons changed, what one keeps: {figures}"
+    return (
+        "contradicted" if moved["BA6"] else "reproduced"
+    ), f"with all other neurons changed, what one keeps: {figures}"
 
 
 def _c64(records: Records) -> tuple[Verdict, str]:

@@ -4,9 +4,9 @@
 
 Figures 6 and 7: SP1 ... SP5, BA1 ... BA6 and streaming (L2, Setting A, alpha = (.5, .5), beta = (.5, .5, 0)) in
 architectures B and C(5, 1), 32 S/B x 1 B/U. Figure A1: all of them streamed by the same values, in B. In C a statistic
-of a mini-batch is tested with a running estimate of each time step (section 4.2). A run is trained once, whichever study
-asks for it; its record lies in the folder ``records`` beside that of the study. A stopped study goes on with the same
-command.
+of a mini-batch is tested with a running estimate of each time step (section 4.2). A run is trained once, whichever
+study asks for it; its record lies in the folder ``records`` beside that of the study. A stopped study goes on with the
+same command.
 """
 
 from __future__ import annotations
