@@ -49,7 +49,7 @@ FLAGS = {
         *("--estimator", "--passes", "--samples-per-batch", "--limit", "--data", "--data-root", "--out"),
     ],
     "gap": ["--samples-per-batch", "--limit", "--data", "--data-root"],
-    "reproduce": ["--tier", "--out", "--data-root", "--seeds", "--threads", "--processes"],
+    "reproduce": ["--list", "--tier", "--out", "--data-root", "--seeds", "--threads", "--processes"],
     "sample": ["--prompt", "--length", "--temperature", "--seed"],
     "bench": [
         "--groups",

@@ -50,7 +50,7 @@ def path_of(run: AnyRun, folder: Path) -> Path:
     """The file of a run's record.
 
     >>> path_of(Run(arm="layer"), Path("records")).name
-    'layer-b64af5c1e85c.json'
+    'layer-26aecf58595e.json'
     """
     said = json.dumps([type(run).__name__, run.to_json()], sort_keys=True)
     return folder / f"{run.arm}-{hashlib.sha256(said.encode()).hexdigest()[:12]}.json"
@@ -103,10 +103,14 @@ def recorded(runs: Mapping[str, AnyRun], seeds: Sequence[int], folder: Path) -> 
     return {name: [{**r, "label": name} for r in of if r is not None] for name, of in found.items()}
 
 
+def seeded(runs: Mapping[str, AnyRun], seeds: Sequence[int]) -> list[AnyRun]:
+    """Every run with every seed, each once, however many names it has."""
+    return list(dict.fromkeys(replace(run, seed=seed) for seed in seeds for run in runs.values()))
+
+
 def missing(runs: Mapping[str, AnyRun], seeds: Sequence[int], folder: Path) -> list[AnyRun]:
     """The runs that no record holds, each once."""
-    wanted = {path_of(run, folder): run for seed in seeds for run in (replace(r, seed=seed) for r in runs.values())}
-    return [run for path, run in wanted.items() if not path.exists()]
+    return [run for run in seeded(runs, seeds) if not path_of(run, folder).exists()]
 
 
 def _told(record: Record) -> str:
