@@ -50,6 +50,7 @@ FLAGS = {
     ],
     "gap": ["--samples-per-batch", "--limit", "--data", "--data-root"],
     "reproduce": ["--list", "--tier", "--out", "--data-root", "--seeds", "--threads", "--processes"],
+    "report": ["--results", "--out"],
     "sample": ["--prompt", "--length", "--temperature", "--seed"],
     "bench": [
         "--groups",

@@ -1,8 +1,9 @@
-"""The command that carries out a study anew. Needs the extra ``cli``."""
+"""The commands that carry out a study anew, and that show what is recorded. Need the extra ``cli``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
@@ -45,3 +46,22 @@ def reproduce(command: Reproduce) -> None:
         describe(out, what, {})
         record = carry_out(arguments)
     print(f"Record: {record}")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write one page of what is recorded: Table 1 beside the paper's, every claim with its verdict, every figure."""
+
+    results: Path = Path("docs/results")
+    """Folder of the records."""
+    out: Path = Path("report.html")
+    """The page, which needs no other file."""
+
+
+def report(command: Report) -> None:
+    """Write the page of all records and say where it is."""
+    from streamnorm.lab.runs.checkpoint import write
+    from streamnorm.lab.studies.overview import overview
+
+    write(command.out, overview(command.results))
+    print(f"Report: {command.out}")
