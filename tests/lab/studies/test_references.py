@@ -33,7 +33,6 @@ def plain_records(**errors: float) -> Records:
 def test_a_neuron_of_ba6_keeps_nothing_of_any_other_and_one_of_ba1_does() -> None:
     assert not locality("BA6")
     assert locality("BA1")
-    assert locality("BA5")
     assert locality("BA4")
 
 

@@ -75,7 +75,8 @@ def runs(tier: Tier) -> dict[str, Run]:
 
 def locality(name: str, updates: int = 3) -> bool:
     """Whether anything that one neuron keeps or hands on moves when all other neurons' activations and gradients do:
-    its H1, H2, output and gradient, in float64, over several weight updates."""
+    its H1, H2, output and gradient, in float64, over several weight updates; ``name`` is a reference of the own
+    feature."""
     one, other = (_seen(name, updates, others) for others in (0, 1))
     return any(not torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
