@@ -53,7 +53,7 @@ def _along(mean: Tensor, square: Tensor | None, dim: int, window: int) -> tuple[
     """Mean and variance over a window along one axis, from those of its parts."""
     length = mean.shape[dim]
     reach = min(window // 2, length - 1)
-    if not reach:
+    if reach <= 0:
         return mean, square
     size = size_along(mean, length, window).reshape(-1, *[1] * (mean.ndim - 1 - dim))
     whole = sum_along(mean, dim, window).div_(size)
