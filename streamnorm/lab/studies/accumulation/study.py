@@ -10,6 +10,7 @@ folder ``records`` beside that of the study. A stopped study goes on with the sa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from streamnorm.lab.runs import checkpoint
@@ -33,7 +34,7 @@ def write_results(records: Records, out: Path, title: str) -> Path:
     return page([*lines, "![Curves](curves.png)", ""], out)
 
 
-def _loss(name: str, able: list[Record]) -> list[str]:
+def _loss(name: str, able: Sequence[Record]) -> list[str]:
     return [f"{len(able)}", spread(final({name: able}, name, "validation_loss"))]
 
 

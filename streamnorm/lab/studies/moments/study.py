@@ -10,6 +10,7 @@ beside that of the study. A stopped study goes on with the same command.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from streamnorm.lab.runs import checkpoint
@@ -39,7 +40,7 @@ def write_results(records: Records, tier: Tier, out: Path, title: str) -> Path:
     return page([*lines, "![Curves](curves.png)", ""], out)
 
 
-def _loss(name: str, able: list[Record]) -> list[str]:
+def _loss(name: str, able: Sequence[Record]) -> list[str]:
     return [f"{len(able)}", spread(final({name: able}, name, "validation_loss"))]
 
 
