@@ -134,7 +134,9 @@ def table_1(records: Sequence[Recorded]) -> list[list[tuple[Mark, float | None]]
         best = min((figure for figure in figures if figure is not None), default=None)
         for line, run, figure in zip(lines, column.runs, figures, strict=True):
             line.append((_mark(column, figure, best, run in found), figure))
-    return [[*line, (max((mark for mark, _ in line), key=ORDER.index), None)] for line in lines]
+    for line in lines:
+        line.append((max((mark for mark, _ in line), key=ORDER.index), None))
+    return lines
 
 
 def _mark(column: Column, figure: float | None, best: float | None, is_there: bool) -> Mark:

@@ -35,7 +35,8 @@ def _c06(records: Records) -> tuple[Verdict, str]:
     last = mean(errors[7])
     slightly = last >= worst - deviation(errors[7]) and last - mean(errors[2]) < 3 * POINT
     figures = "test error " + ", ".join(f"L{p} {spread(of)}" for p, of in errors.items())
-    return together([*near, "reproduced" if slightly else "contradicted"]), figures
+    seventh: Verdict = "reproduced" if slightly else "contradicted"
+    return together([*near, seventh]), figures
 
 
 def _c07(records: Records) -> tuple[Verdict, str]:
