@@ -135,7 +135,8 @@ def table_1(records: Sequence[Recorded]) -> list[list[tuple[Mark, float | None]]
         for line, run, figure in zip(lines, column.runs, figures, strict=True):
             line.append((_mark(column, figure, best, run in found), figure))
     for line in lines:
-        line.append((max((mark for mark, _ in line), key=ORDER.index), None))
+        marks = [mark for mark, _ in line]
+        line.append((ORDER[max(map(ORDER.index, marks))], None))
     return lines
 
 
