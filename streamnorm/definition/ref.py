@@ -154,17 +154,50 @@ def mean_over(x: Tensor, dims: Sequence[int]) -> Tensor:
 def window_mean(x: Tensor, window: int) -> Tensor:
     """Sliding mean of width ``window`` over the place axes of ``x (g, m, G, q, *place)``, border positions averaging
     over the part of the window inside the map."""
-    place = x.shape[4:]
-    if window == 1 or not place:
+    if window == 1 or x.ndim == 4:
         return x
-    pool = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[len(place)]
-    flat = x.reshape(-1, 1, *place)
-    width = [min(window, 2 * length - 1) for length in place]
-    pad = [w // 2 for w in width]
-    unit = 2.0 ** -math.prod(width).bit_length()  # so that no sum over a window overflows
-    total = pool(F.pad(flat * unit, [side for w in reversed(pad) for side in (w, w)]), width, 1)
-    ones = F.pad(torch.ones_like(flat[:1]), [side for w in reversed(pad) for side in (w, w)])
-    return (total / pool(ones, width, 1) / unit).reshape(x.shape)
+    unit = 2.0 ** -math.prod([min(window, 2 * length - 1) for length in x.shape[4:]]).bit_length()  # no sum overflows
+    return window_sum(x * unit, window).div(window_size(x, window) * unit)
+
+
+def window_sum(x: Tensor, window: int) -> Tensor:
+    """Sliding sum over the place axes, one after the other."""
+    for dim in range(4, x.ndim):
+        x = sum_along(x, dim, window)
+    return x
+
+
+def sum_along(x: Tensor, dim: int, window: int) -> Tensor:
+    """Sliding sum along one axis. Sums of 1, 2, 4, ... neighbors are put together to the window, so that nothing is
+    subtracted, and what is not finite stays within its windows."""
+    length = x.shape[dim]
+    reach = min(window // 2, length - 1)
+    if reach <= 0:
+        return x
+    width = 2 * reach + 1
+    part = F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [reach, reach])
+    total, start, size = part.narrow(dim, 0, length), 1, 1  # width is odd
+    while start < width:
+        rest = part.shape[dim] - size
+        part = part.narrow(dim, 0, rest) + part.narrow(dim, size, rest)
+        size *= 2
+        if width & size:
+            total, start = total + part.narrow(dim, start, length), start + size
+    return total
+
+
+def window_size(x: Tensor, window: int) -> Tensor:
+    """How many positions the window of each position holds inside the map, ``(*place)``."""
+    size = x.new_ones(())
+    for length in x.shape[4:]:
+        size = size.unsqueeze(-1) * size_along(x, length, window)
+    return size
+
+
+def size_along(x: Tensor, length: int, window: int) -> Tensor:
+    """How many positions a window holds along an axis of so many, ``(length,)``, in the dtype of x."""
+    at = torch.arange(length, device=x.device)
+    return (1 + at.clamp(max=window // 2) + (length - 1 - at).clamp(max=window // 2)).to(x.dtype)
 
 
 SP1 = NormRef("own", "all", "one")

@@ -1,6 +1,6 @@
 """The command line: ``streamnorm learn | compare | train | language | autoencoder | evaluate | recalibrate | gap |
-sample | neighbors | reproduce | bench | doctor``. Flags are derived from dataclasses; nothing is computed here. Needs
-the extra ``cli``.
+sample | neighbors | reproduce | report | bench | doctor``. Flags are derived from dataclasses; nothing is computed
+here. Needs the extra ``cli``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from streamnorm.lab.commands.evaluation import Evaluate, evaluate_one
 from streamnorm.lab.commands.language import Language, Sample, train_language, write_text
 from streamnorm.lab.commands.learn import Learn, learn
 from streamnorm.lab.commands.recalibration import Gap, Recalibrate, recalibrate_run, show_gap
-from streamnorm.lab.commands.studies import Reproduce, reproduce
+from streamnorm.lab.commands.studies import Report, Reproduce, report, reproduce
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ def time_layers(command: Bench) -> None:
 
 def examine(command: Doctor) -> None:
     """Print what ``streamnorm.lab.doctor`` finds."""
-    from streamnorm.lab.doctor import report
+    from streamnorm.lab import doctor
 
-    print(report())
+    print(doctor.report())
 
 
 COMMANDS: dict[Any, Callable[[Any], None]] = {
@@ -68,6 +68,7 @@ COMMANDS: dict[Any, Callable[[Any], None]] = {
     Sample: write_text,
     Neighbors: show_neighbors,
     Reproduce: reproduce,
+    Report: report,
     Bench: time_layers,
     Doctor: examine,
 }

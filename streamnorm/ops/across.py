@@ -27,6 +27,8 @@ def why_not(d: Definition) -> str | None:
     """Why there are no statistics of several processes together for a definition; None: there are."""
     if d.ref.samples != "batch":
         return f"{d.ref!r} looks at one sample, which no other process has a part of"
+    if d.ref.place == "local":
+        return "the reference is a window"
     return eager.unsupported(d)
 
 

@@ -115,6 +115,8 @@ def unsupported(d: Definition) -> str | None:
     all; None: there are."""
     if (why := eager.unsupported(d)) is not None:
         return why
+    if d.ref.place == "local":
+        return "the reference is a window"
     if d.moment.p not in (1, 2):
         return f"kernels are for p = 1 and 2, not {d.moment.p:g}"
     return None if library.library() is not None else "there are no compiled kernels"

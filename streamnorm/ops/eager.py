@@ -1,4 +1,5 @@
-"""The closed forms in torch operations, for references that are whole axes, ``Lp``, and the two built-in operations.
+"""The closed forms in torch operations, for ``Lp`` and the two built-in operations, over whole axes and, for ``p = 2``,
+over windows.
 
 ::
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from streamnorm.definition.layer import Definition, Statistics
 from streamnorm.definition.operation import Scale, Standardize
 from streamnorm.definition.stats import Lp, all_squarable, squarable
-from streamnorm.ops import generic
+from streamnorm.ops import generic, windows
 from streamnorm.tracing import is_readable
 
 __all__ = ["apply", "input_grad", "joins", "mean", "sigma", "stat_grads", "unsupported"]
@@ -40,8 +41,8 @@ def unsupported(d: Definition) -> str | None:
     """Why there is no closed form for a definition; None: there is one."""
     if not d.ref.is_built_in:
         return f"{type(d.ref).__name__} has a mean of its own"
-    if not d.ref.reduces:
-        return "the reference is a window"
+    if not d.ref.reduces and d.moment.p != 2:
+        return "the reference is a window and p is not 2"
     own = [name for name in ("mean", "sigma", "norm") if getattr(type(d.moment), name) is not getattr(Lp, name)]
     if own:
         return f"{type(d.moment).__name__} has a {' and '.join(own)} of its own"
@@ -65,6 +66,8 @@ def mean(x: Tensor, d: Definition) -> Tensor:
 
 def sigma(x: Tensor, d: Definition, mu: Tensor, center: Tensor | None) -> Tensor:
     """``sigma`` of every reference; squares and their sum in one pass where the reference covers a map."""
+    if not d.ref.reduces:
+        return windows.sigma(x, d, mu, center)
     if d.moment.p != 2 or d.ref.place != "all" or x.ndim == 4 or not x.is_contiguous() or not is_readable(x):
         return generic.sigma(x, d, mu, center)
     about = {"batch": mu, "estimate": center, "zero": None}[d.moment.center]
@@ -146,6 +149,8 @@ def input_grad(
     dy: Tensor, x: Tensor, d: Definition, s: Statistics, g_mu: Tensor, g_sigma: Tensor, gain: Tensor | None = None
 ) -> Tensor:
     """``dx = (dN/dx)' dy + (dS/dx)' g_hat``; the center of Setting B is a constant. ``gain`` as in ``apply``."""
+    if not d.ref.reduces:
+        return windows.input_grad(dy, x, d, s, g_mu, g_sigma)
     dims = d.ref.dims(x.ndim)
     size = 1
     for dim in dims:

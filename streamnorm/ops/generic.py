@@ -1,6 +1,7 @@
 """The backend that supports every definition: R, S and N as they are written, their gradients by autograd.
 
-It is for windows and a user's own R, S or N, and the reference that faster backends are tested against.
+It is for a user's own R, S or N, for windows with another p than 2, and the reference that faster backends are tested
+against.
 """
 
 from __future__ import annotations

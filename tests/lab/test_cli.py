@@ -50,7 +50,8 @@ FLAGS = {
         *("--estimator", "--passes", "--samples-per-batch", "--limit", "--data", "--data-root", "--out"),
     ],
     "gap": ["--samples-per-batch", "--limit", "--data", "--data-root"],
-    "reproduce": ["--tier", "--out", "--data-root", "--seeds", "--threads", "--processes"],
+    "reproduce": ["--list", "--tier", "--out", "--data-root", "--seeds", "--threads", "--processes"],
+    "report": ["--results", "--out"],
     "sample": ["--prompt", "--length", "--temperature", "--seed"],
     "bench": [
         "--groups",

@@ -12,6 +12,9 @@ from streamnorm.lab.studies.arguments import Arguments
 STUDIES = {
     "online": "one sample a batch and tiny mini-batches, fully connected (section 7.3, Figures 4 and 5)",
     "convolutional": "normalizations of a convolutional network (section 7.4, part of Figure 6)",
+    "moments": "moments of every order, Settings A, B and C (sections 3.4 and 7.2, Figure 3)",
+    "references": "every reference, without a stream and with one (section 7.4, Figures 6, 7 and A1)",
+    "accumulation": "how many mini-batches a weight update takes together (footnote 3)",
     "specialcase": "testing with the last mini-batch's statistics (section 3.3.3)",
     "unrolled": "unrolled convolutional networks (section 7.5, Figures 8, 9 and 10)",
     "shakespeare": "language models of characters (section 7.6, Figures 11 and 12)",

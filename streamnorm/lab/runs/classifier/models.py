@@ -43,13 +43,14 @@ ARMS: dict[str, NormRef | None] = {
     "default": BA1,
     **dict.fromkeys(PEERS, BA1),
     **{f"{name}-{form}": ref for name, ref in REFS.items() for form in "BS"},
+    **{f"{name}-T": ref for name, ref in REFS.items() if ref.samples == "batch"},
 }
 """Every arm by name with its reference.
 
 ``streaming`` and ``paper`` are the paper's rule with alpha, beta and kappa, ``default`` the one of ``Evidence``, whose
 memory counts samples. ``-B`` is the batch (or sample) form of a reference, ``-S`` its streaming one. Where a layer is
 called at several time steps, ``batch`` is the paper's original BN, whose running estimate all steps share, and ``tsbn``
-keeps an estimate for each step under a shared gain and bias."""
+keeps an estimate for each step under a shared gain and bias (section 4.2); ``-T`` does so with any reference."""
 
 
 def norm_factory(run: Run) -> NormFactory:
@@ -78,7 +79,7 @@ def norm_factory(run: Run) -> NormFactory:
     def norm(c: int) -> Norm:
         return Norm(c, ref, moment, policy, affine=True)
 
-    return TimeSpecific(norm) if run.arm == "tsbn" else norm
+    return TimeSpecific(norm) if run.arm == "tsbn" or run.arm.endswith("-T") else norm
 
 
 class FullyConnected(nn.Sequential):

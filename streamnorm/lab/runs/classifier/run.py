@@ -156,10 +156,10 @@ class Run(Settings):
     Attributes:
         arm: the normalization: none, layer, instance, group, rms, batch, tsbn, streaming (or paper, the same),
             default, which counts its memory in samples and takes no alpha, beta or kappa, batchrenorm, onlinenorm, or
-            a reference of the paper with -S for its streaming form (BA6-S) or -B for the one without a stream (BA6-B,
-            SP3-B). Without a map (architecture A) BA1, BA4 and BA6 are one, and so are SP2, SP3 and SP5, and BA2, BA3
-            and BA5. In C and D the running estimate of batch is shared over time (the paper's original BN), that of
-            tsbn is one per time step.
+            a reference of the paper with -S for its streaming form (BA6-S), -B for the one without a stream (BA6-B,
+            SP3-B), or -T for that with a running estimate for each time step (BA6-T). Without a map (architecture A)
+            BA1, BA4 and BA6 are one, and so are SP2, SP3 and SP5, and BA2, BA3 and BA5. In C and D the running
+            estimate of batch is shared over time (the paper's original BN), that of tsbn is one per time step.
         seed: of weights and order.
 
     >>> Run(arm="batch", samples_per_batch=64, batches_per_update=1).label

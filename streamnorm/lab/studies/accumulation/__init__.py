@@ -1,0 +1,1 @@
+"""The study ``accumulation``: what runs, what is claimed, what is drawn."""

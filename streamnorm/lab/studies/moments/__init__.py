@@ -1,0 +1,1 @@
+"""The study ``moments``: what runs, what is claimed, what is drawn."""

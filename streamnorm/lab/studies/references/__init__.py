@@ -1,0 +1,1 @@
+"""The study ``references``: what runs, what is claimed, what is drawn."""
