@@ -20,10 +20,10 @@ import io
 import os
 import re
 import struct
-import tempfile
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamnorm.lab.runs import checkpoint
 from streamnorm.lab.runs.hub import at_once_or_never
 
 ENVIRONMENT = "STREAMNORM_DATA"
@@ -166,7 +167,7 @@ def load_cifar10(root: Path | None) -> Raw:
         return {"train": train, "test": test, "jpeg": jpeg or jpeg_too}
 
     key = hashlib.sha256("\n".join(["cifar10 v1", str(len(splits[0])), *digests]).encode()).hexdigest()
-    kept = _cached(f"cifar10-{key[:32]}.pt", decode)
+    kept = _cached(f"cifar10-{key[:32]}.safetensors", decode)
     base = "cifar10 (JPEG mirror)" if kept["jpeg"] else "cifar10"
     name = _title("cifar10", base, kept["train"], kept["test"])
     return Raw(name, _file_source(paths, digests, "sha256"), kept["train"], kept["test"])
@@ -364,28 +365,23 @@ def _load_hub(name: str, repo: str, column: str, shape: tuple[int, int, int]) ->
     return Raw(_title(name, base, *pairs), source, *pairs)
 
 
+DECODED = {"train": [Tensor, Tensor], "test": [Tensor, Tensor], "jpeg": bool}
+"""The shape of what the cache holds: images and labels, and whether any image was a JPEG."""
+
+
 def _cached(name: str, build: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What ``build`` returns, kept as ``name`` in the user's cache folder; a cache that cannot be written only warns.
 
-    The file is a sha256 and the bytes it vouches for: a file that does not fit its own digest is made again. A rename
-    puts it in place, so that other processes never see a part of it.
+    It is a file like a checkpoint, which nothing is unpickled from, and one that is damaged is made again.
     """
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "streamnorm" / name
-    try:
-        content = memoryview(path.read_bytes())
-    except OSError:
-        content = memoryview(b"")
-    if hashlib.sha256(content[32:]).digest() == content[:32]:
-        return torch.load(io.BytesIO(content[32:]), weights_only=True)
+    with suppress(OSError, checkpoint.CheckpointError):
+        kept = checkpoint.load(path)
+        checkpoint.expect(kept, DECODED)
+        return {**kept, "train": tuple(kept["train"]), "test": tuple(kept["test"])}
     built = build()
-    body = io.BytesIO()
-    torch.save(built, body)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            whole = Path(folder) / name
-            whole.write_bytes(hashlib.sha256(body.getbuffer()).digest() + body.getbuffer())
-            whole.replace(path)
+        checkpoint.save(path, built)
     except OSError as error:
-        warnings.warn(f"decoded images are not kept for next time: {path} cannot be written ({error})", stacklevel=2)
+        warnings.warn(f"decoded images are not kept for next time: {error}", stacklevel=2)
     return built
