@@ -36,6 +36,8 @@ from streamnorm.lab.runs.hub import at_once_or_never
 
 ENVIRONMENT = "STREAMNORM_DATA"
 CLASSES = 10
+LARGEST_IDX = 1 << 28
+"""Bytes that a packed idx file may unpack to: five times those of the largest one of MNIST."""
 DIGITS_TRAIN = 1437
 DIGITS_SEED = 0
 PUBLISHED = {"mnist": (60_000, 10_000), "cifar10": (50_000, 10_000)}
@@ -53,7 +55,7 @@ class DataError(ValueError):
     """A file (or hub answer) is there but is not what it should be; the message gives its path and the reason."""
 
     def __init__(self, where: str | Path, reason: str) -> None:
-        super().__init__(f"{where}: {reason}. The file is damaged or of another kind; fetch it anew")
+        super().__init__(f"{where}: {' '.join(reason.split())}. The file is damaged or of another kind; fetch it anew")
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +140,7 @@ def load_mnist(root: Path | None) -> Raw:
     if root is None:
         return _load_hub("mnist", "ylecun/mnist", "image", (1, 28, 28))
     paths = [found[0] for found in _find("mnist", root)]
-    contents = [read_gzip(path) for path in paths]
+    contents = [read_gzip(path, LARGEST_IDX) for path in paths]
     pairs = []
     for i in (0, 2):
         x = _parse_idx(contents[i], IDX_IMAGES, paths[i])
@@ -260,15 +262,23 @@ def _shard_gaps(paths: Sequence[Path]) -> list[str]:
     return sorted(whole - names)
 
 
-def read_gzip(path: Path) -> bytes:
-    """The bytes of a file, unpacked if they are gzipped (by content: browsers unpack and keep the ``.gz`` name)."""
+def read_gzip(path: Path, most: int = 1 << 30) -> bytes:
+    """The bytes of a file, unpacked if they are gzipped (by content: browsers unpack and keep the ``.gz`` name).
+
+    Raises:
+        DataError: for a file that does not unpack, or to more than ``most`` bytes.
+    """
     content = path.read_bytes()
     if not content.startswith(b"\x1f\x8b"):
         return content
     try:
-        return gzip.decompress(content)
+        with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+            unpacked = file.read(most + 1)
     except (EOFError, OSError, zlib.error) as error:
         raise DataError(path, f"gzip data does not unpack ({error})") from error
+    if len(unpacked) > most:
+        raise DataError(path, f"unpacks to more than {most:,} bytes")
+    return unpacked
 
 
 def _parse_idx(content: bytes, magic: int, path: Path) -> Tensor:
@@ -332,14 +342,18 @@ def _decode(
             raise DataError(where, f"image {i} is neither a JPEG nor a PNG: {content!r:.40}")
         jpeg = jpeg or content.startswith(JPEG)
         try:
-            decoded = image.open(io.BytesIO(content)).convert("RGB" if c == 3 else "L")
+            packed = image.open(io.BytesIO(content))
+            size = packed.size  # its header says it: no other image is decoded
+            decoded = packed.convert("RGB" if c == 3 else "L") if size == (w, h) else None
         except Exception as error:  # pillow's decoders share no base class: OSError, SyntaxError, struct.error, ...
             raise DataError(where, f"image {i} does not decode ({error})") from error
-        if decoded.size != (w, h):
-            raise DataError(where, f"image {i} is {decoded.width}x{decoded.height} instead of {w}x{h}")
+        if decoded is None:
+            raise DataError(where, f"image {i} is {size[0]}x{size[1]} instead of {w}x{h}")
         pixels += decoded.tobytes()
     if not all(isinstance(label, int) for label in labels):
         raise DataError(where, "a label is not an integer")
+    if not 0 <= min(labels) <= max(labels) < CLASSES:  # before int64, which may not hold them
+        raise DataError(where, f"labels run from {min(labels)} to {max(labels)}, not within 0 to {CLASSES - 1}")
     x = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, h, w, c).permute(0, 3, 1, 2).contiguous()
     return (x, _checked_labels(torch.tensor(labels, dtype=torch.int64), len(x), where)), jpeg
 
