@@ -172,7 +172,8 @@ def main() -> int:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     parts = {online: asked.online, loop: asked.loop, learn: asked.learn}
-    return int(not all([part(samples) for part, samples in parts.items() if samples])  # noqa: C419 each is run)
+    failed = [part for part, samples in parts.items() if samples and not part(samples)]
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
