@@ -5,6 +5,9 @@
 # make build   compiles the kernels again if their sources changed; without a C++ compiler there are none
 # make bench   times the layers beside their peers, each way to keep memory; takes a while
 # make fuzz    random histories of layers against the oracle, for SECONDS=600
+# make kill    commands that write, killed at KILLS=200 random moments, go on to the same end
+# make hostile  FILES=10000 damaged files of runs and data are read, or refused in a line
+# make soak    long streams: memory and time a step stay flat, statistics right
 # make clients  tests of other libraries that use the layers, in an environment of their own with the versions of
 #              tests/clients/requirements.txt; not in CI
 # make sanitize  tests the compiled kernels under address and undefined-behavior sanitizers; needs gcc
@@ -14,7 +17,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test check setup build bench fuzz clients sanitize clean
+.PHONY: demo test check setup build bench fuzz kill hostile soak clients sanitize clean
 .DEFAULT_GOAL := test
 
 setup: .venv/ready
@@ -40,6 +43,17 @@ test: build
 SECONDS ?= 600
 fuzz: build
 	$(BIN)/python tests/fuzz.py --seconds $(SECONDS)
+
+KILLS ?= 200
+kill: build
+	OMP_NUM_THREADS=1 $(BIN)/python tests/kill.py --kills $(KILLS)
+
+FILES ?= 10000
+hostile: build
+	OMP_NUM_THREADS=1 $(BIN)/python tests/hostile.py --files $(FILES)
+
+soak: build
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
 
 bench: build
 	$(BIN)/streamnorm bench

@@ -31,7 +31,7 @@ def write(path: Path, data: bytes | str) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with named(path):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make(path.parent)
             with part.open("wb") as file:
                 file.write(data.encode() if isinstance(data, str) else data)
                 file.flush()
@@ -41,6 +41,18 @@ def write(path: Path, data: bytes | str) -> None:
         finally:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
+
+
+def make(folder: Path) -> None:
+    """Make a folder and those above it, each with its name on the disk: else a power failure may lose all in it.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(new):
+        _sync(path.parent)
 
 
 def append(path: Path, line: bytes) -> None:

@@ -42,6 +42,18 @@ SN_INLINE Shares shares(const sn_memory &h, int row, int64_t j, double samples, 
     const double mem = has_short * (a[1] + a[0] * (1 - has_long));
     return {r, lng, mem, has_long + has_short > 0 ? a[2] : a[0] + a[1] + a[2]};
 }
+// x long + y m. With weights that add up to 1 it has to be long where m is long, to the last digit: rounded one by one,
+// they would add up to 1 + e, and a memory of n updates would end n e of the mean away from it. So the smaller weight
+// takes as much from the one as it adds of the other, as two products, since a difference may overflow.
+template <class A> struct Mix {
+    const bool to_long;
+    const vec<A> sum, share;
+    Mix(double x, double y) : to_long(fabs(x) >= fabs(y)), sum(all((A)(x + y))), share(all((A)(to_long ? y : x))) {}
+    vec<A> operator()(vec<A> lng, vec<A> m) const {
+        const vec<A> base = to_long ? lng : m, other = to_long ? m : lng;
+        return sum * base + (share * other - share * base);
+    }
+};
 // Whether estimates do not depend on the arrivals, so that one pass is enough.
 SN_INLINE bool ahead(const sn_memory *h) {
     if (!h || h->rule.kind != LONG_SHORT) return false;
@@ -95,12 +107,13 @@ void observe(const sn_memory &h, double samples, int row, int64_t S, int64_t a, 
     const A *lng = (const A *)h.long_ + row * S + a;
     const A *old = j > 0 ? fresh + row * S + a : h.has_short() ? (const A *)h.short_ + row * S + a : lng;
     A *out = fresh + row * S + a;
-    vec<A> r = all((A)share.r), L = all((A)share.lng), M = all((A)share.mem), O = all((A)share.own);
+    const Mix<A> mix(share.lng, share.mem);
+    vec<A> r = all((A)share.r), O = all((A)share.own);
     slots<A>(n, [&](int64_t i, int k) {
         vec<A> now = load(s + i), m = table(old + i, k);
         if (taken) m += r * (now - m);
         keep(out + i, k, m);
-        vec<A> known = L * table(lng + i, k) + M * m;
+        vec<A> known = mix(table(lng + i, k), m);
         store(estimate + i, share.own == 0 ? known : known + O * now);  // skip: 0 * NaN is NaN
     });
 }
@@ -133,9 +146,9 @@ template <class A> void fold(const sn_memory &h, int64_t S, double keep1, double
             const Shares share = shares(h, row, 0, 0, false);
             first = share.lng, second = share.mem;
         }
-        vec<A> old = all((A)first), now = all((A)second);
+        const Mix<A> mix(first, second);
         slots<A>(S, [&](int64_t i, int k) {
-            keep(lng + i, k, old * table(lng + i, k) + now * table(brief + i, k));
+            keep(lng + i, k, mix(table(lng + i, k), table(brief + i, k)));
             keep(brief + i, k, vec<A>{});
         });
     }

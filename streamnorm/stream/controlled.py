@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from streamnorm.stream.rule import CHUNK, GradientRule, Rule, State, affine_scan, column, in_chunks
+from streamnorm.stream.rule import CHUNK, GradientRule, Rule, State, affine_scan, column, in_chunks, taken_in
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ class Lagging(Rule):
     def _averages(self, old: Tensor, values: Tensor, ok: Tensor | None) -> tuple[Tensor, Tensor]:
         """The average before each of the arrivals ``values (g, ...)``, and the one after all of them."""
         ok = torch.ones(len(values), dtype=torch.bool, device=values.device) if ok is None else ok
-        # after_j = alpha^{k_j} old + (1 - alpha) sum_{i<=j} alpha^{k_j - k_i} values_i, k_j arrivals up to there.
+        # after_j = alpha^{k_j} old + (1 - alpha) sum_{i<=j} alpha^{k_j - k_i} values_i, k_j arrivals up to there. The
+        # weights add up to 1: what differs from old is summed.
         k = ok.cumsum(0).to(values.dtype)
         weight = (1 - self.alpha) * (self.alpha ** (k[:, None] - k[None, :]).clamp_min(0)).tril() * ok
-        arrived = torch.where(column(ok, values), values, 0).flatten(1)
-        after = torch.addmm(old.flatten() * column(self.alpha**k, arrived), weight, arrived).reshape(values.shape)
+        after = taken_in(old, weight, torch.where(column(ok, values), values - old, 0))
         return torch.cat([old.unsqueeze(0), after[:-1]]), after[-1]
 
     def settled(self, state: State) -> Tensor:

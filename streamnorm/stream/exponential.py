@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from streamnorm.stream.rule import CHUNK, Rule, State, column, in_chunks
+from streamnorm.stream.rule import CHUNK, Rule, State, column, in_chunks, taken_in
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,13 @@ class Exponential(Rule):
         if len(s) == 1 and ok is None:
             return super().observe(state, s, ok)
         ok = s.new_ones(len(s), dtype=torch.bool) if ok is None else ok
-        # long_j = (1-r)^{k_j} long + sum_{i<=j} r (1-r)^{k_j - k_i} s_i with k the number of arrivals so far;
-        # the very first arrival of all enters with weight 1 instead of r.
+        # long_j = (1-r)^{k_j} long + sum_{i<=j} r (1-r)^{k_j - k_i} s_i with k the number of arrivals so far, and long
+        # the very first arrival before it. The weights add up to 1: what differs from long is summed.
         k = ok.cumsum(0)
-        first = (state["count"] == 0) & ok & (k == 1)
+        first = s.index_select(0, ok.int().argmax().reshape(1)).squeeze(0)
+        old = torch.where((state["count"] == 0) & ok.any(), first, state["long"].to(s.dtype))
         decay = (1 - self.rate) ** (k[:, None] - k[None, :]).clamp_min(0).to(s.dtype)
-        weight = (self.rate + (1 - self.rate) * first.to(s.dtype)) * ok * decay.tril()
-        arrived = torch.where(column(ok, s), s, 0).flatten(1)
-        old = state["long"].to(s.dtype).flatten() * column((1 - self.rate) ** k.to(s.dtype), arrived)
-        long = torch.addmm(old, weight, arrived).reshape(s.shape)
+        weight = self.rate * (ok * decay.tril())
+        long = taken_in(old, weight, torch.where(column(ok, s), s - old, 0))
         count = state["count"] + k
         return {"long": long[-1], "count": count[-1]}, torch.where(column(count > 0, s), long, s)

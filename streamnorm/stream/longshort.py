@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from streamnorm.stream.rule import CHUNK, Rule, State, column, counted, in_chunks, taken_in
+from streamnorm.stream.rule import CHUNK, Rule, State, column, counted, in_chunks, mixed, taken_in
 from streamnorm.tracing import is_readable
 
 
@@ -66,16 +66,14 @@ class LongShort(Rule):
             return in_chunks(self, state, s, ok)
         if ok is None and g > 1 and is_readable(s):
             # Counters on a CPU are read at no cost, and cycles start alike: the weights are cached.
-            share, to_long, to_short = _weights(
-                self.mix, int(state["count"]), min(int(state["updates"]), 1), g, s.dtype
-            )
+            share, total, to_short = _weights(self.mix, int(state["count"]), min(int(state["updates"]), 1), g, s.dtype)
         else:
-            share, to_long, to_short = self.weights(state["count"], state["updates"], ok, g, s.dtype)
+            share, total, to_short = self.weights(state["count"], state["updates"], ok, g, s.dtype)
         # short_j = short + sum_{i<=j} (s_i - short) / (count + j), the exact mean of all arrivals, as one product.
         old = state["short"].to(s.dtype)
         surplus = s - old if ok is None else torch.where(column(ok, s), s - old, 0)
         short = taken_in(old, share, surplus)
-        estimate = torch.addcmul(column(to_long, s) * state["long"], short, column(to_short, s))
+        estimate = mixed(state["long"], short, column(total, s), column(to_short, s))
         if self.mix[2]:
             estimate = torch.add(estimate, s, alpha=self.mix[2])
         arrived = g if ok is None else ok.sum()
@@ -88,22 +86,24 @@ class LongShort(Rule):
     def weights(
         self, count: Tensor, updates: Tensor, ok: Tensor | None, g: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The weights of g arrivals: the triangle ``(g, g)`` that turns them into short, and the shares of long and of
-        short in the estimate at each, ``(g,)`` or ``(1,)``. If one of them is empty, the other stands in for it."""
+        """The weights of g arrivals: the triangle ``(g, g)`` that turns them into short, and the shares of long and
+        short together and of short in the estimate at each, ``(g,)`` or ``(1,)``. If one of long and short is empty,
+        the other stands in for it."""
         counts = count + (torch.arange(1, g + 1, device=count.device) if ok is None else counted(ok))
         share = counts.clamp_min(1).to(dtype).reciprocal().unsqueeze(1).expand(g, g).tril()
         has_long = (updates > 0).to(dtype).reshape(1)
+        both = self.mix[0] + self.mix[1]
+        to_short = self.mix[1] + self.mix[0] * (1 - has_long)
         if ok is None:
-            return share, self.mix[0] * has_long, self.mix[1] + self.mix[0] * (1 - has_long)
+            return share, torch.full_like(has_long, both), to_short
         has_short = (counts > 0).to(dtype)
-        to_long = has_long * (self.mix[0] + self.mix[1] * (1 - has_short))
-        return share * ok, to_long, has_short * (self.mix[1] + self.mix[0] * (1 - has_long))
+        return share * ok, both * torch.maximum(has_long, has_short), has_short * to_short
 
     def fold(self, state: State) -> State:
         short, count, updates = state["short"], state["count"], state["updates"]
-        mixed = torch.where(updates > 0, self.keep[0] * state["long"] + self.keep[1] * short, short)
+        kept = mixed(state["long"], short, self.keep[0] + self.keep[1], self.keep[1])
         return {
-            "long": torch.where(count > 0, mixed, state["long"]),
+            "long": torch.where(count > 0, torch.where(updates > 0, kept, short), state["long"]),
             "short": torch.zeros_like(short),
             "count": torch.zeros_like(count),
             "updates": updates + (count > 0).to(updates.dtype),

@@ -164,6 +164,15 @@ def counted(arrived: Tensor) -> Tensor:
     return arrived.long() if len(arrived) == 1 else arrived.cumsum(0)
 
 
+def mixed(long: Tensor, short: Tensor, total: Tensor | float, to_short: Tensor | float) -> Tensor:
+    """``(total - to_short) long + to_short short``, exactly long where both are and total is 1.
+
+    Shares that are rounded one by one add up to ``1 + e``: a memory of n updates would end ``n e`` of the mean away
+    from it. Two products, as the difference of two large values may overflow.
+    """
+    return total * long + (to_short * short - to_short * long)
+
+
 def taken_in(old: Tensor, share: Tensor, surplus: Tensor) -> Tensor:
     """``old + sum_i share_ji surplus_i`` at each of the g arrivals ``surplus (g, ...)``; ``share (g, g)``."""
     if len(surplus) == 1:

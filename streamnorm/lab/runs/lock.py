@@ -40,7 +40,7 @@ def held(folder: Path, what: str) -> Iterator[None]:
     made = not folder.exists()
     path = folder / LOCK
     with files.named(path):
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make(folder)
     try:
         if fcntl is None:
             yield

@@ -195,6 +195,24 @@ def test_a_file_is_on_the_disk_before_its_name_and_its_name_before_writing_retur
     assert synced == [("file", "old"), ("folder", "new")]
 
 
+def test_of_new_folders_each_name_is_on_the_disk_before_writing_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power failure a file is not found in a folder whose own name was lost."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def watch(entry: int) -> None:
+        if stat.S_ISDIR(os.fstat(entry).st_mode):
+            status = os.fstat(entry)
+            synced.extend(str(p) for p in (tmp_path, *tmp_path.rglob("*")) if os.path.samestat(status, p.stat()))
+        fsync(entry)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    checkpoint.write(tmp_path / "a" / "b" / "file", "new")
+    assert synced == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")]
+
+
 def test_a_folder_that_cannot_be_synced_does_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fsync = os.fsync
 

@@ -16,7 +16,7 @@ def test_the_second_load_decodes_nothing_and_the_data_folder_is_left_alone(tmp_p
     write_cifar10(root / "cifar10", "JPEG")
     before = {path: path.stat().st_mtime_ns for path in [root, *root.rglob("*")]}
     first = data.load("cifar10", root)
-    assert [path.suffix for path in own_cache.iterdir()] == [".pt"], "a temporary file was left"
+    assert [path.suffix for path in own_cache.iterdir()] == [".safetensors"], "a temporary file was left"
     monkeypatch.setattr(data, "_decode", lambda *_: pytest.fail("decoded again"))
     second = data.load("cifar10", root)
     assert torch.equal(first.train_x, second.train_x)
@@ -39,6 +39,16 @@ def test_a_damaged_cache_is_made_again(tmp_path, own_cache, damage):
     data_of_cache = cache.read_bytes()
     assert len(data_of_cache) == len(good)
     assert data_of_cache != bytes(flipped)
+
+
+def test_a_cache_of_another_kind_is_made_again_and_nothing_is_unpickled(tmp_path, own_cache, monkeypatch):
+    write_cifar10(tmp_path)
+    first = data.load("cifar10", tmp_path)
+    (cache,) = own_cache.iterdir()
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled"))
+    for there in ({"train": [torch.ones(3)], "test": [], "jpeg": False}, {"train": "x"}):
+        data.checkpoint.save(cache, there)
+        assert torch.equal(first.train_x, data.load("cifar10", tmp_path).train_x)
 
 
 def test_other_files_have_another_cache(tmp_path, own_cache):

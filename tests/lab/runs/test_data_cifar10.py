@@ -80,12 +80,31 @@ DAMAGED_ROWS = {
     "truncated png": ([encode(PIXELS, "PNG")[:100]], [1], "image 0 does not decode"),
     "truncated jpeg": ([encode(PIXELS, "JPEG")[:-300]], [1], "image 0 does not decode"),
     "other size": ([encode(random_pixels(1, 3, 16, 24)[0], "PNG")], [1], "image 0 is 24x16 instead of 32x32"),
+    "label 2**62": ([encode(PIXELS, "PNG")], [2**62], "from 4611686018427387904 to"),
     "label 10": ([encode(PIXELS, "PNG")], [10], "from 10 to 10"),
     "label -1": ([encode(PIXELS, "PNG")], [-1], "from -1 to -1"),
     "no label": ([encode(PIXELS, "PNG")] * 2, [1, None], "not an integer"),
     "label 0.5": ([encode(PIXELS, "PNG")], [0.5], "not an integer"),
     "no rows": ([], [], "no rows"),
 }
+
+
+def test_what_the_parquet_reader_says_in_several_lines_is_said_in_one():
+    assert "\n" not in str(data.DataError("x.parquet", "is not readable (invalid data\nin a page header\n)"))
+
+
+def test_an_image_of_another_size_is_refused_by_its_header(tmp_path, own_cache, monkeypatch):
+    """Nothing is decoded that may be a thousand times as large as its file."""
+    write_cifar10(tmp_path)
+    write_parquet(tmp_path / "test-00000-of-00001.parquet", [encode(random_pixels(1, 3, 64, 64)[0], "PNG")], [1])
+    from PIL import ImageFile
+
+    decode = ImageFile.ImageFile.load
+    sizes = []
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: sizes.append(self.size) or decode(self))
+    with pytest.raises(data.DataError, match="image 0 is 64x64 instead of 32x32"):
+        data.load("cifar10", tmp_path)
+    assert set(sizes) == {(32, 32)}
 
 
 @pytest.mark.parametrize("case", DAMAGED_ROWS)

@@ -84,6 +84,13 @@ def test_a_damaged_idx_file_is_named_with_the_reason(tmp_path, case):
     assert isinstance(caught.value, ValueError)
 
 
+def test_what_unpacks_to_more_than_any_such_file_is_refused_before_it_is_held(tmp_path, monkeypatch):
+    write_mnist(tmp_path / "mnist")
+    monkeypatch.setattr(data, "LARGEST_IDX", 1000)
+    with pytest.raises(data.DataError, match=r"train-images-idx3-ubyte.gz: unpacks to more than 1,000 bytes"):
+        data.load("mnist", tmp_path)
+
+
 def test_missing_files_are_named_with_the_folders_and_the_way_out(tmp_path):
     write_mnist(tmp_path / "mnist")
     (tmp_path / "mnist" / LABELS).unlink()

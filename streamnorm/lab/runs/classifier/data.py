@@ -20,10 +20,10 @@ import io
 import os
 import re
 import struct
-import tempfile
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamnorm.lab.runs import checkpoint
 from streamnorm.lab.runs.classifier.folder import read_folder
 from streamnorm.lab.runs.hub import at_once_or_never
 
 ENVIRONMENT = "STREAMNORM_DATA"
 CLASSES = 10
+LARGEST_IDX = 1 << 28
+"""Bytes that a packed idx file may unpack to: five times those of the largest one of MNIST."""
 DIGITS_TRAIN = 1437
 DIGITS_SEED = 0
 PUBLISHED = {"mnist": (60_000, 10_000), "cifar10": (50_000, 10_000)}
@@ -53,7 +56,7 @@ class DataError(ValueError):
     """A file (or hub answer) is there but is not what it should be; the message gives its path and the reason."""
 
     def __init__(self, where: str | Path, reason: str) -> None:
-        super().__init__(f"{where}: {reason}. The file is damaged or of another kind; fetch it anew")
+        super().__init__(f"{where}: {' '.join(reason.split())}. The file is damaged or of another kind; fetch it anew")
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +147,7 @@ def load_mnist(root: Path | None) -> Raw:
     if root is None:
         return _load_hub("mnist", "ylecun/mnist", "image", (1, 28, 28))
     paths = [found[0] for found in _find("mnist", root)]
-    contents = [read_gzip(path) for path in paths]
+    contents = [read_gzip(path, LARGEST_IDX) for path in paths]
     pairs = []
     for i in (0, 2):
         x = _parse_idx(contents[i], IDX_IMAGES, paths[i])
@@ -173,7 +176,7 @@ def load_cifar10(root: Path | None) -> Raw:
         return {"train": train, "test": test, "jpeg": jpeg or jpeg_too}
 
     key = hashlib.sha256("\n".join(["cifar10 v1", str(len(splits[0])), *digests]).encode()).hexdigest()
-    kept = _cached(f"cifar10-{key[:32]}.pt", decode)
+    kept = _cached(f"cifar10-{key[:32]}.safetensors", decode)
     base = "cifar10 (JPEG mirror)" if kept["jpeg"] else "cifar10"
     name = _title("cifar10", base, kept["train"], kept["test"])
     return Raw(name, _file_source(paths, digests, "sha256"), kept["train"], kept["test"])
@@ -272,15 +275,23 @@ def _shard_gaps(paths: Sequence[Path]) -> list[str]:
     return sorted(whole - names)
 
 
-def read_gzip(path: Path) -> bytes:
-    """The bytes of a file, unpacked if they are gzipped (by content: browsers unpack and keep the ``.gz`` name)."""
+def read_gzip(path: Path, most: int = 1 << 30) -> bytes:
+    """The bytes of a file, unpacked if they are gzipped (by content: browsers unpack and keep the ``.gz`` name).
+
+    Raises:
+        DataError: for a file that does not unpack, or to more than ``most`` bytes.
+    """
     content = path.read_bytes()
     if not content.startswith(b"\x1f\x8b"):
         return content
     try:
-        return gzip.decompress(content)
+        with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+            unpacked = file.read(most + 1)
     except (EOFError, OSError, zlib.error) as error:
         raise DataError(path, f"gzip data does not unpack ({error})") from error
+    if len(unpacked) > most:
+        raise DataError(path, f"unpacks to more than {most:,} bytes")
+    return unpacked
 
 
 def _parse_idx(content: bytes, magic: int, path: Path) -> Tensor:
@@ -344,14 +355,18 @@ def _decode(
             raise DataError(where, f"image {i} is neither a JPEG nor a PNG: {content!r:.40}")
         jpeg = jpeg or content.startswith(JPEG)
         try:
-            decoded = image.open(io.BytesIO(content)).convert("RGB" if c == 3 else "L")
+            packed = image.open(io.BytesIO(content))
+            size = packed.size  # its header says it: no other image is decoded
+            decoded = packed.convert("RGB" if c == 3 else "L") if size == (w, h) else None
         except Exception as error:  # pillow's decoders share no base class: OSError, SyntaxError, struct.error, ...
             raise DataError(where, f"image {i} does not decode ({error})") from error
-        if decoded.size != (w, h):
-            raise DataError(where, f"image {i} is {decoded.width}x{decoded.height} instead of {w}x{h}")
+        if decoded is None:
+            raise DataError(where, f"image {i} is {size[0]}x{size[1]} instead of {w}x{h}")
         pixels += decoded.tobytes()
     if not all(isinstance(label, int) for label in labels):
         raise DataError(where, "a label is not an integer")
+    if not 0 <= min(labels) <= max(labels) < CLASSES:  # before int64, which may not hold them
+        raise DataError(where, f"labels run from {min(labels)} to {max(labels)}, not within 0 to {CLASSES - 1}")
     x = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, h, w, c).permute(0, 3, 1, 2).contiguous()
     return (x, _checked_labels(torch.tensor(labels, dtype=torch.int64), len(x), where)), jpeg
 
@@ -377,28 +392,23 @@ def _load_hub(name: str, repo: str, column: str, shape: tuple[int, int, int]) ->
     return Raw(_title(name, base, *pairs), source, *pairs)
 
 
+DECODED = {"train": [Tensor, Tensor], "test": [Tensor, Tensor], "jpeg": bool}
+"""The shape of what the cache holds: images and labels, and whether any image was a JPEG."""
+
+
 def _cached(name: str, build: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What ``build`` returns, kept as ``name`` in the user's cache folder; a cache that cannot be written only warns.
 
-    The file is a sha256 and the bytes it vouches for: a file that does not fit its own digest is made again. A rename
-    puts it in place, so that other processes never see a part of it.
+    It is a file like a checkpoint, which nothing is unpickled from, and one that is damaged is made again.
     """
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "streamnorm" / name
-    try:
-        content = memoryview(path.read_bytes())
-    except OSError:
-        content = memoryview(b"")
-    if hashlib.sha256(content[32:]).digest() == content[:32]:
-        return torch.load(io.BytesIO(content[32:]), weights_only=True)
+    with suppress(OSError, checkpoint.CheckpointError):
+        kept = checkpoint.load(path)
+        checkpoint.expect(kept, DECODED)
+        return {**kept, "train": tuple(kept["train"]), "test": tuple(kept["test"])}
     built = build()
-    body = io.BytesIO()
-    torch.save(built, body)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            whole = Path(folder) / name
-            whole.write_bytes(hashlib.sha256(body.getbuffer()).digest() + body.getbuffer())
-            whole.replace(path)
+        checkpoint.save(path, built)
     except OSError as error:
-        warnings.warn(f"decoded images are not kept for next time: {path} cannot be written ({error})", stacklevel=2)
+        warnings.warn(f"decoded images are not kept for next time: {error}", stacklevel=2)
     return built
