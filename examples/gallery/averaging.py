@@ -1,4 +1,4 @@
-"""Weights that are averaged over training have no statistics of their own, until they are recalibrated."""
+"""Averages of weights come with statistics of other weights, until they are recalibrated: how far off, in sigmas."""
 
 from pathlib import Path
 
@@ -9,13 +9,14 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from streamnorm import StreamingNorm, recalibrate
+from streamnorm.calibration import gap
 
 PICTURE = Path(__file__).parents[2] / "docs/gallery/averaging.png"
 NORMS = {"StreamingNorm": StreamingNorm, "nn.BatchNorm2d": nn.BatchNorm2d}
-CASES = ("last weights", "averaged weights", "averaged, recalibrated")
+CASES, YLABELS = ("last", "averaged", "recalibrated"), ("test error, %", "largest distance, sigmas")
 
 
-def errors(norm: type[nn.Module], seed: int, epochs: int) -> list[float]:
+def measured(norm: type[nn.Module], seed: int, epochs: int) -> list[list[float]]:
     torch.manual_seed(seed)
     digits = load_digits()
     x, y = torch.tensor(digits.images).float().unsqueeze(1) / 16, torch.tensor(digits.target)
@@ -24,7 +25,7 @@ def errors(norm: type[nn.Module], seed: int, epochs: int) -> list[float]:
         *(nn.Conv2d(16, 16, 3, padding=1, bias=False), norm(16), nn.ReLU()),
         *(nn.Flatten(), nn.Linear(256, 10)),
     )
-    averaged = AveragedModel(model)  # of weights; statistics are those of its first model
+    averaged = AveragedModel(model)  # its statistics are those of the last weights
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(epochs):
         for index in torch.randperm(1437)[:1424].split(16):
@@ -36,22 +37,25 @@ def errors(norm: type[nn.Module], seed: int, epochs: int) -> list[float]:
     for net in (model, averaged, averaged):
         if len(found) == 2:
             recalibrate(averaged, x[:1437].split(64))
-        found.append(100 * (net.eval()(x[1437:]).argmax(1) != y[1437:]).float().mean().item())
+        wrong = (net.eval()(x[1437:]).argmax(1) != y[1437:]).float().mean().item()
+        found.append([100 * wrong, gap(net, x[:1437].split(64)).largest])
     return found
 
 
-def main(picture: Path = PICTURE, seeds: int = 3, epochs: int = 4) -> dict[str, list[float]]:
-    axes, means = (figure := Figure(figsize=(6.5, 3), layout="constrained")).subplots(), {}
+def main(picture: Path = PICTURE, seeds: int = 3, epochs: int = 4) -> dict[str, list[list[float]]]:
+    figure, means = Figure(figsize=(8, 3), layout="constrained"), {}
+    both = figure.subplots(1, 2)
     for i, (name, norm) in enumerate(NORMS.items()):
-        every = torch.tensor([errors(norm, seed, epochs) for seed in range(seeds)])
+        every = torch.tensor([measured(norm, seed, epochs) for seed in range(seeds)])
         means[name] = every.mean(0).tolist()
-        bars = axes.bar([c + 0.4 * i for c in range(3)], means[name], 0.38, yerr=every.std(0), capsize=3, label=name)
-        axes.bar_label(bars, fmt="%.1f", fontsize=8)
-    axes.set_xticks([c + 0.2 for c in range(3)], labels=CASES)
-    axes.set(yscale="log", ylabel="test error, %")
-    axes.legend()
+        for axes, mean, sd, label in zip(both, every.mean(0).T, every.std(0).T, YLABELS, strict=True):
+            axes.bar(torch.arange(3) + 0.4 * i, mean, 0.38, yerr=sd, capsize=3, label=name)
+            axes.set_xticks([0.2, 1.2, 2.2], labels=CASES)
+            axes.set(ylabel=label)
+    both[1].legend()
     figure.savefig(picture, dpi=110)
-    print("test error:", "; ".join(f"{n} " + ", ".join(f"{e:.1f}" for e in m) for n, m in means.items()))
+    for name, cases in means.items():
+        print(name, ", ".join(f"{c} {e:.1f} % {d:.3f}" for c, (e, d) in zip(CASES, cases, strict=True)))
     return means
 
 

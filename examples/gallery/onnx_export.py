@@ -24,7 +24,7 @@ def main(picture: Path = PICTURE) -> tuple[float, list[str]]:
     model.eval()
     figure = Figure(figsize=(7, 3), layout="constrained")
     furthest, nodes = 0.0, []
-    for axes, title in zip(figure.subplots(1, 2), ("as it is", "folded into the matrix"), strict=True):
+    for axes, title in zip(figure.subplots(1, 2), ("as it is", "folded"), strict=True):
         if title != "as it is":
             fold_into(model)
         n = torch.export.Dim("n", min=2, max=1000)

@@ -27,7 +27,7 @@ def train(rank: int, folder: str, updates: int) -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, 32, bias=False), StreamingNorm(32), nn.ReLU(), nn.Linear(32, 10))
         synchronize(model, sync)
-        both = DistributedDataParallel(model)  # sums gradients
+        both = DistributedDataParallel(model, broadcast_buffers=False)  # gradients alone
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         means[way] = []
         for index in torch.randint(len(x), (updates, 4), generator=torch.Generator().manual_seed(rank)):

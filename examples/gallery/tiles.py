@@ -33,7 +33,7 @@ def tiled(model: UNet, gray: Tensor) -> Tensor:
     return torch.cat([torch.cat([model(t[None, None])[INNER] for t in row], 3) for row in rows], 2)
 
 
-def main(picture: Path = PICTURE, steps: int = 100) -> dict[str, float]:
+def main(picture: Path = PICTURE, steps: int = 300) -> dict[str, float]:
     photo = torch.tensor(load_sample_image("china.jpg")[:384:2, :640:2] / 255).float().permute(2, 0, 1)[None]
     gray = photo.mean(1, keepdim=True)
     seams, figure = {}, Figure(figsize=(9, 2.2), layout="constrained")

@@ -60,8 +60,8 @@ def test_agent(tmp_path: Path) -> None:
 
 
 def test_averaging(tmp_path: Path) -> None:
-    for _, before, after in run("averaging", tmp_path, seeds=1, epochs=2).values():
-        assert after < before
+    for _, (_, before), (_, after) in run("averaging", tmp_path, seeds=2, epochs=1).values():
+        assert after < 1e-5 < before  # in float32, beside sums over 1,437 x 64 values
 
 
 def test_neighbors(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_neighbors(tmp_path: Path) -> None:
 
 def test_pretrained(tmp_path: Path) -> None:
     last = run("pretrained", tmp_path, seeds=1, parts=2)
-    assert last["convert"] < last["nn.BatchNorm2d"]
+    assert last["convert"] < last["convert, freeze"]  # whose statistics are those of other images
 
 
 def test_processes(tmp_path: Path) -> None:
@@ -79,6 +79,7 @@ def test_processes(tmp_path: Path) -> None:
     assert apart["merged at each update"] == 0.0 < apart["each for itself"]
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's exporter about torch
 def test_onnx_export(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     furthest, folded = run("onnx_export", tmp_path)
