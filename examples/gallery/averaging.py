@@ -25,8 +25,7 @@ def measured(norm: type[nn.Module], seed: int, epochs: int) -> list[list[float]]
         *(nn.Conv2d(16, 16, 3, padding=1, bias=False), norm(16), nn.ReLU()),
         *(nn.Flatten(), nn.Linear(256, 10)),
     )
-    averaged = AveragedModel(model)  # its statistics are those of the last weights
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averaged, optimizer = AveragedModel(model), torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(epochs):
         for index in torch.randperm(1437)[:1424].split(16):
             nn.functional.cross_entropy(model(x[index]), y[index]).backward()
@@ -43,19 +42,16 @@ def measured(norm: type[nn.Module], seed: int, epochs: int) -> list[list[float]]
 
 
 def main(picture: Path = PICTURE, seeds: int = 3, epochs: int = 4) -> dict[str, list[list[float]]]:
-    figure, means = Figure(figsize=(8, 3), layout="constrained"), {}
-    both = figure.subplots(1, 2)
+    both, means = (figure := Figure(figsize=(8, 3), layout="constrained")).subplots(1, 2), {}
     for i, (name, norm) in enumerate(NORMS.items()):
         every = torch.tensor([measured(norm, seed, epochs) for seed in range(seeds)])
         means[name] = every.mean(0).tolist()
         for axes, mean, sd, label in zip(both, every.mean(0).T, every.std(0).T, YLABELS, strict=True):
             axes.bar(torch.arange(3) + 0.4 * i, mean, 0.38, yerr=sd, capsize=3, label=name)
-            axes.set_xticks([0.2, 1.2, 2.2], labels=CASES)
-            axes.set(ylabel=label)
+            axes.set(xticks=[0.2, 1.2, 2.2], xticklabels=CASES, ylabel=label)
     both[1].legend()
     figure.savefig(picture, dpi=110)
-    for name, cases in means.items():
-        print(name, ", ".join(f"{c} {e:.1f} % {d:.3f}" for c, (e, d) in zip(CASES, cases, strict=True)))
+    print("error, distance:", {n: [f"{e:.1f} %, {d:.2g}" for e, d in m] for n, m in means.items()})
     return means
 
 
