@@ -37,7 +37,7 @@ def main(picture: Path = PICTURE, seeds: int = 3, epochs: int = 1) -> dict[str, 
     for name, norm in NORMS.items():
         errors = torch.tensor([[error(norm, batch, seed, epochs) for batch in BATCHES] for seed in range(seeds)])
         means[name] = errors.mean(0).tolist()
-        axes.errorbar(BATCHES, means[name], errors.std(0), marker="o", capsize=3, label=name)
+        axes.errorbar(BATCHES, means[name], errors.std(0).tolist(), marker="o", capsize=3, label=name)
     axes.set(xscale="log", xlabel="digits a mini-batch, 32 a weight update", ylabel="test error, %")
     axes.set_xticks(BATCHES, labels=map(str, BATCHES))
     axes.minorticks_off()

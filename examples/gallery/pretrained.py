@@ -46,8 +46,8 @@ def main(picture: Path = PICTURE, seeds: int = 3, parts: int = 6) -> dict[str, f
     for way in WAYS:
         errors = torch.tensor([course(way, seed, parts) for seed in range(seeds)])
         last[way] = errors[:, -1].mean().item()
-        x = torch.arange(parts + 1) * (437 // parts)
-        axes.errorbar(x, errors.mean(0), errors.std(0), marker="o", capsize=3, label=f"{way}: {last[way]:.1f}")
+        x, label = [part * (437 // parts) for part in range(parts + 1)], f"{way}: {last[way]:.1f}"
+        axes.errorbar(x, errors.mean(0).tolist(), errors.std(0).tolist(), marker="o", capsize=3, label=label)
     axes.set(xlabel="images of the other kind, two a batch", ylabel="test error, %")
     axes.legend()
     figure.savefig(picture, dpi=110)

@@ -48,7 +48,7 @@ def main(picture: Path = PICTURE, steps: int = 300) -> dict[str, float]:
         with torch.no_grad():
             made, whole = tiled(model.eval(), gray), model(gray)
         seams[name] = (made - whole)[INNER].abs().mean().item()
-        axes.imshow(made[0].clamp(0, 1).permute(1, 2, 0))
+        axes.imshow(made[0].clamp(0, 1).permute(1, 2, 0).numpy())
         axes.set(title=f"{name}: off by {seams[name]:.2g}", xticks=[], yticks=[])
     figure.savefig(picture, dpi=110)
     print("tiles less the whole image:", ", ".join(f"{name} {seam:.2g}" for name, seam in seams.items()))
