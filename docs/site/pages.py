@@ -19,7 +19,15 @@ from mkdocs.utils import get_relative_url
 ROOT = Path(__file__).parents[2]
 RENAMED = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 OUTSIDE = ("benchmarks/results/**/*.md", "benchmarks/results/**/*.png", "examples/*.md")
-STACKED = ("index.md", "which.md", "compatibility.md", "api/README.md", "decisions/README.md", "results/README.md")
+STACKED = (
+    "index.md",
+    "which.md",
+    "compatibility.md",
+    "paper-map.md",
+    "api/README.md",
+    "decisions/README.md",
+    "results/README.md",
+)
 OPTIONAL = ("scaling.md", "reliability.md")  # in the navigation once they are there
 PROGRAMS = ("examples/*.py", "examples/gallery/*.py", "docs/*.py", "docs/results/*.py")
 LINK = re.compile(r"(\]\()([^)\s:#]+)(#[^)\s]*)?(\))")
