@@ -3,6 +3,7 @@
 # make test    sets up everything, then runs all tests
 # make check   linters, types, import contract, docs map
 # make build   compiles the kernels again if their sources changed; without a C++ compiler there are none
+# make docs    builds the site into build/site, strictly, and checks its links
 # make bench   times the layers beside their peers, each way to keep memory; takes a while
 # make fuzz    random histories of layers against the oracle, for SECONDS=600
 # make kill    commands that write, killed at KILLS=200 random moments, go on to the same end
@@ -17,7 +18,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test check setup build bench fuzz kill hostile soak clients sanitize clean
+.PHONY: demo test check docs setup build bench fuzz kill hostile soak clients sanitize clean
 .DEFAULT_GOAL := test
 
 setup: .venv/ready
@@ -74,6 +75,14 @@ sanitize: .venv/ready
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  STREAMNORM_LIBRARY=build/sanitize/_native.so STREAMNORM_ISA=base \
 	  $(BIN)/python -m pytest -n 2 tests/ops/test_native.py tests/ops/test_fused_changes.py tests/nn/test_fusedscan*.py tests/train/test_online*.py -k "not every_instruction_set and not (large_tensors and caches)"
+
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	$(BIN)/python docs/site/check.py build/site
+
+.venv/docs: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
 
 check: .venv/ready
 	$(BIN)/ruff check .

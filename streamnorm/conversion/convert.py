@@ -39,15 +39,14 @@ def convert(model: nn.Module, to: Make = StreamingNorm, where: Where | None = No
     evaluation is the same as before if the layer has running statistics and ``to`` keeps a memory: ``sigma =
     sqrt(running_var + eps)`` becomes its estimate and, counted as full, what it remembers.
 
-    =================  ========================================  ======================================
-    of torch           ``to=SampleNorm``: the same outputs       ``StreamingNorm``, ``BatchNorm``
-    =================  ========================================  ======================================
-    ``BatchNorm*``     ``SP2``: other statistics, a warning      ``BA1``
-    ``LayerNorm``      ``SP2``, features last (``Arranged``)     ``BA1``, features last
-    ``RMSNorm``        likewise, ``Lp(2, "zero")``, ``Scale()``  likewise, ``Lp(2, "zero")``, ``Scale()``
-    ``GroupNorm``      ``NormRef(groups, "all", "one")``         ``BA1``
-    ``InstanceNorm*``  ``SP1``                                   ``SP1`` about its own mean, ``BA1``
-    =================  ========================================  ======================================
+    ::
+
+        of torch       to=SampleNorm: the same outputs   StreamingNorm, BatchNorm
+        BatchNorm*     SP2: other statistics, a warning  BA1
+        LayerNorm      SP2, features last (Arranged)     BA1, features last
+        RMSNorm        likewise, Lp(2, "zero"), Scale()  likewise, Lp(2, "zero"), Scale()
+        GroupNorm      NormRef(groups, "all", "one")     BA1
+        InstanceNorm*  SP1                               SP1 about its own mean, BA1
 
     Where a layer of torch has no memory, and where its running statistics are still the initial ones, a streaming or
     batch normalization begins with an empty memory: train it before it is tested. Training differs from torch's: our

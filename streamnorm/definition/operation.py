@@ -13,7 +13,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Standardize:
-    """``N(x, {mu, sigma}) = (x - mu) / sigma``: the operation of the paper, of BN and of LN (sections 3, 3.3.3)."""
+    """``N(x, {mu, sigma}) = (x - mu) / sigma``: the operation of the paper, of BN and of LN (sections 3, 3.3.3).
+
+    Shapes: x of any shape, mu and sigma of one that broadcasts to it.
+
+    >>> import torch
+    >>> Standardize()(torch.tensor([1.0, 5.0]), torch.tensor(3.0), torch.tensor(2.0))
+    tensor([-1.,  1.])
+    """
 
     def __call__(self, x: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
         return (x - mu) / sigma
@@ -21,7 +28,14 @@ class Standardize:
 
 @dataclass(frozen=True)
 class Scale:
-    """``N(x, {mu, sigma}) = x / sigma``: division only. With ``Lp(2, "zero")`` over the features this is RMSNorm."""
+    """``N(x, {mu, sigma}) = x / sigma``: division only. With ``Lp(2, "zero")`` over the features this is RMSNorm.
+
+    Shapes: x of any shape, mu and sigma of one that broadcasts to it.
+
+    >>> import torch
+    >>> Scale()(torch.tensor([1.0, 5.0]), torch.tensor(3.0), torch.tensor(2.0))
+    tensor([0.5000, 2.5000])
+    """
 
     def __call__(self, x: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
         return x / sigma

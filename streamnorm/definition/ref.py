@@ -201,16 +201,27 @@ def size_along(x: Tensor, length: int, window: int) -> Tensor:
 
 
 SP1 = NormRef("own", "all", "one")
+"""A feature of one sample, over its map: instance normalization."""
 SP2 = NormRef("all", "all", "one")
+"""All features of one sample, over its map: layer normalization."""
 SP3 = NormRef("all", "local", "one")
+"""All features of one sample, in a window around the place."""
 SP4 = NormRef("own", "local", "one")
+"""A feature of one sample, in a window around the place."""
 SP5 = NormRef("all", "here", "one")
+"""All features of one sample, at the place: layer normalization per position."""
 BA1 = NormRef("own", "all", "batch")
+"""A feature of the mini-batch, over the maps: batch normalization."""
 BA2 = NormRef("all", "all", "batch")
+"""All features of the mini-batch, over the maps."""
 BA3 = NormRef("all", "local", "batch")
+"""All features of the mini-batch, in a window around the place."""
 BA4 = NormRef("own", "local", "batch")
+"""A feature of the mini-batch, in a window around the place."""
 BA5 = NormRef("all", "here", "batch")
+"""All features of the mini-batch, at the place."""
 BA6 = NormRef("own", "here", "batch")
+"""A feature of the mini-batch, at the place: statistics for every neuron."""
 
 REFS: dict[str, NormRef] = {
     "SP1": SP1,

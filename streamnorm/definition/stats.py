@@ -39,7 +39,16 @@ def all_squarable(*statistics: Tensor) -> bool:
 
 
 class DegenerateReferenceError(ValueError):
-    """A reference holds too few activations for its statistics: sigma would be 0 for every input."""
+    """A reference holds too few activations for its statistics: sigma would be 0 for every input.
+
+    >>> import torch
+    >>> from streamnorm import BatchNorm
+    >>> try:
+    ...     BatchNorm(3)(torch.randn(1, 3))
+    ... except DegenerateReferenceError as error:
+    ...     print(error)
+    center="batch" (Setting A) with one activation in each reference (BA1) gives sigma = 0 for every input; ...
+    """
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,13 @@ class Monitor:
     Attributes:
         watched: the names of the watched modules.
         steps: weight updates so far.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+    >>> with monitor(model) as watching:
+    ...     y = model(torch.randn(2, 4))
+    ...     watching.step()
+    >>> watching.watched, watching.steps
+    (('1',), 1)
     """
 
     def __init__(

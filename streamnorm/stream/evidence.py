@@ -215,6 +215,12 @@ class Residual(GradientRule):
     Args:
         memory: length of the memory, in samples.
         samples: m, of an arrival.
+
+    >>> rule = Residual(memory=20)
+    >>> g, s, s_hat = torch.tensor([[-1.0], [0.0]]), torch.tensor([[0.5], [1.0]]), torch.tensor([[0.0], [1.0]])
+    >>> state, g_hat = rule.step(rule.empty((2, 1)), g, s, s_hat)
+    >>> g_hat[0]  # -v, of (I + A) (v, u) = b with A = [[1, 0.5], [0.5, 1]] and b = (1, 0)
+    tensor([-0.5333])
     """
 
     collects = "theta", "held"

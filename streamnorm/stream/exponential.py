@@ -16,6 +16,11 @@ class Exponential(Rule):
     """A running average that starts from its first value: ``long <- (1 - rate) long + rate s`` (Algorithm 3's F).
 
     Weight updates have no effect.
+
+    >>> from streamnorm.stream import Memory
+    >>> memory = Memory(Exponential(0.5), (1,))
+    >>> [round(memory.observe(torch.tensor([[s]])).item(), 2) for s in (4.0, 2.0, 1.0)]
+    [4.0, 3.0, 2.0]
     """
 
     collects = "long", "count"

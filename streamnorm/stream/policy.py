@@ -32,6 +32,12 @@ class Policy:
         uses_estimate: training normalizes with F's estimate (Algorithm 5) and not with the mini-batch's own statistics
             (Algorithms 1 and 3).
         caution: the gradients of gain and bias of a call of m samples are multiplied by m / (m + caution).
+
+    >>> from streamnorm import BA1, Lp, Norm
+    >>> class Slow(Policy):
+    ...     F, uses_estimate = Exponential(0.01), True
+    >>> Norm(8, BA1, Lp(2, "estimate"), Slow()).policy.trust(1)
+    1.0
     """
 
     F: Rule | None = None
@@ -46,7 +52,14 @@ class Policy:
 
 @dataclass(frozen=True)
 class Sample(Policy):
-    """Sample normalization: every sample by itself, training and testing alike (section 3.1, Algorithms 1 and 2)."""
+    """Sample normalization: every sample by itself, training and testing alike (section 3.1, Algorithms 1 and 2).
+
+    ``s_hat = s``, of each sample.
+
+    >>> from streamnorm import Lp, Norm, SP2
+    >>> Norm(8, SP2, Lp(2), Sample()).H1 is None
+    True
+    """
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,11 @@ class Batch(Policy):
 
     Args:
         rate: weight of the newest mini-batch in the running estimate of ``(mu, sigma)``.
+
+    ``s_hat = s`` in training; ``s_hat = long``, ``long <- (1 - rate) long + rate s`` in testing.
+
+    >>> Batch(rate=0.05).F
+    Exponential(rate=0.05)
     """
 
     rate: float = 0.1
@@ -87,6 +105,9 @@ class Streaming(Policy):
     Raises:
         ValueError: for wrong lengths, values that are not finite, an alpha, kappa1 or kappa2 < 0, or alpha2 = 0
             without a kappa. Sums other than 1 are taken as they are.
+
+    >>> Streaming(alpha=(0.5, 0.5)).F
+    LongShort(mix=(0.5, 0.5, 0.0), keep=(0.5, 0.5))
     """
 
     alpha: tuple[float, ...] = (0.7, 0.3)
@@ -140,6 +161,9 @@ class Evidence(Policy):
 
     Raises:
         ValueError: unless memory is a number above 0.
+
+    >>> Evidence(memory=50).F.memory, Evidence(memory=50).G.memory, Evidence().trust(4)
+    (50, 10.0, 0.5)
     """
 
     memory: float = 100.0

@@ -76,6 +76,16 @@ class Rule(Remembering):
     A rule of your own defines ``empty`` and ``step``, and ``fold`` if weight updates change its state. It must be pure
     (return new tensors). Row 0 of an F must not depend on row 1: Setting B needs the mean before sigma exists, and
     passes row 0 alone.
+
+    >>> from streamnorm.stream import Memory
+    >>> class Latest(Rule):  # estimates by the latest statistics alone
+    ...     def empty(self, shape):
+    ...         return {"last": torch.zeros(shape)}
+    ...     def step(self, state, s):
+    ...         return {"last": s}, s
+    >>> Memory(Latest(), (1,)).observe(torch.tensor([[2.0], [5.0]]))
+    tensor([[2.],
+            [5.]])
     """
 
     @abstractmethod
@@ -101,6 +111,15 @@ class GradientRule(Remembering):
 
     A rule of your own defines ``empty`` and ``step``. It must be pure; its rows may depend on each other. A G that
     needs the gradient alone is a ``Rule``.
+
+    >>> class Unchanged(GradientRule):  # the gradient passes as it is
+    ...     def empty(self, shape):
+    ...         return {}
+    ...     def step(self, state, g, s, s_hat):
+    ...         return state, g
+    >>> one = torch.ones(1, 2)
+    >>> Unchanged().observe({}, 3 * one, one, one)[1]
+    tensor([[3., 3.]])
     """
 
     @abstractmethod

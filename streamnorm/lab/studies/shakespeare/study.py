@@ -8,9 +8,9 @@ every arm has the same weights and order of text; where one path has no norm, th
 All are validated every 20 updates, that is after as many characters; the paper says every 20 mini-batches. Mixed
 lengths are 96 sequences an update, each from a state of 0, and validation is the mean over those lengths. Streaming is
 also trained with two other settings than the figures', and the GRU from larger first weights, since the paper does not
-give its own (``docs/decisions.md``). The full tier trains the arms of the two figures, and streaming with one other
-setting, on the paper's own text; the variants are left to the reduced one. A stopped study goes on with the same
-command.
+give its own (``docs/decisions/recurrence.md``). The full tier trains the arms of the two figures, and streaming with
+one other setting, on the paper's own text; the variants are left to the reduced one. A stopped study goes on with the
+same command.
 """
 
 from __future__ import annotations
