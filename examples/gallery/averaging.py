@@ -49,7 +49,7 @@ def main(picture: Path = PICTURE, seeds: int = 3, epochs: int = 4) -> dict[str, 
         for axes, mean, sd, label in zip(both, every.mean(0).T.numpy(), every.std(0).T.numpy(), YLABELS, strict=True):
             axes.bar([0.4 * i, 1 + 0.4 * i, 2 + 0.4 * i], mean, 0.38, yerr=sd, capsize=3, label=name)
             axes.set(xticks=[0.2, 1.2, 2.2], xticklabels=CASES, ylabel=label)
-    both[1].legend(loc="upper left")
+    both[1].legend(loc="center right")
     figure.savefig(picture, dpi=110)
     print("error, distance:", {n: [f"{e:.1f} %, {d:.2g}" for e, d in m] for n, m in means.items()})
     return means
