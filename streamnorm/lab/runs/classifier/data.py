@@ -115,8 +115,10 @@ def load(
         if limit is not None and (type(limit) is not int or limit < 1):
             raise ValueError(f"{key} must be a positive int or None for all images, got {limit!r}")
     root = data_root if data_root is not None else os.environ.get(ENVIRONMENT) or None
-    load_raw = _load_own if own else DATASETS[name]
-    raw = load_raw(Path(name).expanduser() if own else None if root is None else Path(root).expanduser())
+    if own:
+        raw = _load_own(Path(name).expanduser())
+    else:
+        raw = DATASETS[name](None if root is None else Path(root).expanduser())
     mean, std = _statistics(raw)
     train_x, train_y = _first(raw.train, train_limit, f"train_limit of {raw.name}")
     test_x, test_y = _first(raw.test, test_limit, f"test_limit of {raw.name}")

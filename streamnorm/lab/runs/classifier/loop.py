@@ -240,10 +240,10 @@ def train(
             return nullcontext()
         return monitor(trainer.model, trainer.optimizer, folder / MONITOR, every=monitored, start=trainer.done)
 
-    def begin_alike() -> None:
+    def begin_alike(finished: bool) -> None:
         share.begin_alike(trainer)
         if begin:
-            begin()
+            begin(trainer.finished)
 
     described = description(run, data) | ({} if share.size == 1 else {"processes": share.size})
     run_to_end(trainer, folder if share.is_first else None, described, show, within, begin_alike, tell)

@@ -30,7 +30,7 @@ POINT, NATS = 0.01, 0.02
 
 def _c06(records: Records) -> tuple[Verdict, str]:
     errors = {p: end_errors(records, f"L{p}") for p in ORDERS}
-    near = [alike(below(errors[2], errors[p]), 1.5 * POINT) for p in ORDERS if p not in (2, 7)]
+    near: list[Verdict] = [alike(below(errors[2], errors[p]), 1.5 * POINT) for p in ORDERS if p not in (2, 7)]
     worst = max(mean(errors[p]) for p in ORDERS if p != 7)
     last = mean(errors[7])
     slightly = last >= worst - deviation(errors[7]) and last - mean(errors[2]) < 3 * POINT
