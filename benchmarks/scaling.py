@@ -2,7 +2,6 @@
 JSON and in words, and a picture to ``benchmarks/results``.
 
     python benchmarks/scaling.py            # all of it, a few minutes on a quiet machine
-    python benchmarks/scaling.py --rounds 5
 
 The network has the shape of ResNet-18: 20 normalized layers. *Once an update* is what ``StreamingNorm`` does by itself
 under ``DistributedDataParallel``; *in every layer* is what synchronized batch normalization needs at least: one
@@ -18,6 +17,7 @@ import argparse
 import json
 import math
 import multiprocessing
+import os
 import random
 import statistics
 import tempfile
@@ -102,9 +102,9 @@ def timed(subjects: dict[str, Callable[[], Any]], rounds: int) -> Times:
 def collectives(rank: int, size: int, rounds: int) -> Times:
     """Collectives of several sizes, and those of each way."""
 
-    def all_of(payloads: list[int]) -> Callable[[], None]:
+    def all_of(payloads: list[int]) -> Callable[[], Any]:
         values = [torch.zeros(payload, dtype=torch.uint8) for payload in payloads]
-        return lambda: [dist.all_reduce(value) for value in values] and None
+        return lambda: [dist.all_reduce(value) for value in values]
 
     subjects = {f"{payload} bytes": all_of([payload]) for payload in PAYLOADS}
     return timed(subjects | {name: all_of(payloads) for name, payloads in plan().items()}, rounds)
@@ -206,10 +206,7 @@ def written(record: dict[str, Any]) -> str:
     ]
     lines += ["| per weight update | collectives | bytes |", "|---|---|---|"]
     lines += [f"| {way} | {len(payloads)} | {sum(payloads):,} |" for way, payloads in ways.items()]
-    lines += [
-        "",
-        f"Constants, from single collectives of {PAYLOADS[0]} to {PAYLOADS[-1]:,} bytes, and the time of each way:",
-    ]
+    lines += ["", f"Constants, from single collectives of {PAYLOADS[0]} to {PAYLOADS[-1]:,} bytes, and times:"]
     lines += ["", "| processes | alpha | beta, ns per byte | way | measured | model | measured / model |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for size in SIZES:
@@ -264,15 +261,12 @@ def draw(record: dict[str, Any], path: Path) -> None:
     panel.set_yscale("log")
     panel.set_xlabel("processes")
     panel.set_title("Seconds per weight update for statistics", loc="left", size=10)
-    panel.grid(alpha=0.3)
     panel.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     """Measure, then write."""
-    import os
-
     parser = argparse.ArgumentParser(description="Time what it costs to share statistics.")
     parser.add_argument("--rounds", type=int, default=40, help="of collectives")
     parser.add_argument("--steps", type=int, default=15, help="rounds of training steps")
