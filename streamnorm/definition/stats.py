@@ -47,7 +47,7 @@ class DegenerateReferenceError(ValueError):
     ...     BatchNorm(3)(torch.randn(1, 3))
     ... except DegenerateReferenceError as error:
     ...     print(error)
-    center="batch" (Setting A) with one activation in each reference (BA1) gives sigma = 0 for every input; ...
+    a single value in each reference (BA1) has no spread: sigma about its own mean (Setting A, center="batch") is 0 ...
     """
 
 

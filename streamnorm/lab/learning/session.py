@@ -199,7 +199,7 @@ class Session:
             self.save()
         if self._error is not None:
             raise self._error
-        if not self.learner.rows:
+        if not self.learner.rows and not self.stop.asked:
             raise ValueError(f"{self._lines.name} has no row that could be learned{self._first_reason()}")
 
     def save(self) -> None:

@@ -314,7 +314,7 @@ def test_a_validation_that_is_not_finite_is_a_result_and_training_goes_on(monkey
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"arm": "batch", "samples_per_batch": 1}, "sigma = 0"),
+        ({"arm": "batch", "samples_per_batch": 1}, "has no spread"),
         ({"arm": "none", "nonlinearity": "relu", "learning_rate": 1e20}, "diverged: the "),
     ],
 )
