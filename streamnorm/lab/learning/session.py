@@ -143,9 +143,8 @@ class Session:
         self._rows: Iterator[Row] = self.reader.rows()
         self._looked: list[Row] = []
         self._is_new = not (folder / CHECKPOINT).exists()
-        schema = self._look() if self._is_new else None
-        self._mark = self._lines.mark
-        self._schema = schema
+        self._mark = self._lines.mark  # before the rows that are looked at: none of them is learned yet
+        self._schema = self._look() if self._is_new else None
 
     def begin(self) -> None:
         """Make the networks, or go on from the checkpoint. The folder has to be held.

@@ -20,10 +20,23 @@ IMAGE = (1, 8, 8)
 ONE_ACTIVATION = {
     # In A there is no place: one feature of one sample is one activation.
     ("A", 2): {"instance", "SP1-B", "SP4-B"},
-    ("A", 1): {"instance", "SP1-B", "SP4-B", "batch", "tsbn", "batchrenorm", "BA1-B", "BA4-B", "BA6-B"},
+    ("A", 1): {
+        "instance",
+        "SP1-B",
+        "SP4-B",
+        "batch",
+        "tsbn",
+        "batchrenorm",
+        "BA1-B",
+        "BA4-B",
+        "BA6-B",
+        "BA1-T",
+        "BA4-T",
+        "BA6-T",
+    },
     # In B the maps of an 8x8 image hold at least 4x4 places; only "here" leaves one of them.
     ("B", 2): set(),
-    ("B", 1): {"BA6-B"},
+    ("B", 1): {"BA6-B", "BA6-T"},
 }
 """The arms of Setting A whose references hold a single activation, by architecture and samples per batch."""
 
