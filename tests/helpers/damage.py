@@ -1,4 +1,4 @@
-"""What may be done to files of runs and of data: bytes, JSON, and what they say of lengths, shapes, dtypes and nests."""
+"""What may be done to files of runs and of data: to bytes, JSON, lengths, shapes, dtypes and nestings."""
 
 from __future__ import annotations
 
